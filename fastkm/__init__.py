@@ -1,0 +1,32 @@
+"""fastkm: the memory of the Dynamic Kanerva Machine, fast."""
+
+from importlib.metadata import version
+
+from fastkm._backend import BackendUnavailableError, explain_backend
+from fastkm.addressing import solve_addressing
+from fastkm.matrix_normal import kl_memory, kl_weights
+from fastkm.posterior import PosteriorUpdate, update_posterior
+from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
+from fastkm.state import MemoryState, load_memory_state, save_memory_state
+from fastkm.writing import WriteResult, write
+
+__version__ = version("fastkm")
+
+__all__ = [
+    "AttractorResult",
+    "BackendUnavailableError",
+    "MemoryState",
+    "PosteriorUpdate",
+    "ReadResult",
+    "WriteResult",
+    "attractor_read",
+    "explain_backend",
+    "kl_memory",
+    "kl_weights",
+    "load_memory_state",
+    "read",
+    "save_memory_state",
+    "solve_addressing",
+    "update_posterior",
+    "write",
+]

@@ -1,0 +1,102 @@
+"""The only place that decides who computes: what each backend can do, and which one a call takes.
+
+``backend=None`` takes the first backend of ``PREFERENCE`` that can run the call, by the table ``CAPABILITIES``. A named
+backend that cannot run it raises, with the reason and the remedy; nothing ever falls back in silence.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkm import _schema
+
+PREFERENCE = ("native", "triton", "reference")
+
+
+class Capability(NamedTuple):
+    """What one backend can do for one operation. Empty ``devices`` means any device."""
+
+    devices: tuple[str, ...] = ()
+    gradients: bool = True
+
+
+REFERENCE = Capability()
+NATIVE = Capability(devices=("cpu",), gradients=False)
+
+# operation -> backend -> what it can do; an absent backend has no kernel for the operation.
+CAPABILITIES: dict[str, dict[str, Capability]] = {
+    "solve_addressing": {"reference": REFERENCE, "native": NATIVE},
+    "update_posterior": {"reference": REFERENCE, "native": NATIVE},
+    "write": {"reference": REFERENCE, "native": NATIVE},
+    "read": {"reference": REFERENCE, "native": NATIVE},
+    "attractor_read": {"reference": REFERENCE},
+    "kl_memory": {"reference": REFERENCE, "native": NATIVE},
+    "kl_memory_deepmind": {"reference": REFERENCE},
+    "logdet": {"reference": REFERENCE, "native": NATIVE},
+}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was named that cannot run this call."""
+
+
+def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
+    """Why ``backend`` cannot run ``operation`` on these tensors, with the remedy; ``None`` if it can."""
+    capability = CAPABILITIES[operation].get(backend)
+    if capability is None:
+        has = ", ".join(repr(name) for name in CAPABILITIES[operation])
+        return f"there is no {backend} kernel for {operation}; it has {has}"
+    if backend == "native" and _schema.unavailable is not None:
+        return (
+            f"{_schema.unavailable}; install a C++ compiler (g++) and reinstall fastkm with --no-build-isolation, "
+            "or take backend='reference'"
+        )
+    device = tensors[0].device.type if tensors else "cpu"
+    if capability.devices and device not in capability.devices:
+        return f"it runs on {', '.join(capability.devices)}, the tensors are on {device}; take backend='reference'"
+    if not capability.gradients and wants_gradient(tensors):
+        return (
+            f"it has no gradient for {operation} yet and an input requires one; "
+            "take backend='reference', or call it under torch.no_grad()"
+        )
+    return None
+
+
+def wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
+    """The backend that will run ``operation`` on ``tensors``.
+
+    ``FASTKM_BACKEND`` names the backend of every call that names none.
+    """
+    if backend is None:
+        backend = os.environ.get("FASTKM_BACKEND") or None
+    if backend is None:
+        return next(name for name in PREFERENCE if why_not(operation, name, *tensors) is None)
+    if backend not in PREFERENCE:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, PREFERENCE))} or None, got {backend!r}")
+    if reason := why_not(operation, backend, *tensors):
+        raise BackendUnavailableError(f"backend {backend!r} cannot run {operation}: {reason}")
+    return backend
+
+
+def explain_backend(operation: str, *tensors: Tensor, backend: str | None = None) -> None:
+    """Print which backend a call of ``operation`` on ``tensors`` would take, and why the others would not run.
+
+    >>> fastkm.explain_backend("write", state.mean, state.cov, values)
+    write: native
+      native     taken
+      triton     no: there is no triton kernel for write; it has 'reference', 'native'
+      reference  can run
+    """
+    if operation not in CAPABILITIES:
+        raise ValueError(f"operation must be one of {', '.join(map(repr, CAPABILITIES))}, got {operation!r}")
+    taken = resolve(operation, backend, *tensors)
+    print(f"{operation}: {taken}")
+    for name in PREFERENCE:
+        reason = why_not(operation, name, *tensors)
+        print(f"  {name:<10} {'taken' if name == taken else 'can run' if reason is None else f'no: {reason}'}")

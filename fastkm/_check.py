@@ -1,0 +1,156 @@
+"""The guards every public function runs before it touches memory.
+
+An error names the argument, what was expected (computed from the arguments before it) and what came.
+``TypeError`` is for a wrong kind or dtype, ``ValueError`` for a wrong shape, device or value, and
+``torch.linalg.LinAlgError`` for a matrix whose factorisation failed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# What a kernel reports for each memory, in its `info [B]` output.
+ASYMMETRIC, NOT_POSITIVE_DEFINITE = 1, 2
+
+DTYPES = (torch.float32, torch.float64)
+
+
+class Signature:
+    """Reads the arguments of one call in order and holds each to the letters fixed by those before it.
+
+    >>> s = Signature()
+    >>> s.tensor("mean", mean, "BKC")      # fixes B, K, C, the dtype and the device
+    >>> s.tensor("cov", cov, "BKK")        # must agree
+    """
+
+    __slots__ = ("first", "sizes")
+
+    def __init__(self) -> None:
+        self.sizes: dict[str, int] = {}
+        self.first: tuple[str, Tensor] | None = None
+
+    def tensor(self, name: str, value: object, letters: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {self._shape(letters)}, got {type(value).__name__}")
+        if self.first is None:
+            if value.dtype not in DTYPES:
+                raise TypeError(f"{name} must be float32 or float64, got {_dtype(value)}")
+            self.first = (name, value)
+        self._same_kind(name, value)
+        shape, sizes = value.shape, self.sizes
+        if len(shape) != len(letters) or any(
+            sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
+        ):
+            raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(shape)}")
+        return value
+
+    def noise(self, name: str, value: float | Tensor) -> Tensor:
+        """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
+        value = self._positive(name, value, ("", "B", "BT"))
+        return (value.unsqueeze(-1) if value.dim() == 1 else value).expand(self.sizes["B"], self.sizes["T"])
+
+    def per_memory(self, name: str, value: float | Tensor) -> Tensor:
+        """A positive number per memory, viewed as [B]: a float, or a 0-d or [B] tensor."""
+        return self._positive(name, value, ("", "B")).expand(self.sizes["B"])
+
+    def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
+        first_name, first = self.first  # type: ignore[misc]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+            return torch.full((), value, dtype=first.dtype, device=first.device)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+        self._same_kind(name, value)
+        if not any(list(value.shape) == [self.sizes[letter] for letter in layout] for layout in layouts):
+            allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
+            raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
+        if value.device.type == "cpu" and not bool(((value > 0) & (value < math.inf)).all()):
+            raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {value.min()}")
+        return value
+
+    def mask(self, name: str, value: Tensor | None, letters: str) -> Tensor | None:
+        if value is None:
+            return None
+        if not isinstance(value, Tensor) or value.dtype != torch.bool:
+            got = _dtype(value) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name} must be a bool tensor of shape {self._shape(letters)}, got {got}")
+        first_name, first = self.first  # type: ignore[misc]
+        if value.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like {first_name}, got {value.device}")
+        if list(value.shape) != [self.sizes[letter] for letter in letters]:
+            raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(value.shape)}")
+        return value
+
+    def _same_kind(self, name: str, value: Tensor) -> None:
+        first_name, first = self.first  # type: ignore[misc]
+        if value.dtype != first.dtype:
+            raise TypeError(f"{name} must be {_dtype(first)} like {first_name}, got {_dtype(value)}")
+        if value.device != first.device:
+            raise ValueError(f"{name} must be on {first.device} like {first_name}, got {value.device}")
+
+    def _shape(self, letters: str) -> str:
+        names = ", ".join(letters)
+        known = ", ".join(str(self.sizes.get(letter, letter)) for letter in letters)
+        return f"[{names}]" if names == known else f"[{names}] = [{known}]"
+
+
+def count(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def factored(info: Tensor, matrix: str) -> None:
+    """Raise for the memories whose factorisation failed. ``info [B]`` is 0 where all went well.
+
+    The whole batch has been computed by then; the error names every memory that failed.
+    """
+    if not bool(info.any()):
+        return
+    reasons = [
+        f"{what} in {'memory' if len(which) == 1 else 'memories'} {which}"
+        for code, what in ((ASYMMETRIC, "not symmetric"), (NOT_POSITIVE_DEFINITE, "not positive definite"))
+        if (which := (info == code).nonzero().flatten().tolist())
+    ]
+    raise torch.linalg.LinAlgError(f"{matrix} is {' and '.join(reasons)}")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def cleaned(code: object, like: Tensor) -> Tensor:
+    """What the caller's ``clean`` returned for ``like``: codes of the same shape, dtype and device."""
+    if not isinstance(code, Tensor):
+        raise TypeError(f"clean must return a tensor like its input, got {type(code).__name__}")
+    if (code.shape, code.dtype, code.device) != (like.shape, like.dtype, like.device):
+        wanted, got = (f"{_dtype(x)} {list(x.shape)} on {x.device}" for x in (like, code))
+        raise ValueError(f"clean must return codes like its input, {wanted}; got {got}")
+    return code
+
+
+def non_negative(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return value
+
+
+def positive_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """A positive number, or a tensor of them, in the dtype and on the device of ``like``."""
+    if not isinstance(value, Tensor):
+        value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    if value.device.type == "cpu" and not bool(((value > 0) & (value < math.inf)).all()):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return value

@@ -1,0 +1,52 @@
+"""Addressing: the weights over a memory's rows that explain a query."""
+
+from torch import Tensor
+
+from fastkm import _backend, _check
+from fastkm.addressing import native, reference
+
+__all__ = ["METHODS", "solve_addressing"]
+
+METHODS = ("ridge", "deepmind")
+_RUN = {"reference": reference.solve_addressing, "native": native.solve_addressing}
+
+
+def solve_addressing(
+    mean: Tensor,  # [B, K, C]
+    queries: Tensor,  # [B, Q, C]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    method: str = "ridge",
+    backend: str | None = None,
+) -> Tensor:
+    """The weights that explain each query best: regularised least squares, one factorisation a memory.
+
+    ``w = argmin ‖z − Rᵀw‖² + λ ‖w‖²``, hence ``(R Rᵀ + λI) w = R z``.
+
+    Args:
+        mean: the memory ``R``.
+        queries: any number of queries ``z`` a memory.
+        ridge: λ = σ²/σ0², observation-noise variance over prior variance of the weights; positive.
+        method: ``"ridge"``, or ``"deepmind"`` for parity with the released DeepMind code, which solves
+            ``(G² + λI) w = G R z`` with ``G = R Rᵀ``: other weights, and a squared condition number.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        weights ``[B, Q, K]``, in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, eq. 8.
+    """
+    check = _check.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC")
+    ridge = check.per_memory("ridge", ridge)
+    _check.choice("method", method, METHODS)
+    run = _RUN[_backend.resolve("solve_addressing", backend, mean, queries, ridge)]
+    weights, info = run(mean, queries, ridge, method == "deepmind")
+    _check.factored(info, "mean meanᵀ + ridge I")
+    return weights

@@ -1,0 +1,74 @@
+"""Posterior update of a memory when the weights of every pattern are given."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm import _backend, _check
+from fastkm.posterior import native, reference
+from fastkm.state import MemoryState
+
+__all__ = ["PosteriorUpdate", "update_posterior"]
+
+_RUN = {"reference": reference.update_block, "native": native.update_posterior}
+
+
+class PosteriorUpdate(NamedTuple):
+    """What :func:`update_posterior` returns."""
+
+    state: MemoryState  # mean [B, K, C], cov [B, K, K]
+    innovation_var: Tensor  # [B, T], s_t = w_tᵀ U_{t−1} w_t + σ²
+    kl: Tensor  # [B, T], KL(posterior after pattern t ‖ posterior before it), nats
+    log_evidence: Tensor  # [B], ln p(values | weights), nats
+
+
+def update_posterior(
+    state: MemoryState,
+    weights: Tensor,  # [B, T, K]
+    values: Tensor,  # [B, T, C]
+    noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
+    *,
+    mask: Tensor | None = None,  # [B, T], bool
+    backend: str | None = None,
+) -> PosteriorUpdate:
+    """Condition the memory on ``values = weights @ M + noise``: Bayesian linear regression, exactly.
+
+    One pattern ``z`` with weights ``w`` changes the mean ``R`` and covariance ``U`` by::
+
+        a = U w    s = wᵀa + σ²    δ = z − Rᵀw    R' = R + a δᵀ / s    U' = U − a aᵀ / s
+
+    ``T`` patterns are applied at once in block form, which equals the ``T`` steps above::
+
+        V = W U    V Wᵀ + σ²I = L Lᵀ    G = L⁻¹ V    E = L⁻¹ (Z − W R)    R' = R + GᵀE    U' = U − GᵀG
+
+    Args:
+        state: prior; ``cov`` must be symmetric positive definite.
+        weights: how much each row of the memory takes part in each pattern.
+        values: the patterns.
+        noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
+        mask: where False the pattern changes nothing; its ``kl`` is 0 and its ``innovation_var`` is σ².
+        backend: ``"reference"``, ``"native"``, ``"triton"``, or None to let :func:`fastkm.explain_backend` 's table decide.
+
+    Returns:
+        :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.
+
+    Numerics: float32 or float64, computed in that dtype. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric or not positive definite; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
+    """
+    check = _check.Signature()
+    mean = check.tensor("state.mean", state[0], "BKC")
+    cov = check.tensor("state.cov", state[1], "BKK")
+    weights = check.tensor("weights", weights, "BTK")
+    values = check.tensor("values", values, "BTC")
+    noise_var = check.noise("noise_var", noise_var)
+    mask = check.mask("mask", mask, "BT")
+    run = _RUN[_backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)]
+    mean, cov, innovation_var, kl, log_evidence, info = run(mean, cov, weights, values, noise_var, mask)
+    _check.factored(info, "state.cov")
+    return PosteriorUpdate(MemoryState(mean, cov), innovation_var, kl, log_evidence)

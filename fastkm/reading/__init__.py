@@ -1,0 +1,146 @@
+"""Reading: address the memory with a query and decode the weights, once or again and again."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm import _backend, _check
+from fastkm.addressing import METHODS
+from fastkm.reading import native, reference
+from fastkm.state import MemoryState
+
+__all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
+
+_RUN = {"reference": reference.read, "native": native.read}
+
+
+class ReadResult(NamedTuple):
+    """What :func:`read` returns."""
+
+    values: Tensor  # [B, Q, C], Rᵀ w
+    weights: Tensor  # [B, Q, K]
+
+
+class AttractorResult(NamedTuple):
+    """What :func:`attractor_read` returns."""
+
+    values: Tensor  # [B, Q, C], Rᵀ w of each query's last iteration
+    weights: Tensor  # [B, Q, K]
+    energy: Tensor  # [B, Q, n], nats; a query that stopped keeps its last energy
+    num_iters: Tensor  # [B, Q], int64, the iterations each query took
+
+
+def read(
+    mean: Tensor,  # [B, K, C]
+    queries: Tensor,  # [B, Q, C]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    num_iters: int = 1,
+    method: str = "ridge",
+    backend: str | None = None,
+) -> ReadResult:
+    """Read the memory: solve for the weights of each query and return what they stand for.
+
+    One read is ``w = (R Rᵀ + λI)⁻¹ R z``, ``ẑ = Rᵀ w``; with ``num_iters = n`` the output is fed back n − 1 times.
+    Without a codec this is a linear map that stays in K, with ``A = R Rᵀ + λI`` factored once::
+
+        w₁ = A⁻¹ R z        w_{i+1} = A⁻¹ (R Rᵀ w_i) = w_i − λ A⁻¹ w_i        ẑ = Rᵀ w_n
+
+    Each further iteration shrinks the read-out (mode i by g_i/(g_i + λ)): it does not clean anything up. For clean-up,
+    put the codec in the loop with :func:`attractor_read`.
+
+    Args:
+        mean: the memory ``R``.
+        queries: the cues ``z``.
+        ridge: λ = σ²/σ0²; positive.
+        num_iters: n, at least 1.
+        method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        :class:`ReadResult` in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
+    """
+    check = _check.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC")
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_iters", num_iters)
+    _check.choice("method", method, METHODS)
+    run = _RUN[_backend.resolve("read", backend, mean, queries, ridge)]
+    values, weights, info = run(mean, queries, ridge, num_iters, method == "deepmind")
+    _check.factored(info, "mean meanᵀ + ridge I")
+    return ReadResult(values, weights)
+
+
+def attractor_read(
+    state: MemoryState,
+    queries: Tensor,  # [B, Q, C]
+    noise_var: float | Tensor,  # float, 0-d or [B]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    clean: Callable[[Tensor], Tensor],
+    num_iters: int,
+    weight_var: float = 0.0,
+    tol: float | None = None,
+    backend: str | None = None,
+) -> AttractorResult:
+    """Clean queries up by iterating: address, decode, pass the result through a codec, address again.
+
+    ``w_i = (R Rᵀ + λI)⁻¹ R x_i``, ``ẑ_i = Rᵀ w_i``, ``x_{i+1} = clean(ẑ_i)``. The Gram matrix is factored once. The
+    energy of every iteration is the negative expected log-likelihood under q(M) plus the cost of the weights::
+
+        E(x, w) = [ C ln 2πσ² + ( ‖x − Rᵀw‖² + C wᵀUw + σw² (‖R‖² + C tr U) ) / σ² ] / 2  +  cost(w)
+
+    where ``cost`` is ``KL(N(w, σw²I) ‖ N(0, σ0²I))`` of :func:`fastkm.kl_weights` with ``σ0² = σ²/λ``, or, for a point
+    estimate (σw² = 0, whose KL is infinite), ``−ln N(w | 0, σ0²I)``. The address step minimises this energy for U = 0; a
+    codec trained on the stored patterns lowers it further.
+
+    Args:
+        state: the memory; ``cov`` enters the energy only.
+        queries: corrupted codes.
+        noise_var: σ².
+        ridge: λ.
+        clean: any callable from codes to codes of the same shape ``[B, Q, C]`` (encode after decode), applied between
+            reads.
+        num_iters: the most iterations, n.
+        weight_var: σw² of q(w), at least 0.
+        tol: stop a query once the root mean square of ``ẑ_i − ẑ_{i−1}`` over its C entries is at most ``tol``; the
+            queries that are left go on.
+        backend: ``"reference"`` or None.
+
+    Returns:
+        :class:`AttractorResult`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value, or a ``clean`` that changes
+            the shape, dtype or device.
+        torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+
+    Source: Wu et al., NeurIPS 2018, section 3.2 and eq. 12.
+    """
+    check = _check.Signature()
+    mean = check.tensor("state.mean", state[0], "BKC")
+    cov = check.tensor("state.cov", state[1], "BKK")
+    queries = check.tensor("queries", queries, "BQC")
+    noise_var = check.per_memory("noise_var", noise_var)
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_iters", num_iters)
+    _check.non_negative("weight_var", weight_var)
+    if tol is not None:
+        _check.non_negative("tol", tol)
+    if not callable(clean):
+        raise TypeError(f"clean must be a callable from codes to codes, got {type(clean).__name__}")
+    _backend.resolve("attractor_read", backend, mean, cov, queries, noise_var, ridge)
+    values, weights, energy, taken, info = reference.attractor_read(
+        mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol
+    )
+    _check.factored(info, "mean meanᵀ + ridge I")
+    return AttractorResult(values, weights, energy, taken)

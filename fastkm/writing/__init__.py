@@ -1,0 +1,82 @@
+"""Writing an episode: address and update, one pattern after the other."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm import _backend, _check
+from fastkm.addressing import METHODS
+from fastkm.state import MemoryState
+from fastkm.writing import native, reference
+
+__all__ = ["WriteResult", "write"]
+
+_RUN = {"reference": reference.write_sequential, "native": native.write}
+
+
+class WriteResult(NamedTuple):
+    """What :func:`write` returns."""
+
+    state: MemoryState  # mean [B, K, C], cov [B, K, K]
+    weights: Tensor  # [B, T, K], the weights each pattern was written with; 0 where masked
+    innovation_var: Tensor  # [B, T]
+    kl: Tensor  # [B, T], nats
+
+
+def write(
+    state: MemoryState,
+    values: Tensor,  # [B, T, C]
+    noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    num_opt_iters: int = 1,
+    method: str = "ridge",
+    mask: Tensor | None = None,  # [B, T], bool
+    backend: str | None = None,
+) -> WriteResult:
+    """Write an episode as the Dynamic Kanerva Machine does: each pattern is addressed, then stored.
+
+    For ``t = 1 … T``: solve ``(R Rᵀ + λI) w = R z_t`` against the current mean, then update mean and covariance
+    with ``w`` as in :func:`fastkm.update_posterior`. Because ``w_t`` depends on what was written before it, this
+    differs from solving all weights against the first mean.
+
+    Args:
+        state: memory before the episode. A zero mean stays zero: its weights are zero.
+        values: the patterns, in order.
+        noise_var: variance σ² of the observation noise; one for all, one a memory, or one a pattern.
+        ridge: λ = σ²/σ0² of the addressing solve.
+        num_opt_iters: with n > 1, each pattern's weights are solved n times, each time against the mean that the
+            previous weights would give; the update always starts from the mean before the pattern.
+        method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
+        mask: where False the pattern changes nothing; its weights and ``kl`` are 0, its ``innovation_var`` is σ².
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        :class:`WriteResult`; the mean of q(w) is written, its variance plays no part.
+
+    Numerics: float32 or float64, computed in that dtype. The native kernel works in Gram space; at σ² = λ = 1 it is as
+    accurate as the literal loop, and it loses digits first when λ is small against the patterns' energy.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: ``state.cov`` is not symmetric positive definite, or the Gram matrix cannot be
+            factored in this dtype; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, algorithm 1.
+    """
+    check = _check.Signature()
+    mean = check.tensor("state.mean", state[0], "BKC")
+    cov = check.tensor("state.cov", state[1], "BKK")
+    values = check.tensor("values", values, "BTC")
+    noise_var = check.noise("noise_var", noise_var)
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_opt_iters", num_opt_iters)
+    _check.choice("method", method, METHODS)
+    mask = check.mask("mask", mask, "BT")
+    run = _RUN[_backend.resolve("write", backend, mean, cov, values, noise_var, ridge)]
+    mean, cov, weights, innovation_var, kl, info = run(
+        mean, cov, values, noise_var, ridge, num_opt_iters, method == "deepmind", mask
+    )
+    _check.factored(info, "state.cov")
+    return WriteResult(MemoryState(mean, cov), weights, innovation_var, kl)
