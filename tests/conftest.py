@@ -1,0 +1,41 @@
+"""Settings every test shares, and the axes tests are run along: ``backend``, ``dtype``, ``operation``."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from fastkm import _backend, _schema
+
+settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=True, database=None)
+settings.load_profile("fastkm")
+
+DTYPES = (torch.float32, torch.float64)
+OPERATIONS = ("solve_addressing", "update_posterior", "write", "read", "attractor_read", "kl_memory")
+
+
+def backend_param(*values):
+    """A parameter set that ends in a backend, skipped while that backend cannot run here."""
+    missing = values[-1] == "native" and _schema.unavailable is not None
+    marks = [pytest.mark.skip(reason=_schema.unavailable)] if missing else []
+    return pytest.param(*values, marks=marks, id="-".join(values))
+
+
+def pytest_generate_tests(metafunc):
+    names = metafunc.fixturenames
+    if "operation" in names and "backend" in names:
+        pairs = [(o, b) for o in OPERATIONS for b in ("reference", "native") if b in _backend.CAPABILITIES[o]]
+        metafunc.parametrize(("operation", "backend"), [backend_param(*pair) for pair in pairs])
+    elif "backend" in names:
+        metafunc.parametrize("backend", [backend_param("reference"), backend_param("native")])
+    elif "operation" in names:
+        metafunc.parametrize("operation", OPERATIONS)
+    if "dtype" in names:
+        metafunc.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+
+
+@pytest.fixture(autouse=True)
+def fixed_surroundings(monkeypatch):
+    """No preset backend, one thread, a fixed seed."""
+    monkeypatch.delenv("FASTKM_BACKEND", raising=False)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
