@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkm import _backend, _check
-from fastkm.matrix_normal import kl_memory, kl_weights
-from fastkm.matrix_normal.reference import factor_covariance
+from fastkm.matrix_normal import MatrixNormal, kl_memory, kl_weights
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState
 from fastkm.writing import WriteResult, write
@@ -216,11 +215,7 @@ class KanervaMemory(nn.Module):
         """The memory a read uses [B, K, C]: the mean of q(M), or one sample of it."""
         check = self._signature()
         mean, cov = check.tensor("state.mean", state[0], "BKC"), check.tensor("state.cov", state[1], "BKK")
-        if not self.sample_memory:
-            return mean
-        factor, info = factor_covariance(cov)
-        _check.factored(info, "state.cov")
-        return mean + factor @ torch.randn_like(mean)
+        return MatrixNormal(mean, cov).rsample() if self.sample_memory else mean
 
 
 def _positive(name: str, value: float) -> float:
