@@ -27,8 +27,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize(("operation", "backend"), [backend_param(*pair) for pair in pairs])
     elif "backend" in names:
         metafunc.parametrize("backend", [backend_param("reference"), backend_param("native")])
-    elif "operation" in names:
-        metafunc.parametrize("operation", OPERATIONS)
     if "dtype" in names:
         metafunc.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 

@@ -151,8 +151,9 @@ def test_masked_pattern_is_an_absent_pattern(backend, dtype):
     assert_close(masked.log_evidence, absent.log_evidence, "log_evidence")
     assert_close(masked.kl[:, keep], absent.kl, "kl")
     assert_close(masked.innovation_var[:, keep], absent.innovation_var, "innovation_var")
-    assert torch.equal(masked.innovation_var[:, ~keep], p.noise_var[:, ~keep])
-    assert (masked.kl[:, ~keep] == 0).all()
+    eps = torch.finfo(dtype).eps
+    assert oracle.error(masked.innovation_var[:, ~keep], p.noise_var[:, ~keep]) <= 2 * eps * p.noise_var.max()
+    assert oracle.largest(masked.kl[:, ~keep]) <= 2 * eps * p.values.shape[-1]
 
 
 def test_what_a_masked_pattern_holds_is_never_read(backend, dtype):

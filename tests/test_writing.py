@@ -38,7 +38,7 @@ def test_write_equals_the_literal_loop(shape, masked, backend, dtype):
 
 @pytest.mark.parametrize("num_opt_iters", [1, 2, 3])
 @pytest.mark.parametrize("method", ["ridge", "deepmind"])
-@pytest.mark.parametrize("shape", [(2, 9, 1, 4, 7), (2, 5, 1, 13, 6), (1, 18, 1, 9, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 9, 1, 4, 7), (16, 5, 1, 13, 6), (16, 18, 1, 9, 16)], ids=str)
 def test_write_with_every_option(shape, method, num_opt_iters, backend, dtype):
     judge(problem(*shape, dtype, masked=True), backend, num_opt_iters=num_opt_iters, method=method)
 
@@ -126,8 +126,9 @@ def test_masked_pattern_is_an_absent_pattern(backend, dtype):
     assert_close(masked.weights[:, keep], absent.weights, "weights")
     assert_close(masked.kl[:, keep], absent.kl, "kl")
     assert_close(masked.innovation_var[:, keep], absent.innovation_var, "innovation_var")
-    assert torch.equal(masked.innovation_var[:, ~keep], p.noise_var[:, ~keep])
-    assert (masked.kl[:, ~keep] == 0).all()
+    eps = torch.finfo(dtype).eps
+    assert oracle.error(masked.innovation_var[:, ~keep], p.noise_var[:, ~keep]) <= 2 * eps * p.noise_var.max()
+    assert oracle.largest(masked.kl[:, ~keep]) <= 2 * eps * p.values.shape[-1]
     assert (masked.weights[:, ~keep] == 0).all()
 
 

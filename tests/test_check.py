@@ -1,0 +1,382 @@
+"""Bad input gets an error that names the argument, what was expected and what came, whichever backend was named.
+
+The guards run before a backend is chosen, so every case is tried with every backend, those that cannot run here too.
+"""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from oracle import call, flat, problem
+
+import fastkm
+from fastkm import MemoryState
+
+B, T, Q, K, C = 2, 3, 4, 5, 6
+
+FUNCTIONS = {
+    "solve_addressing": ("mean", "queries", "ridge"),
+    "update_posterior": ("state.mean", "state.cov", "weights", "values", "noise_var", "mask"),
+    "write": ("state.mean", "state.cov", "values", "noise_var", "ridge", "mask"),
+    "read": ("mean", "queries", "ridge"),
+    "attractor_read": ("state.mean", "state.cov", "queries", "noise_var", "ridge"),
+    "kl_memory": ("state.mean", "state.cov", "prior.mean", "prior.cov"),
+}
+AXES = {
+    "mean": (B, K, C),
+    "state.mean": (B, K, C),
+    "state.cov": (B, K, K),
+    "prior.mean": (B, K, C),
+    "prior.cov": (B, K, K),
+    "weights": (B, T, K),
+    "values": (B, T, C),
+    "queries": (B, Q, C),
+}
+OPTIONS = {"attractor_read": {"clean": torch.tanh, "num_iters": 3}}
+BACKENDS = ("reference", "native", "triton", None)
+
+TENSORS = [(f, name) for f, names in FUNCTIONS.items() for name in names if name in AXES]
+VARIANCES = [(f, name) for f, names in FUNCTIONS.items() for name in names if name in ("noise_var", "ridge")]
+MASKS = [(f, name) for f, names in FUNCTIONS.items() for name in names if name == "mask"]
+IDS = "-".join
+
+
+def arguments(function, dtype=torch.float32):
+    p = problem(B, T, Q, K, C, dtype)
+    known = {
+        "mean": p.state.mean,
+        "state.mean": p.state.mean,
+        "state.cov": p.state.cov,
+        "prior.mean": p.state.mean,
+        "prior.cov": p.state.cov,
+        "weights": p.weights,
+        "values": p.values,
+        "queries": p.queries,
+        "noise_var": 0.7,
+        "ridge": 0.8,
+        "mask": torch.ones(B, T, dtype=torch.bool),
+    }
+    return {name: known[name] for name in FUNCTIONS[function]}
+
+
+def run(function, given, **options):
+    """Call a public function with its arguments by the names its errors use."""
+    given, positional = dict(given), []
+    for state in ("state", "prior"):
+        if f"{state}.mean" in given:
+            positional.append(MemoryState(given.pop(f"{state}.mean"), given.pop(f"{state}.cov")))
+    options = OPTIONS.get(function, {}) | options
+    if "mask" in given:
+        options["mask"] = given.pop("mask")
+    return getattr(fastkm, function)(*positional, *given.values(), **options)
+
+
+def refused(function, error, pattern, *, options=None, **changes):
+    """Every backend refuses the call in the same words."""
+    given = arguments(function) | changes
+    for backend in BACKENDS:
+        with pytest.raises(error, match=pattern):
+            run(function, given, backend=backend, **(options or {}))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_good_arguments_pass(function):
+    run(function, arguments(function))
+
+
+# ---------------------------------------------------------------------------------------------------- shape and rank
+
+
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+def test_wrong_rank(function, name):
+    value = arguments(function)[name]
+    for wrong in (value[0], value.unsqueeze(0), value.flatten()[0]):
+        refused(function, ValueError, rf"^{name} must have shape \[.*got {re.escape(str(list(wrong.shape)))}", **{name: wrong})
+
+
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_size_that_disagrees(function, name, axis):
+    """The error names the first argument that disagrees with those before it, and the shape it should have had."""
+    shape = list(AXES[name])
+    shape[axis] += 1
+    names = [n for n in FUNCTIONS[function] if n in AXES]
+    later = "|".join(re.escape(n) for n in names[names.index(name) :])
+    free = (name in ("values", "weights") and axis == 1) or (name == "queries" and axis == 1)
+    wrong = {name: torch.randn(shape)}
+    if not free:
+        refused(function, ValueError, rf"^({later}) must have shape \[.*\], got \[[\d, ]+\]$", **wrong)
+    elif function == "update_posterior":
+        refused(function, ValueError, r"^(values|mask) must have shape \[.*\], got \[[\d, ]+\]$", **wrong)
+    elif function == "write":
+        refused(function, ValueError, r"^mask must have shape \[B, T\] = \[2, 4\], got \[2, 3\]$", **wrong)
+
+
+def test_the_expected_shape_is_computed_from_the_arguments_before():
+    refused("write", ValueError, r"^values must have shape \[B, T, C\] = \[2, T, 6\], got \[2, 3, 7\]$", values=torch.ones(2, 3, 7))
+    refused("read", ValueError, r"^queries must have shape \[B, Q, C\] = \[2, Q, 6\], got \[3, 4, 6\]$", queries=torch.ones(3, 4, 6))
+    cov = {"state.cov": torch.ones(2, 5, 6)}
+    refused("write", ValueError, r"^state\.cov must have shape \[B, K, K\] = \[2, 5, 5\], got \[2, 5, 6\]$", **cov)
+
+
+# --------------------------------------------------------------------------------------------- kind, dtype and device
+
+
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+@pytest.mark.parametrize("kind", [np.ndarray, list, type(None)], ids=lambda kind: kind.__name__)
+def test_not_a_tensor(function, name, kind):
+    value = arguments(function)[name]
+    wrong = {np.ndarray: value.numpy(), list: value.tolist(), type(None): None}[kind]
+    refused(function, TypeError, rf"^{name} must be a tensor of shape \[.*\], got {kind.__name__}$", **{name: wrong})
+
+
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+def test_mixed_dtypes(function, name):
+    given = arguments(function)
+    first = next(iter(given))
+    if name == first:
+        second = list(given)[1]
+        pattern = rf"^{second} must be float64 like {first}, got float32$"
+    else:
+        pattern = rf"^{name} must be float32 like {first}, got float64$"
+    refused(function, TypeError, pattern, **{name: given[name].double()})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64], ids=str)
+def test_dtype_that_is_not_computed_in(function, dtype):
+    given = arguments(function)
+    wrong = {name: x.to(dtype) if isinstance(x, torch.Tensor) and name != "mask" else x for name, x in given.items()}
+    name = str(dtype).removeprefix("torch.")
+    refused(function, TypeError, rf"^{next(iter(given))} must be float32 or float64, got {name}$", **wrong)
+
+
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+def test_mixed_devices(function, name):
+    given = arguments(function)
+    first, second = list(given)[:2]
+    pattern = rf"^{second} must be on meta like {first}, got cpu$"
+    if name != first:
+        pattern = rf"^{name} must be on cpu like {first}, got meta$"
+    refused(function, ValueError, pattern, **{name: given[name].to("meta")})
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES + MASKS, ids=map(IDS, VARIANCES + MASKS))
+def test_device_of_variances_and_masks(function, name):
+    value = torch.ones(B, T, dtype=torch.bool) if name == "mask" else torch.ones(B)
+    first = FUNCTIONS[function][0]
+    refused(function, ValueError, rf"^{name} must be on cpu like {first}, got meta$", **{name: value.to("meta")})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_state(function):
+    if FUNCTIONS[function][0] == "state.mean":
+        rest = [torch.ones(1)] * (len(FUNCTIONS[function]) - 2 - ("mask" in FUNCTIONS[function]))
+        with pytest.raises((TypeError, ValueError)):
+            getattr(fastkm, function)(None, *rest, **OPTIONS.get(function, {}))
+
+
+# ------------------------------------------------------------------------------------------------ variances and ridges
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+@pytest.mark.parametrize("value", [0, 0.0, -1.0, -1e-30, math.nan, math.inf, -math.inf])
+def test_variance_must_be_positive_and_finite(function, name, value):
+    refused(function, ValueError, rf"^{name} must be positive and finite.*got", **{name: value})
+    for shape in ((), (B,)):
+        tensor = torch.ones(shape)
+        tensor.view(-1)[-1] = value
+        refused(function, ValueError, rf"^{name} must be positive and finite.*got", **{name: tensor})
+
+
+@pytest.mark.parametrize("function", ["update_posterior", "write"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_noise_of_every_pattern_must_be_positive_and_finite(function, value):
+    noise_var = torch.ones(B, T)
+    noise_var[1, 2] = value
+    refused(function, ValueError, r"^noise_var must be positive and finite.*got", noise_var=noise_var)
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+@pytest.mark.parametrize("value", [1e-60, 1e60])
+def test_variance_must_be_positive_and_finite_in_the_dtype_of_the_call(function, name, value):
+    """As a float32 these are 0 and inf."""
+    refused(function, ValueError, rf"^{name} must be positive and finite.*got", **{name: value})
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+def test_variance_of_the_wrong_shape(function, name):
+    shapes = [(B + 1,), (1,), (1, 1, 1), (B, T, 1), (T, B)]
+    if name == "ridge" or function == "attractor_read":
+        shapes.append((B, T))
+    for shape in shapes:
+        pattern = rf"^{name} must be a float or a tensor of shape .*, got {re.escape(str(list(shape)))}$"
+        refused(function, ValueError, pattern, **{name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+@pytest.mark.parametrize("value", [True, None, "1.0", [1.0, 1.0], 1j], ids=repr)
+def test_variance_of_the_wrong_kind(function, name, value):
+    kind = type(value).__name__
+    refused(function, TypeError, rf"^{name} must be a float or a tensor, got {kind}$", **{name: value})
+
+
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool], ids=str)
+def test_variance_of_the_wrong_dtype(function, name, dtype):
+    got = str(dtype).removeprefix("torch.")
+    pattern = rf"^{name} must be float32 like {FUNCTIONS[function][0]}, got {got}$"
+    for shape in ((), (B,)):
+        refused(function, TypeError, pattern, **{name: torch.ones(shape, dtype=dtype)})
+
+
+# ------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("function", ["update_posterior", "write"])
+def test_mask_of_the_wrong_shape_or_kind(function):
+    for shape in ((T,), (B,), (B, T + 1), (B + 1, T), (B, T, 1), (T, B), ()):
+        pattern = rf"^mask must have shape \[B, T\] = \[2, 3\], got {re.escape(str(list(shape)))}$"
+        refused(function, ValueError, pattern, mask=torch.ones(shape, dtype=torch.bool))
+    for dtype in (torch.float32, torch.int64, torch.uint8):
+        got = str(dtype).removeprefix("torch.")
+        pattern = rf"^mask must be a bool tensor of shape \[B, T\] = \[2, 3\], got {got}$"
+        refused(function, TypeError, pattern, mask=torch.ones(B, T, dtype=dtype))
+    for value in (True, [[True] * T] * B, np.ones((B, T), dtype=bool)):
+        refused(function, TypeError, rf"^mask must be a bool tensor.*got {type(value).__name__}$", mask=value)
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+COUNTS = [("write", "num_opt_iters"), ("read", "num_iters"), ("attractor_read", "num_iters")]
+
+
+@pytest.mark.parametrize(("function", "name"), COUNTS, ids=map(IDS, COUNTS))
+def test_counts(function, name):
+    for value in (0, -1):
+        refused(function, ValueError, rf"^{name} must be at least 1, got {value}$", options={name: value})
+    for value in (1.0, True, "1", None, torch.tensor(2)):
+        refused(function, TypeError, rf"^{name} must be an int, got {type(value).__name__}$", options={name: value})
+
+
+@pytest.mark.parametrize("function", ["solve_addressing", "write", "read"])
+def test_unknown_method(function):
+    for method in ("Ridge", "", None, 1):
+        pattern = rf"^method must be one of 'ridge', 'deepmind', got {re.escape(repr(method))}$"
+        refused(function, ValueError, pattern, options={"method": method})
+
+
+def test_unknown_method_of_kl_memory():
+    refused("kl_memory", ValueError, r"^method must be one of 'exact', 'deepmind', got 'ridge'$", options={"method": "ridge"})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["cuda", "Native", "", "cpu"])
+def test_unknown_backend(function, backend):
+    pattern = rf"^backend must be one of 'native', 'triton', 'reference' or None, got '{backend}'$"
+    if backend == "":
+        pattern = "^backend must be one of"
+    with pytest.raises(ValueError, match=pattern):
+        run(function, arguments(function), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["weight_var", "tol"])
+def test_attractor_numbers(name):
+    for value in (-1.0, math.nan, math.inf):
+        pattern = rf"^{name} must be finite and at least 0, got {value}$"
+        refused("attractor_read", ValueError, pattern, options={name: value})
+    for value in (True, "0", torch.tensor(0.1)):
+        pattern = rf"^{name} must be a float, got {type(value).__name__}$"
+        refused("attractor_read", TypeError, pattern, options={name: value})
+
+
+def test_clean_must_be_callable():
+    for value in (None, torch.ones(2), "tanh"):
+        pattern = rf"^clean must be a callable from codes to codes, got {type(value).__name__}$"
+        refused("attractor_read", TypeError, pattern, options={"clean": value})
+
+
+# -------------------------------------------------------------------------------- matrices that cannot be factored
+
+
+def sick(p, which, disease):
+    cov = p.state.cov.clone()
+    for b in which:
+        if disease == "asymmetric":
+            cov[b, 0, 1] += 0.1
+        elif disease == "indefinite":
+            cov[b] -= (torch.linalg.eigvalsh(cov[b].double()).max() * 1.1).to(cov.dtype) * torch.eye(K, dtype=cov.dtype)
+        elif disease == "slightly indefinite":
+            # One eigenvalue of −0.05, along the first pattern's own weights (and the mean's rows, which a write uses).
+            cov[b] = torch.eye(K, dtype=cov.dtype)
+            v = torch.nn.functional.normalize(p.weights[b, 0], dim=0)
+            cov[b] -= 1.05 * torch.outer(v, v)
+            cov[b] = (cov[b] + cov[b].mT) / 2
+        elif disease == "nan":
+            cov[b, 2, 2] = math.nan
+        elif disease == "infinite":
+            cov[b, 1, 1] = math.inf
+    return p._replace(state=p.state._replace(cov=cov))
+
+
+COVARIANCES = ["update_posterior", "write", "kl_memory"]
+WHICH = [[2], [0, 3], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("which", WHICH, ids=str)
+@pytest.mark.parametrize("disease", ["asymmetric", "indefinite", "nan", "infinite"])
+def test_covariance_that_is_none(disease, which, operation, backend, dtype):
+    """Exactly the sick memories are named; nothing is handed back."""
+    if operation not in COVARIANCES:
+        with_sick = call(operation, sick(problem(5, 4, 3, K, C, dtype), which, "asymmetric"), backend)
+        assert all(x.isfinite().all() for x in flat(with_sick).values())  # the mean alone is factored
+        return
+    words = "not symmetric" if disease == "asymmetric" else "(not symmetric|not positive definite)"
+    words = "not positive definite" if disease in ("indefinite", "nan") else words
+    memories = rf"{'memory' if len(which) == 1 else 'memories'} {re.escape(str(which))}"
+    with pytest.raises(torch.linalg.LinAlgError, match=rf"state\.cov.* is {words} in {memories}$"):
+        call(operation, sick(problem(5, 4, 3, K, C, dtype), which, disease), backend)
+
+
+def test_negative_direction_in_the_patterns_weights(backend, dtype):
+    """An eigenvalue of −0.05 against σ² of ½ and more: S stays positive definite, but its pivot falls below σ²."""
+    with pytest.raises(torch.linalg.LinAlgError, match=r"state\.cov is not positive definite in memories \[1, 4\]$"):
+        call("update_posterior", sick(problem(5, 4, 3, K, C, dtype), [1, 4], "slightly indefinite"), backend)
+
+
+def test_two_diseases_at_once(backend, dtype):
+    p = sick(sick(problem(5, 4, 3, K, C, dtype), [1], "asymmetric"), [0, 4], "indefinite")
+    pattern = r"state\.cov is not symmetric in memory \[1\] and not positive definite in memories \[0, 4\]$"
+    for operation in ("update_posterior", "write"):
+        with pytest.raises(torch.linalg.LinAlgError, match=pattern):
+            call(operation, p, backend)
+
+
+def test_rounding_is_not_asymmetry(operation, backend, dtype):
+    p = problem(3, 4, 3, K, C, dtype)
+    cov = p.state.cov.clone()
+    cov[:, 0, 1] *= 1 + 4 * torch.finfo(dtype).eps
+    call(operation, p._replace(state=p.state._replace(cov=cov)), backend)
+
+
+def test_covariance_of_a_long_write_is_taken_again(backend, dtype):
+    """What write returns is always good enough to write to."""
+    p = problem(2, 150, 1, 9, 8, dtype)
+    for _ in range(3):
+        p = p._replace(state=call("write", p, backend).state)
+
+
+def test_mean_that_is_not_a_number(operation, backend, dtype):
+    p = problem(4, 3, 3, K, C, dtype)
+    mean = p.state.mean.clone()
+    mean[1, 2, 3] = math.nan
+    p = p._replace(state=p.state._replace(mean=mean))
+    if operation in ("solve_addressing", "read", "attractor_read"):
+        with pytest.raises(torch.linalg.LinAlgError, match=r"mean meanᵀ \+ ridge I is not .* in memory \[1\]$"):
+            call(operation, p, backend)
+    elif operation == "write":
+        with pytest.raises(torch.linalg.LinAlgError, match=r"in memory \[1\]$"):
+            call(operation, p, backend)
