@@ -4,11 +4,14 @@ from torch import Tensor
 
 from fastkm import _backend, _check
 from fastkm.matrix_normal import native, reference
+from fastkm.matrix_normal.distribution import MatrixNormal
+from fastkm.matrix_normal.kronecker import KroneckerCovariance
 from fastkm.state import MemoryState
 
-__all__ = ["kl_memory", "kl_weights"]
+__all__ = ["KroneckerCovariance", "MatrixNormal", "kl_memory", "kl_weights", "logdet"]
 
 _RUN_KL_MEMORY = {"reference": reference.kl_memory, "native": native.kl_memory}
+_RUN_LOGDET = {"reference": reference.logdet, "native": native.logdet}
 
 
 def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | Tensor) -> Tensor:
@@ -31,9 +34,7 @@ def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | T
     return reference.kl_weights(weights, weight_var, prior_var)
 
 
-def kl_memory(
-    state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None
-) -> Tensor:
+def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None) -> Tensor:
     """KL(q(M) ‖ p(M)) of two memories in nats, ``[B]``.
 
     ``½ [ C tr(U0⁻¹U) + tr((R − R0)ᵀ U0⁻¹ (R − R0)) − KC + C (ln|U0| − ln|U|) ]``
@@ -64,3 +65,26 @@ def kl_memory(
     kl, info = _RUN_KL_MEMORY[_backend.resolve("kl_memory", backend, *tensors)](*tensors)
     _check.factored(info, "state.cov or prior.cov")
     return kl
+
+
+def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
+    """``ln|U|`` of every covariance, from its Cholesky diagonal: ``2 Σ_k ln L_kk`` with ``U = L Lᵀ``.
+
+    Args:
+        cov: U ``[B, K, K]``, symmetric positive definite, float32 or float64.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        ``[B]``; 0 for an empty matrix.
+
+    Numerics: computed in the dtype given. The determinant itself is never formed, so it neither over- nor underflows.
+
+    Raises:
+        TypeError, ValueError: ``cov`` is of the wrong kind, dtype or shape.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+    """
+    cov = _check.Signature().tensor("cov", cov, "BKK")
+    values, info = _RUN_LOGDET[_backend.resolve("logdet", backend, cov)](cov)
+    _check.factored(info, "cov")
+    return values
