@@ -1,0 +1,64 @@
+// From torch tensors to kernel arguments, on the LibTorch stable ABI.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "kernels.h"
+
+namespace fastkm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The public functions check every argument with words; these checks keep a direct call of an operator from
+// reading memory that is not there.
+inline void expect(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType type) {
+  bool same = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.scalar_type() == type;
+  int64_t axis = 0;
+  for (int64_t size : sizes) same = same && tensor.size(axis++) == size;
+  STD_TORCH_CHECK(same, "fastkm: ", name, " has a shape or dtype that does not fit the other arguments");
+}
+
+template <class T>
+Batch<T> batch_of(const Tensor& tensor) {
+  Batch<T> batch;
+  batch.data = static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) batch.stride[axis] = tensor.stride(axis);
+  return batch;
+}
+
+inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes,
+                   std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Run `compute(T{})` for the dtype of the tensors.
+template <class F>
+void for_dtype(ScalarType type, const F& compute) {
+  switch (type) {
+    case ScalarType::Float: return compute(float{});
+    case ScalarType::Double: return compute(double{});
+    default: STD_TORCH_CHECK(false, "fastkm: the CPU kernels take float32 and float64");
+  }
+}
+
+// Spread [0, n) over torch's threads; a memory is always computed whole by one thread, so its result does not depend
+// on the batch it sits in.
+template <class F>
+void over_threads(int64_t n, const F& compute) {
+  torch::stable::parallel_for(0, n, 1, compute);
+}
+
+}  // namespace fastkm

@@ -1,0 +1,363 @@
+// Dense linear algebra on matrices in working memory: products, Cholesky factors, triangular solves.
+//
+// Rows are padded to whole vectors and padding takes part in every product, so no loop has a tail: what stands in the
+// padding of an output is meaningless, and no output column depends on another column's padding.
+#pragma once
+
+#include <cmath>
+
+#include "arena.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// Rows in one diagonal block of a factor: big enough that products do the work, small enough to invert in registers.
+constexpr int64_t kBlock = 16;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Elements from one row to the next. Long rows must not be a multiple of 512 bytes apart: a column of tiles would
+// then fall into an eighth of the first-level cache.
+template <class T>
+inline int64_t row_stride(int64_t columns) {
+  const int64_t padded = round_up(columns, kBlock);
+  return padded * static_cast<int64_t>(sizeof(T)) % 512 ? padded : padded + kBlock;
+}
+
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, ld;
+
+  T* row(int64_t i) const { return data + i * ld; }
+  Matrix block(int64_t first_row, int64_t count, int64_t first_column, int64_t width) const {
+    return {row(first_row) + first_column, count, width, ld};
+  }
+  Matrix rows_from(int64_t first, int64_t count) const { return block(first, count, 0, columns); }
+};
+
+// The left factor of a product: strided, so that a transpose is a view.
+template <class T>
+struct Left {
+  const T* data;
+  int64_t row, column;
+};
+template <class T>
+Left<T> left(const Matrix<T>& m) {
+  return {m.data, m.ld, 1};
+}
+template <class T>
+Left<T> transposed(const Matrix<T>& m) {
+  return {m.data, 1, m.ld};
+}
+
+template <class T>
+Matrix<T> take_matrix(Arena& arena, int64_t rows, int64_t columns) {
+  const int64_t ld = row_stride<T>(columns);
+  return {arena.take<T>(rows * ld), rows, columns, ld};
+}
+
+// ---- moving between the caller's memory and working memory -------------------------------------------------------
+
+template <class T>
+void fill_zero(const Matrix<T>& m) {
+  for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(T));
+}
+
+template <class T>
+void clear_padding(const Matrix<T>& m) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = m.columns; j < m.ld; ++j) m.row(i)[j] = 0;
+}
+
+// Copy in, with the padding set to zero.
+template <class T>
+void load_matrix(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+  for (int64_t i = 0; i < to.rows; ++i) {
+    const T* source = from.at(b, i);
+    T* target = to.row(i);
+    if (from.stride[2] == 1) {
+      __builtin_memcpy(target, source, static_cast<size_t>(to.columns) * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < to.columns; ++j) target[j] = source[j * from.stride[2]];
+    }
+    for (int64_t j = to.columns; j < to.ld; ++j) target[j] = 0;
+  }
+}
+
+template <class T>
+void store_matrix(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+  for (int64_t i = 0; i < from.rows; ++i)
+    __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(T));
+}
+
+// Copy between two matrices of one width, padding included.
+template <class T>
+void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
+  const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
+  for (int64_t i = 0; i < from.rows; ++i)
+    __builtin_memcpy(to.row(i), from.row(i), static_cast<size_t>(width) * sizeof(T));
+}
+
+// to = fromᵀ, in square blocks so that both sides stay in the cache; the padding is set to zero.
+template <class T>
+void transpose(const Matrix<T>& to, const Matrix<T>& from) {
+  for (int64_t i0 = 0; i0 < to.rows; i0 += kBlock)
+    for (int64_t j0 = 0; j0 < to.columns; j0 += kBlock)
+      for (int64_t i = i0; i < smaller(i0 + kBlock, to.rows); ++i)
+        for (int64_t j = j0; j < smaller(j0 + kBlock, to.columns); ++j) to.row(i)[j] = from.row(j)[i];
+  for (int64_t i = 0; i < to.rows; ++i)
+    for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
+}
+
+// Copy the lower triangle onto the upper one.
+template <class T>
+void mirror(const Matrix<T>& m) {
+  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
+    for (int64_t j0 = i0; j0 < m.rows; j0 += kBlock)
+      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
+        for (int64_t j = j0 > i ? j0 : i + 1; j < smaller(j0 + kBlock, m.rows); ++j) m.row(i)[j] = m.row(j)[i];
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------
+
+template <Into INTO, int VECS, class T>
+void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  constexpr int kRows = FASTKM_TILE_ROWS;
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows)
+    product_tile<INTO, kRows, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+  for (; i + 4 <= rows; i += 4)
+    product_tile<INTO, 4, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+  for (; i + 2 <= rows; i += 2)
+    product_tile<INTO, 2, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+  for (; i < rows; ++i)
+    product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+}
+
+// C (=, +=, −=) A B, where C is [rows, columns] and B is [k, columns].
+template <Into INTO, class T>
+void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
+  constexpr int64_t W = kLanes<T>;
+  int64_t j = 0;
+  for (; j + W < c.columns; j += 2 * W)
+    product_column<INTO, 2>(c.rows, k, a, b.data + j, b.ld, c.data + j, c.ld);
+  if (j < c.columns) product_column<INTO, 1>(c.rows, k, a, b.data + j, b.ld, c.data + j, c.ld);
+}
+
+// The same for a square C of which only the lower triangle is wanted; what ends up above it is meaningless.
+template <Into INTO, class T>
+void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t j = 0; j < c.columns; j += 2 * W) {
+    const Left<T> below{a.data + j * a.row, a.row, a.column};
+    T* corner = c.row(j) + j;
+    if (j + W < c.columns)
+      product_column<INTO, 2>(c.rows - j, k, below, b.data + j, b.ld, corner, c.ld);
+    else
+      product_column<INTO, 1>(c.rows - j, k, below, b.data + j, b.ld, corner, c.ld);
+  }
+}
+
+// C = Y Yᵀ in full, from Y [rows, k].
+template <class T>
+void gram(const Matrix<T>& c, const Matrix<T>& y, Arena& arena) {
+  const Matrix<T> yt = take_matrix<T>(arena, y.columns, y.rows);
+  transpose(yt, y);
+  product_lower<Into::kSet>(c, y.columns, left(y), yt);
+  mirror(c);
+}
+
+// ---- vectors -----------------------------------------------------------------------------------------------------
+
+template <class T>
+T dot(int64_t n, const T* x, const T* y) {
+  constexpr int64_t W = kLanes<T>;
+  Vec<T> sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sum[0] += load(x + i) * load(y + i);
+    sum[1] += load(x + i + W) * load(y + i + W);
+  }
+  T total = lane_sum<T>(sum[0] + sum[1]);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// ---- Cholesky ----------------------------------------------------------------------------------------------------
+
+// The lower factor L of a positive definite matrix, with the inverses of its diagonal blocks: with those, every solve
+// is made of products.
+template <class T>
+struct Factor {
+  Matrix<T> lower;     // [n, n], the upper triangle is meaningless
+  T* inverse;          // [blocks, kBlock, kBlock], lower triangular
+  T* inverse_transposed;
+
+  int64_t size() const { return lower.rows; }
+  Matrix<T> inverse_block(int64_t first) const {
+    return {inverse + first * kBlock, kBlock, kBlock, kBlock};
+  }
+  Matrix<T> inverse_transposed_block(int64_t first) const {
+    return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
+  }
+};
+
+template <class T>
+Factor<T> take_factor(Arena& arena, int64_t n) {
+  const int64_t padded = round_up(n, kBlock);
+  return {take_matrix<T>(arena, n, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
+}
+
+// Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further
+// below, or NaN, is not that of a positive definite matrix. With no floors, a pivot must be positive.
+template <class T>
+struct Floors {
+  const T* value = nullptr;  // [n]
+  const T* slack = nullptr;  // [n]
+};
+
+// L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive.
+template <class T>
+bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
+  bool good = true;
+  // The block as a full symmetric matrix, completed by the identity; it becomes Lᵀ row by row.
+  alignas(64) T upper[kBlock][kBlock] = {};
+  T reciprocal[kBlock];
+  for (int64_t i = 0; i < kBlock; ++i) upper[i][i] = 1;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) upper[i][j] = upper[j][i] = a.row(i)[j];
+  for (int64_t j = 0; j < kBlock; ++j) {
+    T pivot = upper[j][j];
+    if (j < n) {
+      const T floor = floors.value ? floors.value[j] : T(0);
+      const bool holds = floors.value ? pivot >= floor - floors.slack[j] : pivot > 0;
+      const bool finite = pivot - pivot == 0;
+      if (!holds || !finite) {
+        good = false;
+        pivot = 1;
+      } else if (pivot < floor) {
+        pivot = floor;
+      }
+    }
+    const T root = std::sqrt(pivot);
+    reciprocal[j] = 1 / root;
+    for (int64_t c = 0; c < kBlock; ++c) upper[j][c] *= reciprocal[j];
+    upper[j][j] = root;
+    for (int64_t i = j + 1; i < kBlock; ++i) {
+      const T factor = upper[j][i];
+      for (int64_t c = 0; c < kBlock; ++c) upper[i][c] -= factor * upper[j][c];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper[j][i];
+  // Rows of L⁻¹ by forward substitution on the identity.
+  alignas(64) T rows[kBlock][kBlock] = {};
+  for (int64_t i = 0; i < kBlock; ++i) {
+    rows[i][i] = 1;
+    for (int64_t j = 0; j < i; ++j) {
+      const T factor = upper[j][i];
+      for (int64_t c = 0; c < kBlock; ++c) rows[i][c] -= factor * rows[j][c];
+    }
+    for (int64_t c = 0; c < kBlock; ++c) rows[i][c] *= reciprocal[i];
+  }
+  for (int64_t i = 0; i < kBlock; ++i)
+    for (int64_t j = 0; j < kBlock; ++j) {
+      inverse[i * kBlock + j] = rows[i][j];
+      inverse_transposed[j * kBlock + i] = rows[i][j];
+    }
+  return good;
+}
+
+// Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from
+// those on its left. Returns whether the matrix is positive definite; if not, the factor is finite but meaningless.
+template <class T>
+bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
+  const int64_t n = f.size();
+  const Matrix<T> above = take_matrix<T>(arena, n, kBlock);   // Lᵀ of this block row
+  const Matrix<T> panel = take_matrix<T>(arena, n, kBlock);
+  bool good = true;
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j);
+    const Matrix<T> column = f.lower.block(j, n - j, j, width);
+    if (j > 0) {
+      transpose(above.block(0, j, 0, width), f.lower.block(j, width, 0, j));
+      product<Into::kSubtract>(column, j, left(f.lower.rows_from(j, n - j)), above);
+    }
+    const Floors<T> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
+    good &= factor_block(column, width, here, f.inverse_block(j).data, f.inverse_transposed_block(j).data);
+    const int64_t below = n - j - width;
+    if (below > 0) {
+      const Matrix<T> rest = column.rows_from(width, below);
+      copy_rows(panel, rest);
+      product<Into::kSet>(rest, kBlock, left(panel), f.inverse_transposed_block(j));
+    }
+  }
+  return good;
+}
+
+// X ← L⁻¹ X, X [n, m].
+template <class T>
+void solve_lower(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
+  const Matrix<T> work = take_matrix<T>(arena, kBlock, x.columns);
+  for (int64_t j = 0; j < f.size(); j += kBlock) {
+    const int64_t width = smaller(kBlock, f.size() - j);
+    const Matrix<T> rows = x.rows_from(j, width), rhs = work.rows_from(0, width);
+    copy_rows(rhs, rows);
+    if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), x);
+    product<Into::kSet>(rows, width, left(f.inverse_block(j)), rhs);
+  }
+}
+
+// X ← X (L Lᵀ)⁻¹ for rows of right-hand sides, X [m, n]; `lower_transposed` is Lᵀ [n, n].
+template <class T>
+void solve_rows(const Factor<T>& f, const Matrix<T>& lower_transposed, const Matrix<T>& x, const Matrix<T>& work) {
+  const int64_t n = f.size();
+  const auto set_aside = [&](int64_t j, int64_t width) {
+    const Matrix<T> rhs{work.data, x.rows, width, work.ld};
+    copy_rows(rhs, x.block(0, x.rows, j, width));
+    return rhs;
+  };
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j);
+    const Matrix<T> rhs = set_aside(j, width);
+    if (j > 0) product<Into::kSubtract>(rhs, j, left(x), lower_transposed.block(0, j, j, width));
+    product<Into::kSet>(x.block(0, x.rows, j, width), width, left(rhs), f.inverse_transposed_block(j));
+  }
+  for (int64_t j = (n - 1) / kBlock * kBlock; j >= 0 && n > 0; j -= kBlock) {
+    const int64_t width = smaller(kBlock, n - j), after = j + width;
+    const Matrix<T> rhs = set_aside(j, width);
+    if (after < n)
+      product<Into::kSubtract>(rhs, n - after, Left<T>{x.data + after, x.ld, 1}, f.lower.block(after, n - after, j, width));
+    product<Into::kSet>(x.block(0, x.rows, j, width), width, left(rhs), f.inverse_block(j));
+  }
+}
+
+// H = (L Lᵀ)⁻¹ in full.
+template <class T>
+void invert(const Factor<T>& f, const Matrix<T>& h, Arena& arena) {
+  const int64_t n = f.size();
+  const Matrix<T> root = take_matrix<T>(arena, n, n);
+  fill_zero(root);
+  for (int64_t i = 0; i < n; ++i) root.row(i)[i] = 1;
+  // Columns right of a block are zero in its rows, so each block row stops at its own end.
+  const Matrix<T> work = take_matrix<T>(arena, kBlock, n);
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j);
+    const Matrix<T> rows = root.block(j, width, 0, j + width), rhs = work.block(0, width, 0, j + width);
+    copy_rows(rhs, rows);
+    if (j > 0) product<Into::kSubtract>(rhs.block(0, width, 0, j), j, left(f.lower.rows_from(j, width)), root);
+    product<Into::kSet>(rows, width, left(f.inverse_block(j)), rhs);
+  }
+  // L⁻ᵀ L⁻¹: row i of the result meets only rows ≥ i of L⁻¹.
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j);
+    product<Into::kSet>(h.block(j, width, 0, j + width), n - j, transposed(root.block(j, n - j, j, width)),
+                        root.rows_from(j, n - j));
+  }
+  mirror(h);
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

@@ -1,0 +1,107 @@
+// What the CPU kernels compute, and the table through which a processor's best build of them is reached.
+//
+// No torch here: a binding (<family>_cpu.cpp) fills the arguments and calls through the table, a kernel
+// (<family>_kernel.h) does the mathematics for a range of memories. Letters as in fastkm/state.py: B memories,
+// T patterns, Q queries, K rows, C columns.
+#pragma once
+
+#include <cstdint>
+
+namespace fastkm {
+
+// A batch of matrices in the caller's memory, with whatever strides it has.
+template <class T>
+struct Batch {
+  T* data = nullptr;
+  int64_t stride[3] = {0, 0, 0};  // memory, row, column; in elements
+
+  T* at(int64_t b, int64_t row = 0, int64_t column = 0) const {
+    return data + b * stride[0] + row * stride[1] + column * stride[2];
+  }
+};
+
+// The status of a memory, as fastkm/_check.py reads it.
+enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2 };
+
+template <class T>
+struct PosteriorArgs {
+  int64_t K, C, T_;
+  Batch<const T> mean;        // [B, K, C]
+  Batch<const T> cov;         // [B, K, K]
+  Batch<const T> weights;     // [B, T, K]
+  Batch<const T> values;      // [B, T, C]
+  Batch<const T> noise_var;   // [B, T]
+  Batch<const bool> mask;     // [B, T], or null
+  Batch<T> new_mean;          // [B, K, C]
+  Batch<T> new_cov;           // [B, K, K]
+  Batch<T> innovation_var;    // [B, T]
+  Batch<T> kl;                // [B, T]
+  T* log_evidence = nullptr;  // [B], or null
+  int32_t* info = nullptr;    // [B]
+};
+
+template <class T>
+struct WritingArgs {
+  PosteriorArgs<T> posterior;  // its weights are not read: they are found here
+  Batch<const T> ridge;        // [B]
+  int64_t num_opt_iters;
+  bool squared_gram;
+  Batch<T> new_weights;  // [B, T, K]
+};
+
+template <class T>
+struct ReadingArgs {
+  int64_t K, C, Q;
+  Batch<const T> mean;     // [B, K, C]
+  Batch<const T> queries;  // [B, Q, C]
+  Batch<const T> ridge;    // [B]
+  int64_t num_iters;
+  bool squared_gram;
+  Batch<T> values;          // [B, Q, C], or null: then only the weights are wanted
+  Batch<T> weights;         // [B, Q, K]
+  int32_t* info = nullptr;  // [B]
+};
+
+template <class T>
+struct MatrixNormalArgs {
+  int64_t K, C;
+  Batch<const T> mean, cov;              // [B, K, C], [B, K, K]
+  Batch<const T> prior_mean, prior_cov;  // likewise; null where only ln|cov| is wanted
+  T* result = nullptr;                   // [B], KL or ln|cov|
+  int32_t* info = nullptr;               // [B]
+};
+
+// Every kernel computes memories [begin, end) on the calling thread.
+template <class T>
+struct Kernels {
+  void (*update_posterior)(const PosteriorArgs<T>&, int64_t begin, int64_t end);
+  void (*write)(const WritingArgs<T>&, int64_t begin, int64_t end);
+  // Reading has two phases, so that many queries of one memory are spread over the threads.
+  int64_t (*factor_size)(int64_t K, int64_t C);  // elements of one memory's factor
+  void (*factor_memory)(const ReadingArgs<T>&, T* factors, int64_t begin, int64_t end);
+  void (*read_tiles)(const ReadingArgs<T>&, const T* factors, int64_t begin, int64_t end);
+  void (*kl_memory)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
+  void (*logdet)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
+};
+
+// Queries a tile of `read_tiles`; a batch has B * ceil(Q / kQueryTile) of them.
+constexpr int64_t kQueryTile = 64;
+
+// Instruction sets the same source is built for.
+enum Level : int64_t { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
+
+namespace base {
+template <class T> const Kernels<T>& kernels();
+}
+namespace avx2 {
+template <class T> const Kernels<T>& kernels();
+}
+namespace avx512 {
+template <class T> const Kernels<T>& kernels();
+}
+
+// The table of the level in use: the highest this processor runs, unless a lower limit was set.
+template <class T> const Kernels<T>& kernels();
+Level select_level(int64_t limit);
+
+}  // namespace fastkm

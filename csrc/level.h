@@ -1,0 +1,26 @@
+// Included by each level_*.cpp after it has set FASTKM_LEVEL, FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
+#include "matrix_normal_kernel.h"
+#include "posterior_kernel.h"
+#include "reading_kernel.h"
+#include "writing_kernel.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+template <class T>
+const Kernels<T>& kernels() {
+  static constexpr Kernels<T> table{
+      .update_posterior = update_posterior<T>,
+      .write = write<T>,
+      .factor_size = factor_size<T>,
+      .factor_memory = factor_memory<T>,
+      .read_tiles = read_tiles<T>,
+      .kl_memory = kl_memory<T>,
+      .logdet = logdet<T>,
+  };
+  return table;
+}
+
+template const Kernels<float>& kernels();
+template const Kernels<double>& kernels();
+
+}  // namespace fastkm::FASTKM_LEVEL

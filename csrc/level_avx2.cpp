@@ -1,0 +1,18 @@
+// Every CPU kernel, built for x86-64 processors with AVX2 and FMA (x86-64-v3).
+
+// Before the target is set: the standard library must not be compiled for it, for its inline functions are shared.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "arena.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("arch=x86-64-v3")
+#define FASTKM_LEVEL avx2
+#define FASTKM_VECTOR_BYTES 32
+#define FASTKM_TILE_ROWS 6
+#include "level.h"
+#endif

@@ -1,0 +1,138 @@
+// Posterior update with given weights: the block form, a chunk of patterns at a time.
+#pragma once
+
+#include <limits>
+
+#include "dense.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// Patterns conditioned on at once. Products shrink with the chunk, passes over the state grow with the episode's
+// number of chunks; small chunks also round less.
+constexpr int64_t kChunk = 32;
+
+// A memory being computed, in working memory.
+template <class T>
+struct Memory {
+  Matrix<T> mean;  // R [K, C]
+  Matrix<T> cov;   // U [K, K], both triangles
+};
+
+// False where the two triangles differ by more than rounding explains; NaN is left to the factorisation.
+template <class T>
+bool is_symmetric(const Matrix<T>& m) {
+  T scale = 0, gap = 0;
+  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
+    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
+      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
+        for (int64_t j = j0; j < smaller(j0 + kBlock, i + 1); ++j) {
+          const T size = std::abs(m.row(i)[j]), difference = std::abs(m.row(i)[j] - m.row(j)[i]);
+          scale = size > scale ? size : scale;
+          gap = difference > gap ? difference : gap;
+        }
+  return gap <= std::sqrt(std::numeric_limits<T>::epsilon()) * scale;
+}
+
+// Bring a memory in; its covariance must be symmetric.
+template <class T>
+Status load_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_t b) {
+  load_matrix(memory.mean, args.mean, b);
+  load_matrix(memory.cov, args.cov, b);
+  return is_symmetric(memory.cov) ? kGood : kAsymmetric;
+}
+
+// Bring values in, with zeros where the mask hides a pattern: a hidden pattern may hold anything, even NaN.
+template <class T>
+void load_patterns(const Matrix<T>& to, const Batch<const T>& from, const Batch<const bool>& mask, int64_t b) {
+  load_matrix(to, from, b);
+  if (!mask.data) return;
+  for (int64_t t = 0; t < to.rows; ++t)
+    if (!*mask.at(b, t)) __builtin_memset(to.row(t), 0, static_cast<size_t>(to.columns) * sizeof(T));
+}
+
+// Condition on patterns [first, first + count): V = W U, S = V Wᵀ + diag(σ²) = L Lᵀ, G = L⁻¹ V, E = L⁻¹ (Z − W R),
+// R += Gᵀ E, U −= Gᵀ G. Leaves E in `values`, L_tt² in `innovation_var`.
+template <class T>
+Status condition_chunk(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values, const T* noise,
+                       T* innovation_var, Arena& arena) {
+  const int64_t K = memory.cov.rows, count = weights.rows;
+  const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
+  const Matrix<T> gain = take_matrix<T>(arena, count, K);
+  const Factor<T> factor = take_factor<T>(arena, count);
+  T slack[kChunk];
+
+  // Factor phase: nothing of size C.
+  transpose(weights_transposed, weights);
+  product<Into::kSet>(gain, K, left(weights), memory.cov);
+  product_lower<Into::kSet>(factor.lower, K, left(gain), weights_transposed);
+  for (int64_t t = 0; t < count; ++t) {
+    T& variance = factor.lower.row(t)[t];
+    variance += noise[t];
+    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
+  }
+  const bool good = cholesky(factor, arena, Floors<T>{noise, slack});
+  solve_lower(factor, gain, arena);
+  for (int64_t t = 0; t < count; ++t) innovation_var[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+
+  // Apply phase.
+  product<Into::kSubtract>(values, K, left(weights), memory.mean);
+  solve_lower(factor, values, arena);
+  product<Into::kAdd>(memory.mean, count, transposed(gain), values);
+  product_lower<Into::kSubtract>(memory.cov, count, transposed(gain), gain);
+  mirror(memory.cov);
+  return good ? kGood : kNotPositiveDefinite;
+}
+
+// KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s, and −2 × the log-likelihood's part of one pattern.
+template <class T>
+T step_kl(int64_t C, T noise, T innovation_var, T energy) {
+  const T beta = 1 - noise / innovation_var;
+  return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
+}
+
+// Condition a memory on all patterns and write its outputs. `values` is consumed.
+template <class T>
+Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
+                 const PosteriorArgs<T>& args, int64_t b, Arena& arena) {
+  constexpr T kTwoPi = T(6.283185307179586476925286766559);
+  Status status = kGood;
+  T log_evidence = 0;
+  for (int64_t first = 0; first < args.T_; first += kChunk) {
+    const int64_t count = smaller(kChunk, args.T_ - first);
+    T noise[kChunk], innovation_var[kChunk];
+    for (int64_t t = 0; t < count; ++t) noise[t] = *args.noise_var.at(b, first + t);
+    const Matrix<T> chunk = values.rows_from(first, count);
+    const Status chunk_status =
+        condition_chunk(memory, weights.rows_from(first, count), chunk, noise, innovation_var, arena);
+    if (status == kGood) status = chunk_status;
+    for (int64_t t = 0; t < count; ++t) {
+      const bool seen = !args.mask.data || *args.mask.at(b, first + t);
+      const T energy = dot(args.C, chunk.row(t), chunk.row(t));
+      const T s = seen && innovation_var[t] > noise[t] ? innovation_var[t] : noise[t];
+      *args.innovation_var.at(b, first + t) = s;
+      *args.kl.at(b, first + t) = step_kl(args.C, noise[t], s, energy);
+      if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
+    }
+  }
+  store_matrix(args.new_mean, b, memory.mean);
+  store_matrix(args.new_cov, b, memory.cov);
+  if (args.log_evidence) args.log_evidence[b] = log_evidence;
+  return status;
+}
+
+template <class T>
+void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) {
+  Arena& arena = Arena::of_this_thread();
+  for (int64_t b = begin; b < end; ++b) {
+    arena.reset();
+    const Memory<T> memory{take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
+    const Matrix<T> weights = take_matrix<T>(arena, args.T_, args.K), values = take_matrix<T>(arena, args.T_, args.C);
+    const Status loaded = load_memory(memory, args, b);
+    load_patterns(weights, args.weights, args.mask, b);
+    load_patterns(values, args.values, args.mask, b);
+    const Status updated = condition(memory, weights, values, args, b, arena);
+    args.info[b] = loaded != kGood ? loaded : updated;
+  }
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

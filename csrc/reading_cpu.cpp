@@ -1,0 +1,57 @@
+// Binds solve_addressing and read to torch.ops.fastkm on the CPU: one factor a memory, then tiles of queries.
+#include <tuple>
+
+#include "binding.h"
+
+namespace fastkm {
+
+static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& ridge, int64_t num_iters,
+                       bool squared_gram, const Tensor& weights, const Tensor* values) {
+  const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
+  expect(queries, "queries", {B, Q, C}, mean.scalar_type());
+  expect(ridge, "ridge", {B}, mean.scalar_type());
+  const Tensor info = make(mean, {B}, ScalarType::Int);
+  for_dtype(mean.scalar_type(), [&](auto scalar) {
+    using T = decltype(scalar);
+    const Kernels<T>& table = kernels<T>();
+    const Tensor factors = make(mean, {B, table.factor_size(K, C)});
+    ReadingArgs<T> args{.K = K,
+                        .C = C,
+                        .Q = Q,
+                        .mean = batch_of<const T>(mean),
+                        .queries = batch_of<const T>(queries),
+                        .ridge = batch_of<const T>(ridge),
+                        .num_iters = num_iters,
+                        .squared_gram = squared_gram,
+                        .values = values ? batch_of<T>(*values) : Batch<T>{},
+                        .weights = batch_of<T>(weights),
+                        .info = data_of<int32_t>(info)};
+    T* at = data_of<T>(factors);
+    over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memory(args, at, begin, end); });
+    const int64_t tiles = B * ((Q + kQueryTile - 1) / kQueryTile);
+    over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, at, begin, end); });
+  });
+  return info;
+}
+
+static std::tuple<Tensor, Tensor> solve_addressing(const Tensor& mean, const Tensor& queries, const Tensor& ridge,
+                                                   bool squared_gram) {
+  const Tensor weights = make(mean, {mean.size(0), queries.size(1), mean.size(1)});
+  const Tensor info = run_read(mean, queries, ridge, 1, squared_gram, weights, nullptr);
+  return {weights, info};
+}
+
+static std::tuple<Tensor, Tensor, Tensor> read(const Tensor& mean, const Tensor& queries, const Tensor& ridge,
+                                               int64_t num_iters, bool squared_gram) {
+  const Tensor weights = make(mean, {mean.size(0), queries.size(1), mean.size(1)});
+  const Tensor values = make(mean, {queries.size(0), queries.size(1), queries.size(2)});
+  const Tensor info = run_read(mean, queries, ridge, num_iters, squared_gram, weights, &values);
+  return {values, weights, info};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) {
+  m.impl("solve_addressing", TORCH_BOX(&solve_addressing));
+  m.impl("read", TORCH_BOX(&read));
+}
+
+}  // namespace fastkm
