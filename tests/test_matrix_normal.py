@@ -298,7 +298,10 @@ def test_expand(with_columns):
     assert torch.equal(kl_divergence(wide, p), kl_divergence(p, p).expand(5, 3))
     assert wide.rsample((2,)).shape == (2, 5, 3, 4, 2)
     lenient = MatrixNormal(p.loc, p.row_cov, validate_args=False).expand((5, 3))
-    assert lenient.log_prob(torch.full((4, 2), torch.nan, dtype=torch.float64)).isnan().all()
+    nan = torch.full((4, 2), torch.nan, dtype=torch.float64)
+    assert lenient.log_prob(nan).isnan().all()
+    with pytest.raises(ValueError, match="within the support"):
+        wide.log_prob(nan)
 
 
 def test_works_inside_independent():

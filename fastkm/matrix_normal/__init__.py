@@ -1,5 +1,7 @@
 """Matrix-normal mathematics: divergences, the distribution, and Kronecker-structured covariances."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastkm import _backend, _check
@@ -10,8 +12,8 @@ from fastkm.state import MemoryState
 
 __all__ = ["KroneckerCovariance", "MatrixNormal", "kl_memory", "kl_weights", "logdet"]
 
-_RUN_KL_MEMORY = {"reference": reference.kl_memory, "native": native.kl_memory}
-_RUN_LOGDET = {"reference": reference.logdet, "native": native.logdet}
+_RUN_KL_MEMORY: dict[str, Callable] = {"reference": reference.kl_memory, "native": native.kl_memory}
+_RUN_LOGDET: dict[str, Callable] = {"reference": reference.logdet, "native": native.logdet}
 
 
 def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | Tensor) -> Tensor:

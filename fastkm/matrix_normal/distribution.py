@@ -11,7 +11,7 @@ from fastkm.matrix_normal.kronecker import KroneckerCovariance, broadcast_batch,
 
 
 class _RealMatrix(constraints.Constraint):
-    """No NaN in a matrix. ``constraints.independent(constraints.real, 2)`` means the same and fails on an empty batch."""
+    """No NaN in a matrix. ``independent(real, 2)`` of torch means the same and fails on an empty batch."""
 
     event_dim = 2
 
