@@ -57,8 +57,8 @@ class Signature:
     def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
         first_name, first = self.first  # type: ignore[misc]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+            if not torch.finfo(first.dtype).tiny <= value <= torch.finfo(first.dtype).max:
+                raise ValueError(f"{name} must be positive and finite in {_dtype(first)}, got {value}")
             return torch.full((), value, dtype=first.dtype, device=first.device)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import settings
+from oracle import OPERATIONS
 
 from fastkm import _backend, _schema
 
@@ -10,7 +11,6 @@ settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("fastkm")
 
 DTYPES = (torch.float32, torch.float64)
-OPERATIONS = ("solve_addressing", "update_posterior", "write", "read", "attractor_read", "kl_memory")
 
 
 def backend_param(*values):
@@ -21,7 +21,9 @@ def backend_param(*values):
 
 
 def pytest_generate_tests(metafunc):
-    names = metafunc.fixturenames
+    own = {name for mark in metafunc.definition.iter_markers("parametrize") for name in mark.args[0]}
+    own |= {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize") if isinstance(mark.args[0], str)}
+    names = set(metafunc.fixturenames) - own  # what a test does not parametrise itself
     if "operation" in names and "backend" in names:
         pairs = [(o, b) for o in OPERATIONS for b in ("reference", "native") if b in _backend.CAPABILITIES[o]]
         metafunc.parametrize(("operation", "backend"), [backend_param(*pair) for pair in pairs])

@@ -92,7 +92,8 @@ def attractor_read(R, U, Z, noise, ridge, clean, num_iters, weight_var, tol):
             x = clean(now)
         values.append(last), weights.append(w), taken.append(len(track))
         energy.append(track + [track[-1]] * (num_iters - len(track)))
-    return dict(zip(("values", "weights", "energy", "num_iters"), map(np.asarray, (values, weights, energy, taken))))
+    fields = {"values": values, "weights": weights, "energy": energy, "num_iters": taken}
+    return {name: np.asarray(field) for name, field in fields.items()}
 
 
 def pattern_energy(x, w, R, U, noise, ridge, weight_var):
@@ -249,6 +250,9 @@ def map_tensors(p: Problem, change) -> Problem:
 
 def tensors(p: Problem) -> list[Tensor]:
     return [x for x in (*p.state, *p[1:]) if x is not None]
+
+
+OPERATIONS = ("solve_addressing", "update_posterior", "write", "read", "attractor_read", "kl_memory")
 
 
 def call(operation: str, p: Problem, backend: str | None, **options):

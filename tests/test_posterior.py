@@ -143,9 +143,7 @@ def test_masked_pattern_is_an_absent_pattern(backend, dtype):
     p = problem(3, 11, 0, 6, 5, dtype)
     keep = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
     masked = update(p, backend, mask=keep.expand(3, 11))
-    absent = update(
-        p, backend, weights=p.weights[:, keep], values=p.values[:, keep], noise_var=p.noise_var[:, keep]
-    )
+    absent = update(p, backend, weights=p.weights[:, keep], values=p.values[:, keep], noise_var=p.noise_var[:, keep])
     assert_close(masked.state.mean, absent.state.mean, "mean")
     assert_close(masked.state.cov, absent.state.cov, "cov")
     assert_close(masked.log_evidence, absent.log_evidence, "log_evidence")

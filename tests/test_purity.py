@@ -70,16 +70,16 @@ def test_a_memory_alone_is_the_memory_in_the_batch(operation, backend, dtype):
 
 
 def test_memories_do_not_touch_one_another(operation, backend, dtype):
-    """With NaN in the values of one memory the others stay finite, or the call names that memory alone."""
+    """With NaN in the patterns of one memory the others are what they were, or the call names that memory alone."""
     p = problem(4, 5, 5, 6, 7, dtype)
     clean = oracle.flat(call(operation, p, backend))
     sick = map_tensors(p, torch.clone)
     sick.values[2], sick.queries[2] = torch.nan, torch.nan
-    try:
-        got = oracle.flat(call(operation, sick, backend))
-    except torch.linalg.LinAlgError as failure:
-        assert "memory [2]" in str(failure)
+    if operation == "write":  # weights that are not numbers leave no covariance to continue with
+        with pytest.raises(torch.linalg.LinAlgError, match=r"memory \[2\]$"):
+            call(operation, sick, backend)
         return
+    got = oracle.flat(call(operation, sick, backend))
     for name, x in got.items():
         for b in (0, 1, 3):
             if x.is_floating_point():

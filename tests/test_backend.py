@@ -1,0 +1,200 @@
+"""Which backend a call takes: the table, the words, and no silent fallback."""
+
+import oracle
+import pytest
+import torch
+from oracle import call, problem
+
+import fastkm
+from fastkm import BackendUnavailableError, _backend, _schema
+from fastkm._backend import CAPABILITIES, PREFERENCE, explain_backend, resolve, why_not
+
+NATIVE_OPERATIONS = [operation for operation, table in CAPABILITIES.items() if "native" in table]
+CALLABLE = [operation for operation in CAPABILITIES if operation in oracle.OPERATIONS]
+NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    monkeypatch.setattr(_schema, "unavailable", "the C++ extension was not built")
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """The table as it reads with the extension; nothing is run."""
+    monkeypatch.setattr(_schema, "unavailable", None)
+
+
+def test_every_operation_has_a_reference_for_any_device_and_gradients():
+    for operation, table in CAPABILITIES.items():
+        assert set(table) <= set(PREFERENCE), operation
+        assert table["reference"] == _backend.Capability(devices=(), gradients=True), operation
+
+
+@pytest.mark.parametrize("operation", CAPABILITIES)
+def test_without_the_extension_the_reference_is_taken(operation, no_extension):
+    assert resolve(operation, None, torch.ones(1)) == "reference"
+    assert resolve(operation, "reference", torch.ones(1)) == "reference"
+
+
+@pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
+def test_with_the_extension_native_is_taken(operation, extension):
+    assert resolve(operation, None, torch.ones(1)) == "native"
+    assert resolve(operation, "reference", torch.ones(1)) == "reference"
+
+
+@pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
+def test_native_is_not_taken_elsewhere_than_on_the_cpu(operation, extension):
+    elsewhere = torch.ones(1, device="meta")
+    assert resolve(operation, None, elsewhere) == "reference"
+    with pytest.raises(
+        BackendUnavailableError, match=r"runs on cpu, the tensors are on meta; take backend='reference'"
+    ):
+        resolve(operation, "native", elsewhere)
+
+
+@pytest.mark.parametrize("operation", CAPABILITIES)
+def test_named_backend_that_cannot_run_raises_with_reason_and_remedy(operation, no_extension):
+    for backend in ("native", "triton"):
+        with pytest.raises(BackendUnavailableError, match=f"^backend '{backend}' cannot run {operation}: ") as caught:
+            resolve(operation, backend, torch.ones(1))
+        assert "reference" in str(caught.value), "the remedy"
+        if backend == "native" and operation in NATIVE_OPERATIONS:
+            assert "was not built" in str(caught.value)
+            assert "C++ compiler" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("operation", CALLABLE)
+def test_public_functions_do_not_fall_back(operation, backend, no_extension):
+    with pytest.raises(BackendUnavailableError, match=f"cannot run {operation}"):
+        call(operation, problem(2, 3, 3, 4, 5), backend)
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("operation", [o for o in NATIVE_OPERATIONS if o in CALLABLE])
+def test_public_functions_run_what_they_were_told(operation, monkeypatch):
+    """The native operator runs for native and for None, and never for the reference."""
+    ran = []
+    table = {
+        "solve_addressing": fastkm.addressing._RUN,
+        "update_posterior": fastkm.posterior._RUN,
+        "write": fastkm.writing._RUN,
+        "read": fastkm.reading._RUN,
+        "kl_memory": fastkm.matrix_normal._RUN_KL_MEMORY,
+    }[operation]
+    for name, run in list(table.items()):
+        monkeypatch.setitem(table, name, lambda *a, name=name, run=run: ran.append(name) or run(*a))
+    for backend in ("native", None, "reference"):
+        call(operation, problem(2, 3, 3, 4, 5), backend)
+    assert ran == ["native", "native", "reference"]
+
+
+# --------------------------------------------------------------------------------------------------------- gradients
+
+
+def with_gradient(p):
+    return p._replace(state=p.state._replace(mean=p.state.mean.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
+def test_a_backend_without_gradients_says_so(operation, extension):
+    if CAPABILITIES[operation]["native"].gradients:
+        pytest.skip(f"native {operation} has a gradient")
+    wanted = torch.ones(1, requires_grad=True)
+    assert resolve(operation, None, wanted) == "reference"
+    with pytest.raises(BackendUnavailableError, match=r"no gradient.*backend='reference'.*no_grad"):
+        resolve(operation, "native", wanted)
+    with torch.no_grad():
+        assert resolve(operation, "native", wanted) == resolve(operation, None, wanted) == "native"
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("operation", [o for o in NATIVE_OPERATIONS if o in CALLABLE])
+def test_calls_that_want_a_gradient_take_the_reference_or_raise(operation):
+    if CAPABILITIES[operation]["native"].gradients:
+        pytest.skip(f"native {operation} has a gradient")
+    p = with_gradient(problem(2, 3, 3, 4, 5))
+    with pytest.raises(BackendUnavailableError, match=r"no gradient.*backend='reference'"):
+        call(operation, p, "native")
+    results = oracle.flat(call(operation, p, None)).values()
+    sum(x.sum() for x in results if x.requires_grad).backward()
+    assert p.state.mean.grad.isfinite().all()
+    assert p.state.mean.grad.abs().max() > 0
+    with torch.no_grad():
+        assert not any(x.requires_grad for x in oracle.flat(call(operation, p, "native")).values())
+
+
+@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "attractor_read"])
+def test_gradients_of_the_reference(operation):
+    """Against finite differences, for every argument at once."""
+    p = problem(1, 2, 2, 3, 4, masked=False)
+    leaves = [x.clone().requires_grad_() for x in oracle.tensors(p)]
+
+    def outputs(mean, cov, *rest):
+        symmetric = fastkm.MemoryState(mean, (cov + cov.mT) / 2)
+        result = call(operation, oracle.Problem(symmetric, *rest, None), "reference")
+        return tuple(x for x in oracle.flat(result).values() if x.requires_grad)
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+# ----------------------------------------------------------------------------------------------------- FASTKM_BACKEND
+
+
+def test_variable_names_the_backend_of_calls_that_name_none(monkeypatch, extension):
+    monkeypatch.setenv("FASTKM_BACKEND", "reference")
+    assert resolve("write", None, torch.ones(1)) == "reference"
+    assert resolve("write", "native", torch.ones(1)) == "native"
+    monkeypatch.setenv("FASTKM_BACKEND", "")
+    assert resolve("write", None, torch.ones(1)) == "native"
+
+
+def test_variable_does_not_fall_back_either(monkeypatch, no_extension):
+    monkeypatch.setenv("FASTKM_BACKEND", "native")
+    with pytest.raises(BackendUnavailableError, match="backend 'native' cannot run write"):
+        resolve("write", None, torch.ones(1))
+    monkeypatch.setenv("FASTKM_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
+        resolve("write", None, torch.ones(1))
+
+
+# ---------------------------------------------------------------------------------------------------- explain_backend
+
+
+def test_explanation_with_the_extension(capsys, extension):
+    explain_backend("write", torch.ones(1))
+    taken, native, triton, reference = capsys.readouterr().out.splitlines()
+    assert taken == "write: native"
+    assert native.split() == ["native", "taken"]
+    assert triton.split(maxsplit=1) == ["triton", f"no: {why_not('write', 'triton')}"]
+    assert reference.split(maxsplit=1) == ["reference", "can run"]
+
+
+def test_explanation_without_the_extension(capsys, no_extension):
+    explain_backend("read")
+    taken, native, _, reference = capsys.readouterr().out.splitlines()
+    assert taken == "read: reference"
+    assert "no: the C++ extension was not built; install a C++ compiler" in native
+    assert reference.split() == ["reference", "taken"]
+
+
+def test_explanation_of_a_call_that_wants_a_gradient(capsys, extension):
+    explain_backend("write", torch.ones(1, requires_grad=True))
+    out = capsys.readouterr().out
+    assert out.startswith("write: reference\n")
+    assert "no gradient for write yet" in out
+
+
+@pytest.mark.parametrize("operation", CALLABLE)
+def test_explanation_is_what_happens(operation, capsys, no_extension):
+    """The first line names the backend that resolve takes, for every operation of the table."""
+    explain_backend(operation, backend="reference")
+    assert capsys.readouterr().out.startswith(f"{operation}: reference\n")
+    with pytest.raises(BackendUnavailableError):
+        explain_backend(operation, backend="native")
+
+
+def test_explanation_of_an_unknown_operation():
+    with pytest.raises(ValueError, match=r"operation must be one of 'solve_addressing', .*got 'wrote'"):
+        explain_backend("wrote")

@@ -1,0 +1,153 @@
+"""The registered operators: what PyTorch checks of them, their fakes, and every instruction set they are built for."""
+
+import oracle
+import pytest
+import torch
+from oracle import EMPTY_SHAPES, SHAPES, problem
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastkm import _backend, _schema
+
+OPERATORS = ("solve_addressing", "update_posterior", "write", "read", "kl_memory", "logdet")
+NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+
+
+def arguments(operator, p, num_iters=2, squared_gram=False):
+    return {
+        "solve_addressing": (p.state.mean, p.queries, p.ridge, squared_gram),
+        "update_posterior": (*p.state, p.weights, p.values, p.noise_var, p.mask),
+        "write": (*p.state, p.values, p.noise_var, p.ridge, num_iters, squared_gram, p.mask),
+        "read": (p.state.mean, p.queries, p.ridge, num_iters, squared_gram),
+        "kl_memory": (*p.state, *p.state),
+        "logdet": (p.state.cov,),
+    }[operator]
+
+
+def op(operator):
+    return getattr(torch.ops.fastkm, operator).default
+
+
+def as_tuple(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def test_every_native_capability_is_an_operator():
+    assert {o for o, table in _backend.CAPABILITIES.items() if "native" in table} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_change_and_alias_nothing(operator):
+    schema = op(operator)._schema
+    assert not schema.is_mutable
+    assert all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], (1, 1, 1, 1, 1), *EMPTY_SHAPES], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(operator, shape, masked, dtype):
+    """The schema tells the truth about mutation and aliasing, and the fake about shapes, dtypes and strides."""
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op(operator), arguments(operator, problem(*shape, dtype, masked=masked)), test_utils=checks)
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("layout", ["contiguous", *oracle.LAYOUTS])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 13, 6), (1, 70, 3, 17, 9), *EMPTY_SHAPES], ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fakes_agree_with_what_is_returned(operator, shape, layout, dtype):
+    p = problem(*shape, dtype, masked=True)
+    if layout != "contiguous":
+        p = oracle.map_tensors(p, lambda x: oracle.poisoned(x, layout))
+    real = as_tuple(op(operator)(*arguments(operator, p)))
+    with FakeTensorMode() as mode:
+        fake = as_tuple(op(operator)(*arguments(operator, oracle.map_tensors(p, mode.from_tensor))))
+    assert [(x.shape, x.dtype, x.stride(), x.device) for x in fake] == [
+        (x.shape, x.dtype, x.stride(), x.device) for x in real
+    ]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fakes_agree_with_the_reference(operator, dtype):
+    """The fakes need no extension."""
+    from fastkm.addressing.reference import solve_addressing
+    from fastkm.matrix_normal.reference import kl_memory, logdet
+    from fastkm.posterior.reference import update_block
+    from fastkm.reading.reference import read
+    from fastkm.writing.reference import write_sequential
+
+    implementations = (solve_addressing, update_block, write_sequential, read, kl_memory, logdet)
+    reference = dict(zip(OPERATORS, implementations, strict=True))[operator]
+    p = problem(3, 5, 7, 13, 6, dtype, masked=True)
+    with FakeTensorMode() as mode:
+        fake = op(operator)(*arguments(operator, oracle.map_tensors(p, mode.from_tensor)))
+    real = reference(*arguments(operator, p))
+    assert [(x.shape, x.dtype) for x in fake] == [(x.shape, x.dtype) for x in real]
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_can_be_traced(operator):
+    """A graph that holds the operator as one node, and gives what the operator gives."""
+    given = arguments(operator, problem(2, 3, 4, 5, 6))
+    places = [i for i, x in enumerate(given) if isinstance(x, torch.Tensor)]
+
+    def function(*tensors):
+        filled = list(given)
+        for i, x in zip(places, tensors, strict=True):
+            filled[i] = x
+        return op(operator)(*filled)
+
+    inputs = [given[i] for i in places]
+    graph = torch.fx.experimental.proxy_tensor.make_fx(function, tracing_mode="fake")(*inputs)
+    assert sum(node.target == op(operator) for node in graph.graph.nodes) == 1
+    for got, expected in zip(graph(*inputs), function(*inputs), strict=True):
+        assert torch.equal(got, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- instruction sets
+
+
+LEVELS = {0: "base", 1: "AVX2", 2: "AVX-512"}
+
+
+@pytest.fixture
+def level(request):
+    """Run with the instruction set asked for, then with the highest again."""
+    highest = torch.ops.fastkm.select_cpu_level(max(LEVELS))
+    if highest < request.param:
+        pytest.skip(
+            f"{LEVELS[request.param]} is not built, or this processor lacks it (its highest is {LEVELS[highest]})"
+        )
+    taken = torch.ops.fastkm.select_cpu_level(request.param)
+    yield taken
+    assert torch.ops.fastkm.select_cpu_level(max(LEVELS)) == highest
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("level", LEVELS, ids=LEVELS.values(), indirect=True)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
+def test_every_instruction_set_is_as_good_as_the_reference(operation, shape, level, dtype):
+    p = problem(*shape, dtype, masked=True)
+    exact = oracle.flat(oracle.call(operation, oracle.map_tensors(p, widened), "reference"))
+    got, reference = (oracle.call(operation, p, backend) for backend in ("native", "reference"))
+    oracle.assert_result(got, exact, reference)
+
+
+def widened(x):
+    return x.double() if x.is_floating_point() else x
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("level", LEVELS, ids=LEVELS.values(), indirect=True)
+def test_the_level_asked_for_is_the_level_taken(level, request):
+    assert level == request.node.callspec.params["level"]
+
+
+@NATIVE_MISSING
+def test_a_level_above_the_highest_gives_the_highest():
+    highest = torch.ops.fastkm.select_cpu_level(max(LEVELS))
+    assert torch.ops.fastkm.select_cpu_level(99) == highest
+    assert highest in LEVELS
