@@ -1,0 +1,117 @@
+"""Import in a fresh process: with nothing optional, with no extension, with a broken one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastkm
+from fastkm import _schema
+
+PACKAGE = Path(fastkm.__file__).parent
+OPTIONAL = ("triton", "matplotlib", "rich", "mlxtend", "safetensors", "PIL", "pytest", "hypothesis")
+
+EVERY_OPERATION = """
+import torch, fastkm
+state = fastkm.MemoryState(torch.randn(2, 3, 4), torch.eye(3).expand(2, 3, 3))
+values, weights = torch.randn(2, 5, 4), torch.randn(2, 5, 3)
+fastkm.solve_addressing(state.mean, values, 1.0)
+fastkm.update_posterior(state, weights, values, 1.0)
+fastkm.write(state, values, 1.0, 1.0)
+fastkm.read(state.mean, values, 1.0, num_iters=2)
+fastkm.attractor_read(state, values, 1.0, 1.0, clean=torch.tanh, num_iters=2)
+fastkm.kl_memory(state, state)
+"""
+
+
+def python(code, *, path=None, **variables):
+    """Run code in a new interpreter, with ``path`` before everything else; what it printed, or its failure."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("FASTKM", "PYTHON"))}
+    environment |= {"PYTHONPATH": str(path or PACKAGE.parent), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | variables, cwd="/", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def without_extension(tmp_path):
+    """A folder to import from that holds the package without its compiled part."""
+    shutil.copytree(PACKAGE, tmp_path / "fastkm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_import_takes_nothing_optional():
+    code = "import sys, torch; before = set(sys.modules); import fastkm; print(sorted(set(sys.modules) - before))"
+    imported = {name.split(".")[0] for name in eval(python(code))}
+    assert "fastkm" in imported
+    assert not imported & set(OPTIONAL)
+
+
+def test_works_with_nothing_optional_installed():
+    """Importing any optional package fails, as if it were absent; every operation still runs."""
+    block = f"import sys\nfor name in {OPTIONAL!r}: sys.modules[name] = None\n"
+    python(block + EVERY_OPERATION)
+
+
+def test_works_without_the_extension(without_extension):
+    code = EVERY_OPERATION + "print(fastkm.__file__); fastkm.explain_backend('write'); print(fastkm.__version__)"
+    where, taken, native, _, reference, version = python(code, path=without_extension).splitlines()
+    assert Path(where).parent == without_extension / "fastkm"
+    assert taken == "write: reference"
+    assert "no: the C++ extension was not built" in native
+    assert "install a C++ compiler" in native
+    assert reference.split() == ["reference", "taken"]
+    assert version == fastkm.__version__
+
+
+def test_native_named_without_the_extension_raises(without_extension):
+    code = """
+import torch, fastkm
+try:
+    fastkm.read(torch.ones(1, 2, 3), torch.ones(1, 4, 3), 1.0, backend="native")
+except fastkm.BackendUnavailableError as reason:
+    print(reason)
+"""
+    said = python(code, path=without_extension)
+    assert said.startswith("backend 'native' cannot run read: the C++ extension was not built")
+    assert "backend='reference'" in said
+
+
+@pytest.mark.parametrize("content", [b"not a library", b"\x7fELF" + bytes(60)], ids=["text", "header only"])
+def test_a_broken_extension_is_a_reason_not_a_crash(content, without_extension):
+    (without_extension / "fastkm" / "_C.abi3.so").write_bytes(content)
+    code = EVERY_OPERATION + "fastkm.explain_backend('write')"
+    taken, native, *_ = python(code, path=without_extension).splitlines()
+    assert taken == "write: reference"
+    assert "no: the C++ extension does not load with torch" in native
+
+
+@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+def test_extension_is_taken_in_a_fresh_process():
+    assert python(EVERY_OPERATION + "fastkm.explain_backend('write')").startswith("write: native\n")
+
+
+def test_variable_is_read_in_a_fresh_process():
+    said = python(EVERY_OPERATION + "fastkm.explain_backend('write')", FASTKM_BACKEND="reference")
+    assert said.startswith("write: reference\n")
+
+
+def test_import_prints_and_warns_nothing():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import torch; import fastkm"],
+        env=os.environ | {"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_public_names_are_there():
+    for name in fastkm.__all__:
+        assert getattr(fastkm, name).__doc__, name
