@@ -10,8 +10,9 @@ constexpr std::align_val_t kLine{64};
 constexpr size_t kFirstBlock = size_t{1} << 18;
 }  // namespace
 
-Arena& Arena::of_this_thread() {
+Arena& Arena::fresh() {
   static thread_local Arena arena;
+  arena.reset();
   return arena;
 }
 
@@ -34,6 +35,12 @@ void Arena::reset() {
     blocks_.erase(blocks_.begin());
   }
   used_ = 0;
+}
+
+// Space in a block begun after the mark is kept until the next reset: those blocks are the larger ones.
+void Arena::release(Mark mark) {
+  if (mark.blocks == blocks_.size()) used_ = mark.used;
+  else used_ = 0;
 }
 
 Arena::~Arena() {

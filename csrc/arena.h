@@ -10,7 +10,8 @@ namespace fastkm {
 // Grows to the largest memory it has seen and stays with its thread, so a steady state allocates nothing.
 class Arena {
  public:
-  static Arena& of_this_thread();
+  // The arena of the calling thread, with everything that was taken from it given back.
+  static Arena& fresh();
 
   // Uninitialised space for `count` elements, aligned to a cache line.
   template <class T>
@@ -18,10 +19,17 @@ class Arena {
     return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
   }
 
-  void reset();
+  // Give back everything taken after a mark.
+  struct Mark {
+    size_t blocks, used;
+  };
+  Mark mark() const { return {blocks_.size(), used_}; }
+  void release(Mark mark);
+
   ~Arena();
 
  private:
+  void reset();
   void* take_bytes(size_t bytes);
 
   struct Block {

@@ -137,37 +137,39 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
     product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
 }
 
+// Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
+constexpr int64_t kSumRun = 128;
+
+// One column of tiles of C (=, +=, −=) A B, `columns` wide but at most two vectors.
+template <Into INTO, class T>
+void product_strip(int64_t rows, int64_t columns, int64_t k, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  const auto run = [&]<Into HOW>(int64_t first) {
+    const int64_t count = smaller(kSumRun, k - first);
+    const Left<T> part{a.data + first * a.column, a.row, a.column};
+    if (columns > kLanes<T>)
+      product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, c, ldc);
+    else
+      product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, c, ldc);
+  };
+  run.template operator()<INTO>(0);
+  for (int64_t first = kSumRun; first < k; first += kSumRun)
+    run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(first);
+}
+
 // C (=, +=, −=) A B, where C is [rows, columns] and B is [k, columns].
 template <Into INTO, class T>
 void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  constexpr int64_t W = kLanes<T>;
-  int64_t j = 0;
-  for (; j + W < c.columns; j += 2 * W)
-    product_column<INTO, 2>(c.rows, k, a, b.data + j, b.ld, c.data + j, c.ld);
-  if (j < c.columns) product_column<INTO, 1>(c.rows, k, a, b.data + j, b.ld, c.data + j, c.ld);
+  for (int64_t j = 0; j < c.columns; j += 2 * kLanes<T>)
+    product_strip<INTO>(c.rows, c.columns - j, k, a, b.data + j, b.ld, c.data + j, c.ld);
 }
 
 // The same for a square C of which only the lower triangle is wanted; what ends up above it is meaningless.
 template <Into INTO, class T>
 void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  constexpr int64_t W = kLanes<T>;
-  for (int64_t j = 0; j < c.columns; j += 2 * W) {
+  for (int64_t j = 0; j < c.columns; j += 2 * kLanes<T>) {
     const Left<T> below{a.data + j * a.row, a.row, a.column};
-    T* corner = c.row(j) + j;
-    if (j + W < c.columns)
-      product_column<INTO, 2>(c.rows - j, k, below, b.data + j, b.ld, corner, c.ld);
-    else
-      product_column<INTO, 1>(c.rows - j, k, below, b.data + j, b.ld, corner, c.ld);
+    product_strip<INTO>(c.rows - j, c.columns - j, k, below, b.data + j, b.ld, c.row(j) + j, c.ld);
   }
-}
-
-// C = Y Yᵀ in full, from Y [rows, k].
-template <class T>
-void gram(const Matrix<T>& c, const Matrix<T>& y, Arena& arena) {
-  const Matrix<T> yt = take_matrix<T>(arena, y.columns, y.rows);
-  transpose(yt, y);
-  product_lower<Into::kSet>(c, y.columns, left(y), yt);
-  mirror(c);
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ struct Batch {
   T* at(int64_t b, int64_t row = 0, int64_t column = 0) const {
     return data + b * stride[0] + row * stride[1] + column * stride[2];
   }
+  Batch from_row(int64_t row) const { return {at(0, row), {stride[0], stride[1], stride[2]}}; }
 };
 
 // The status of a memory, as fastkm/_check.py reads it.
@@ -76,10 +77,11 @@ template <class T>
 struct Kernels {
   void (*update_posterior)(const PosteriorArgs<T>&, int64_t begin, int64_t end);
   void (*write)(const WritingArgs<T>&, int64_t begin, int64_t end);
-  // Reading has two phases, so that many queries of one memory are spread over the threads.
-  int64_t (*factor_size)(int64_t K, int64_t C);  // elements of one memory's factor
-  void (*factor_memory)(const ReadingArgs<T>&, T* factors, int64_t begin, int64_t end);
-  void (*read_tiles)(const ReadingArgs<T>&, const T* factors, int64_t begin, int64_t end);
+  void (*read_memories)(const ReadingArgs<T>&, int64_t begin, int64_t end);
+  // Reading in two phases, so that many queries of few memories are spread over the threads.
+  int64_t (*factor_size)(const ReadingArgs<T>&);  // elements of one memory's factor
+  void (*factor_memories)(const ReadingArgs<T>&, T* factors, int64_t begin, int64_t end);
+  void (*read_tiles)(const ReadingArgs<T>&, T* factors, int64_t begin, int64_t end);  // tiles, not memories
   void (*kl_memory)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
   void (*logdet)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
 };

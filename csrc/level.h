@@ -11,8 +11,9 @@ const Kernels<T>& kernels() {
   static constexpr Kernels<T> table{
       .update_posterior = update_posterior<T>,
       .write = write<T>,
+      .read_memories = read_memories<T>,
       .factor_size = factor_size<T>,
-      .factor_memory = factor_memory<T>,
+      .factor_memories = factor_memories<T>,
       .read_tiles = read_tiles<T>,
       .kl_memory = kl_memory<T>,
       .logdet = logdet<T>,

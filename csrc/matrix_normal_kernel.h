@@ -8,7 +8,7 @@ namespace fastkm::FASTKM_LEVEL {
 template <class T>
 Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena) {
   load_matrix(factor.lower, cov, b);
-  if (!is_symmetric(factor.lower)) return kAsymmetric;
+  if (const Status status = symmetry(factor.lower); status != kGood) return status;
   return cholesky(factor, arena) ? kGood : kNotPositiveDefinite;
 }
 
@@ -30,9 +30,8 @@ double squared_norm(const Matrix<T>& m) {
 // ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.
 template <class T>
 void kl_memory(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
-  Arena& arena = Arena::of_this_thread();
   for (int64_t b = begin; b < end; ++b) {
-    arena.reset();
+    Arena& arena = Arena::fresh();
     const Factor<T> factor = take_factor<T>(arena, args.K), prior = take_factor<T>(arena, args.K);
     const Status loaded = load_and_factor(factor, args.cov, b, arena);
     const Status prior_loaded = load_and_factor(prior, args.prior_cov, b, arena);
@@ -57,9 +56,8 @@ void kl_memory(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
 
 template <class T>
 void logdet(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
-  Arena& arena = Arena::of_this_thread();
   for (int64_t b = begin; b < end; ++b) {
-    arena.reset();
+    Arena& arena = Arena::fresh();
     const Factor<T> factor = take_factor<T>(arena, args.K);
     args.info[b] = load_and_factor(factor, args.cov, b, arena);
     args.result[b] = static_cast<T>(log_det(factor));

@@ -18,10 +18,10 @@ struct Memory {
   Matrix<T> cov;   // U [K, K], both triangles
 };
 
-// False where the two triangles differ by more than rounding explains; NaN is left to the factorisation.
+// Not symmetric, by more than rounding explains; or not finite, which no positive definite matrix is.
 template <class T>
-bool is_symmetric(const Matrix<T>& m) {
-  T scale = 0, gap = 0;
+Status symmetry(const Matrix<T>& m) {
+  T scale = 0, gap = 0, total = 0;
   for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
     for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
       for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
@@ -29,16 +29,18 @@ bool is_symmetric(const Matrix<T>& m) {
           const T size = std::abs(m.row(i)[j]), difference = std::abs(m.row(i)[j] - m.row(j)[i]);
           scale = size > scale ? size : scale;
           gap = difference > gap ? difference : gap;
+          total += size + difference;
         }
-  return gap <= std::sqrt(std::numeric_limits<T>::epsilon()) * scale;
+  if (total - total != 0) return kNotPositiveDefinite;
+  return gap <= std::sqrt(std::numeric_limits<T>::epsilon()) * scale ? kGood : kAsymmetric;
 }
 
-// Bring a memory in; its covariance must be symmetric.
+// Bring a memory in, and say whether its covariance can be one.
 template <class T>
 Status load_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_t b) {
   load_matrix(memory.mean, args.mean, b);
   load_matrix(memory.cov, args.cov, b);
-  return is_symmetric(memory.cov) ? kGood : kAsymmetric;
+  return symmetry(memory.cov);
 }
 
 // Bring values in, with zeros where the mask hides a pattern: a hidden pattern may hold anything, even NaN.
@@ -122,9 +124,8 @@ Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix
 
 template <class T>
 void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) {
-  Arena& arena = Arena::of_this_thread();
   for (int64_t b = begin; b < end; ++b) {
-    arena.reset();
+    Arena& arena = Arena::fresh();
     const Memory<T> memory{take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
     const Matrix<T> weights = take_matrix<T>(arena, args.T_, args.K), values = take_matrix<T>(arena, args.T_, args.C);
     const Status loaded = load_memory(memory, args, b);

@@ -1,4 +1,4 @@
-// Binds solve_addressing and read to torch.ops.fastkm on the CPU: one factor a memory, then tiles of queries.
+// Binds solve_addressing and read to torch.ops.fastkm on the CPU: one factor a memory, any number of queries.
 #include <tuple>
 
 #include "binding.h"
@@ -14,8 +14,7 @@ static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& 
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const Kernels<T>& table = kernels<T>();
-    const Tensor factors = make(mean, {B, table.factor_size(K, C)});
-    ReadingArgs<T> args{.K = K,
+    const ReadingArgs<T> args{.K = K,
                         .C = C,
                         .Q = Q,
                         .mean = batch_of<const T>(mean),
@@ -26,8 +25,13 @@ static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& 
                         .values = values ? batch_of<T>(*values) : Batch<T>{},
                         .weights = batch_of<T>(weights),
                         .info = data_of<int32_t>(info)};
+    if (B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+      over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
+      return;
+    }
+    const Tensor factors = make(mean, {B, table.factor_size(args)});
     T* at = data_of<T>(factors);
-    over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memory(args, at, begin, end); });
+    over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, at, begin, end); });
     const int64_t tiles = B * ((Q + kQueryTile - 1) / kQueryTile);
     over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, at, begin, end); });
   });

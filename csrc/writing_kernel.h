@@ -99,7 +99,7 @@ Status find_weights(const GramSpace<T>& space, const PosteriorArgs<T>& args, T r
   const int64_t K = args.K, padded = round_up(K, kLanes<T>);
   const Factor<T> factor = take_factor<T>(arena, K);
   const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-  regularised(factor.lower, space.gram, ridge, false);
+  regularise(factor.lower, space.gram, ridge, false);
   if (!cholesky(factor, arena)) return kNotPositiveDefinite;
   invert(factor, inverse, arena);
 
@@ -170,7 +170,7 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
         move(gram, d);
         for (int64_t i = 0; i < K; ++i) target[i] += along * c[i];
       }
-      regularised(factor.lower, gram, ridge, args.squared_gram);
+      regularise(factor.lower, gram, ridge, args.squared_gram);
       if (!cholesky(factor, arena)) status = kNotPositiveDefinite;
       transpose(lower_transposed, factor.lower);
       if (args.squared_gram)
@@ -201,9 +201,8 @@ template <class T>
 void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<T>& shared = args.posterior;
   const int64_t K = shared.K, C = shared.C, patterns = shared.T_;
-  Arena& arena = Arena::of_this_thread();
   for (int64_t b = begin; b < end; ++b) {
-    arena.reset();
+    Arena& arena = Arena::fresh();
     // Y = [R; Z] in one matrix, so that G, X and Q are one product.
     const Matrix<T> stacked = take_matrix<T>(arena, K + patterns, C);
     const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};

@@ -55,7 +55,7 @@ class Signature:
         return self._positive(name, value, ("", "B")).expand(self.sizes["B"])
 
     def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
-        first_name, first = self.first  # type: ignore[misc]
+        _, first = self.first  # type: ignore[misc]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not torch.finfo(first.dtype).tiny <= value <= torch.finfo(first.dtype).max:
                 raise ValueError(f"{name} must be positive and finite in {_dtype(first)}, got {value}")

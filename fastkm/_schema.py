@@ -91,9 +91,7 @@ def _(mean, queries, ridge, num_iters, squared_gram):
     return queries.new_empty(queries.shape), weights, _empty_info(mean)
 
 
-library.define(
-    "kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)"
-)
+library.define("kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)")
 
 
 @torch.library.register_fake("fastkm::kl_memory")

@@ -1,5 +1,7 @@
 """Addressing: the weights over a memory's rows that explain a query."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from fastkm import _backend, _check
@@ -8,7 +10,7 @@ from fastkm.addressing import native, reference
 __all__ = ["METHODS", "solve_addressing"]
 
 METHODS = ("ridge", "deepmind")
-_RUN = {"reference": reference.solve_addressing, "native": native.solve_addressing}
+_RUN: dict[str, Callable] = {"reference": reference.solve_addressing, "native": native.solve_addressing}
 
 
 def solve_addressing(

@@ -1,7 +1,7 @@
 """The compiled operator; csrc/addressing_cpu.cpp."""
 
-from fastkm import _schema  # noqa: F401  declares the operator
-
 import torch
+
+import fastkm._schema  # noqa: F401  declares the operator
 
 solve_addressing = torch.ops.fastkm.solve_addressing.default

@@ -18,9 +18,7 @@ class Address(NamedTuple):
 
 def factor_addressing(mean: Tensor, ridge: Tensor, squared_gram: bool) -> Address:
     gram = mean @ mean.mT  # G [B, K, K]
-    matrix = (gram @ gram if squared_gram else gram) + torch.diag_embed(
-        ridge.unsqueeze(-1).expand(mean.shape[:2])
-    )
+    matrix = (gram @ gram if squared_gram else gram) + torch.diag_embed(ridge.unsqueeze(-1).expand(mean.shape[:2]))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     return Address(factor, gram if squared_gram else None, (NOT_POSITIVE_DEFINITE * bad.int()).int())

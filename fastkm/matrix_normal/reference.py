@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkm._check import ASYMMETRIC, NOT_POSITIVE_DEFINITE
-from fastkm.posterior.reference import asymmetric
+from fastkm._check import NOT_POSITIVE_DEFINITE
+from fastkm.posterior.reference import first_failure, symmetry
 
 
 def kl_weights(weights, weight_var, prior_var):
@@ -16,8 +16,7 @@ def kl_weights(weights, weight_var, prior_var):
 def factor_covariance(cov: Tensor) -> tuple[Tensor, Tensor]:
     """Lower Cholesky factor [B, K, K] and status [B] of a covariance."""
     factor, failed = torch.linalg.cholesky_ex(cov)
-    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    return factor, torch.where(asymmetric(cov), ASYMMETRIC, NOT_POSITIVE_DEFINITE * bad.int()).int()
+    return factor, first_failure(symmetry(cov), NOT_POSITIVE_DEFINITE * (failed != 0).int())
 
 
 def log_det_of_factor(factor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Posterior update of a memory when the weights of every pattern are given."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from fastkm.state import MemoryState
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
-_RUN = {"reference": reference.update_block, "native": native.update_posterior}
+_RUN: dict[str, Callable] = {"reference": reference.update_block, "native": native.update_posterior}
 
 
 class PosteriorUpdate(NamedTuple):
@@ -47,7 +48,7 @@ def update_posterior(
         values: the patterns.
         noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
         mask: where False the pattern changes nothing; its ``kl`` is 0 and its ``innovation_var`` is σ².
-        backend: ``"reference"``, ``"native"``, ``"triton"``, or None to let :func:`fastkm.explain_backend` 's table decide.
+        backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
 
     Returns:
         :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.

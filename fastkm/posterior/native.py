@@ -1,7 +1,7 @@
 """The compiled operator; csrc/posterior_cpu.cpp."""
 
-from fastkm import _schema  # noqa: F401  declares the operator
-
 import torch
+
+import fastkm._schema  # noqa: F401  declares the operator
 
 update_posterior = torch.ops.fastkm.update_posterior.default

@@ -58,14 +58,20 @@ def covariance_status(cov: Tensor, pivots: Tensor, noise_var: Tensor, variances:
     eps = torch.finfo(cov.dtype).eps
     rounding = 4 * (cov.shape[-1] + pivots.shape[-1]) * eps * variances.detach().abs()
     indefinite = (failed != 0) | ~(pivots >= noise_var - rounding).all(-1)
-    return torch.where(asymmetric(cov), ASYMMETRIC, NOT_POSITIVE_DEFINITE * indefinite.int()).int()
+    return first_failure(symmetry(cov), NOT_POSITIVE_DEFINITE * indefinite.int())
 
 
-def asymmetric(cov: Tensor) -> Tensor:
-    """Which memories [B] have a ``cov`` further from symmetric than rounding explains; NaN is left to the factor."""
+def symmetry(cov: Tensor) -> Tensor:
+    """Status [B]: not finite, or further from symmetric than rounding explains."""
     tolerance = torch.finfo(cov.dtype).eps ** 0.5
-    gap, scale = (cov - cov.mT).abs(), cov.abs()
-    return (gap.flatten(1) > tolerance * _largest(scale).unsqueeze(-1)).any(-1)
+    gap, scale = (cov - cov.mT).abs().flatten(1), _largest(cov.abs()).unsqueeze(-1)
+    finite = cov.isfinite().flatten(1).all(-1)
+    status = torch.where((gap > tolerance * scale).any(-1), ASYMMETRIC, 0)
+    return torch.where(finite, status, NOT_POSITIVE_DEFINITE).int()
+
+
+def first_failure(status: Tensor, later: Tensor) -> Tensor:
+    return torch.where(status != 0, status, later)
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from fastkm.state import MemoryState
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
-_RUN = {"reference": reference.read, "native": native.read}
+_RUN: dict[str, Callable] = {"reference": reference.read, "native": native.read}
 
 
 class ReadResult(NamedTuple):
@@ -100,8 +100,8 @@ def attractor_read(
         E(x, w) = [ C ln 2πσ² + ( ‖x − Rᵀw‖² + C wᵀUw + σw² (‖R‖² + C tr U) ) / σ² ] / 2  +  cost(w)
 
     where ``cost`` is ``KL(N(w, σw²I) ‖ N(0, σ0²I))`` of :func:`fastkm.kl_weights` with ``σ0² = σ²/λ``, or, for a point
-    estimate (σw² = 0, whose KL is infinite), ``−ln N(w | 0, σ0²I)``. The address step minimises this energy for U = 0; a
-    codec trained on the stored patterns lowers it further.
+    estimate (σw² = 0, whose KL is infinite), ``−ln N(w | 0, σ0²I)``. The address step minimises this energy for U = 0,
+    and nearly so for a small U; a codec trained on the stored patterns lowers it further.
 
     Args:
         state: the memory; ``cov`` enters the energy only.

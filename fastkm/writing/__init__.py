@@ -1,5 +1,6 @@
 """Writing an episode: address and update, one pattern after the other."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
 
-_RUN = {"reference": reference.write_sequential, "native": native.write}
+_RUN: dict[str, Callable] = {"reference": reference.write_sequential, "native": native.write}
 
 
 class WriteResult(NamedTuple):

@@ -1,7 +1,7 @@
 """The compiled operator; csrc/writing_cpu.cpp."""
 
-from fastkm import _schema  # noqa: F401  declares the operator
-
 import torch
+
+import fastkm._schema  # noqa: F401  declares the operator
 
 write = torch.ops.fastkm.write.default

@@ -3,12 +3,12 @@
 import torch
 
 from fastkm.addressing.reference import solve_addressing
-from fastkm.posterior.reference import asymmetric, update_block
+from fastkm.posterior.reference import first_failure, symmetry, update_block
 
 
 def write_sequential(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask):
     """Address a pattern, update with it, go on to the next."""
-    status = torch.where(asymmetric(cov), 1, 0).int()
+    status = symmetry(cov)
     weights, innovation_var, kl = [], [], []
     for t in range(values.shape[1]):
         now = slice(t, t + 1)
@@ -19,7 +19,7 @@ def write_sequential(mean, cov, values, noise_var, ridge, num_opt_iters, squared
             w, unsolved = solve_addressing(candidate, z, ridge, squared_gram)
             w = w if here is None else w.masked_fill(~here.unsqueeze(-1), 0)
             candidate, new_cov, s, step_kl, _, failed = update_block(mean, cov, w, z, noise_var[:, now], here)
-            status = torch.where(status == 0, torch.maximum(unsolved, failed), status)
+            status = first_failure(status, torch.maximum(unsolved, failed))
         mean, cov = candidate, new_cov
         weights.append(w), innovation_var.append(s), kl.append(step_kl)
     if not weights:

