@@ -1,0 +1,135 @@
+"""``python -m fastkm bench``: real images in and out of the memory, each kernel verified before it is timed."""
+
+import argparse
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastkm.cli.console import markdown_table, progress, show_table
+from fastkm.cli.episodes import Episode, build_episode, remarks
+from fastkm.cli.images import Images, load_images
+from fastkm.cli.machine import machine
+from fastkm.cli.measure import own_error, time_interleaved, verify
+from fastkm.cli.operations import OPERATIONS, units
+from fastkm.cli.picture import draw_picture
+from fastkm.cli.presets import PRESETS, Preset
+
+TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet")
+SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one operation at one preset
+LOOP = "literal loop"
+AGAIN = "reference again"  # timed twice: how far two timings of one thing lie apart
+HEADERS = (
+    "operation",
+    "preset",
+    "backend",
+    "max error",
+    "allowed",
+    "median ms",
+    "± %",
+    "per second",
+    "× reference",
+    "× loop",
+)
+
+
+def measure(operation: str, preset: Preset, episode: Episode, seconds: float) -> list[dict[str, Any]]:
+    """One record for each backend of ``operation`` and one for the literal loop; no timing for what fails its check."""
+    op, verdicts = OPERATIONS[operation], verify(operation, episode)
+    candidates: dict[str, Callable[[], object]]
+    candidates = {name: partial(op.run, episode, name) for name, verdict in verdicts.items() if verdict.ok}
+    if op.loop is not None:
+        verdicts[LOOP] = own_error(operation, episode)
+        candidates[LOOP] = partial(op.loop, episode)
+    if "reference" in candidates:
+        candidates[AGAIN] = candidates["reference"]
+    timings = time_interleaved(candidates, seconds) if candidates else {}
+
+    loop = timings.get("reference" if operation == "write" else LOOP)
+    records = []
+    for name, verdict in verdicts.items():
+        record = {"operation": operation, "preset": preset._asdict(), "backend": name, **verdict._asdict()}
+        if timing := timings.get(name):
+            record |= {"seconds": timing._asdict(), "per_second": units(operation, episode) / timing.median}
+            record |= {"unit": op.unit}
+            for key, base in (("vs_reference", timings.get("reference")), ("vs_literal_loop", loop)):
+                record |= {key: base.median / timing.median} if base else {}
+        if name == "reference" and AGAIN in timings:
+            record |= {"seconds_again": timings[AGAIN]._asdict()}
+        records.append(record)
+    return records
+
+
+def row(record: dict[str, Any]) -> tuple[str, ...]:
+    where = (record["operation"], record["preset"]["name"], record["backend"])
+    if record["operation"] == "write" and record["backend"] == "reference":
+        where = (*where[:2], "reference = loop")
+    errors = (f"{record['error']:.1e}", "–" if record["backend"] == LOOP else f"{record['allowed']:.1e}")
+    if "seconds" not in record:
+        return (*where, *errors, "FAILED", "", "", "", "")
+    time = record["seconds"]
+    spread = 50 * (time["upper"] - time["lower"]) / time["median"]
+    ratios = (f"{record[key]:.2f}" if key in record else "–" for key in ("vs_reference", "vs_literal_loop"))
+    per_second = f"{record['per_second']:,.0f} {record['unit']}"
+    return (*where, *errors, f"{1e3 * time['median']:.3f}", f"{spread:.0f}", per_second, *ratios)
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    about = {**machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
+
+    images, presets = load_images(options.data), [PRESETS[name] for name in options.presets]
+    print(f"{'images':<18} {images.source}", *remarks(images, presets), sep="\n")
+    records = measure_all(options, images, presets)
+    rows = [row(record) for record in records if record["ok"] is not None]
+    noise = apart(records)
+    title = (
+        f"{options.dtype}, B = {options.batch}, Q = {options.queries}, n = {options.iters}, "
+        f"threads: {options.threads}. Errors are relative to the largest entry; loop: the literal PyTorch loop. "
+        f"Two timings of the same reference lie up to {noise:.0%} apart."
+    )
+    show_table(title, HEADERS, rows, right=HEADERS[3:], group=1)
+    for record in records:
+        if record["ok"] is False:
+            print(f"FAILED {record['operation']} {record['preset']['name']} {record['backend']}: {record['note']}")
+    absent = {record["backend"]: record["note"] for record in records if record["ok"] is None}
+    for backend, reason in absent.items():
+        print(f"{backend} was not timed: {reason}")
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "output")}
+    report = {"machine": about, "images": images.source, "settings": settings, "records": records}
+    (output / "bench.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    (output / "bench.md").write_text(f"{title}\n\n{markdown_table(HEADERS, rows)}\n")
+    picture = draw_picture(images, picture_preset(presets), output / "read-back.png")
+    print(picture, f"Wrote {output}/bench.json, bench.md and read-back.png", sep="\n")
+    return 1 if any(record["ok"] is False for record in records) else 0
+
+
+def measure_all(options: argparse.Namespace, images: Images, presets: list[Preset]) -> list[dict[str, Any]]:
+    seconds, records = SECONDS_QUICK if options.quick else SECONDS, []
+    with progress("bench", len(presets) * len(TIMED)) as start:
+        for preset in presets:
+            episode = build_episode(images, preset, options.batch, options.queries, options.iters)
+            episode = episode.to(getattr(torch, options.dtype))
+            for operation in TIMED:
+                start(f"{operation}, preset {preset.name}")
+                records += measure(operation, preset, episode, seconds)
+    return records
+
+
+def apart(records: list[dict[str, Any]]) -> float:
+    """The largest relative gap between the two timings that each reference gets in one run."""
+    pairs = ((r["seconds_again"]["median"], r["seconds"]["median"]) for r in records if "seconds_again" in r)
+    return max((abs(again / first - 1) for again, first in pairs), default=0.0)
+
+
+def picture_preset(presets: list[Preset]) -> Preset:
+    """M, where a memory is as full as it gets with T = K and codes are sharp; else the last one asked for."""
+    return PRESETS["M"] if PRESETS["M"] in presets else presets[-1]

@@ -1,0 +1,52 @@
+"""``python -m fastkm check``: every operation, backend, dtype and preset against float64."""
+
+import argparse
+
+import torch
+
+from fastkm import _backend
+from fastkm.cli.console import progress, show_table
+from fastkm.cli.episodes import build_episode, remarks
+from fastkm.cli.images import load_images
+from fastkm.cli.measure import Verdict, verify
+from fastkm.cli.presets import PRESETS
+
+DTYPES = (torch.float32, torch.float64)
+HEADERS = ("operation", "preset", "dtype", "backend", "error", "allowed", "verdict")
+
+
+def row(operation: str, preset: str, dtype: torch.dtype, backend: str, verdict: Verdict) -> tuple[str, ...]:
+    where = (operation, preset, str(dtype).removeprefix("torch."), backend)
+    if verdict.ok:
+        return (*where, f"{verdict.error:.1e}", f"{verdict.allowed:.1e}", "ok")
+    return (*where, f"{verdict.error:.1e}", f"{verdict.allowed:.1e}", "FAILED")
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    images = load_images(options.data)
+    presets = [PRESETS[name] for name in options.presets]
+    print(f"Images: {images.source}", *remarks(images, presets), sep="\n")
+    rows, failures, absent = [], [], {}
+    with progress("check", len(presets) * len(DTYPES) * len(_backend.CAPABILITIES)) as start:
+        for preset in presets:
+            exact = build_episode(images, preset, options.batch, options.queries, options.iters)
+            for dtype in DTYPES:
+                episode = exact.to(dtype)
+                for operation in _backend.CAPABILITIES:
+                    start(f"{operation}, preset {preset.name}, {dtype}")
+                    for backend, verdict in verify(operation, episode).items():
+                        if verdict.ok is None:
+                            absent[backend] = verdict.note
+                            continue
+                        rows.append(row(operation, preset.name, dtype, backend, verdict))
+                        if not verdict.ok:
+                            failures.append(f"{' '.join(rows[-1][:4])}: {verdict.note}")
+    title = f"Errors relative to the largest entry of the worst field; {options.batch} memories each"
+    show_table(title, HEADERS, rows, right=HEADERS[4:6], group=1)
+    for backend, reason in absent.items():
+        print(f"{backend} was not checked: {reason}")
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{len(rows) - len(failures)} of {len(rows)} within the allowed error")
+    return 1 if failures else 0

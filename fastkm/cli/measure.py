@@ -1,0 +1,132 @@
+"""Verification against float64, and timing of several callables in turn."""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+from fastkm import _backend
+from fastkm.cli.episodes import Episode
+from fastkm.cli.operations import OPERATIONS, Result
+
+# The forms of one operation agree to this in float64, or to the gap between two of them where that is larger.
+LEAST = {torch.float32: 0.0, torch.float64: 1e-12}
+
+SLOW = 0.25  # seconds; a first call this long is no colder than the next
+
+
+class Verdict(NamedTuple):
+    """How a result compares with the truth, in the field that comes closest to its limit.
+
+    Errors are relative to the field's largest entry.
+    """
+
+    ok: bool | None  # None: not available on this machine
+    error: float = math.nan
+    allowed: float = math.nan
+    note: str = ""
+
+
+def judge(result: Result, truth: Result, own: Result, factor: int = 2) -> Verdict:
+    """``max|result − truth| ≤ factor (max|own − truth| + eps max|truth|)`` in every field of the truth.
+
+    ``own`` is what another computation in the dtype of ``result`` gives: the rounding that has to be granted.
+    """
+    worst = Verdict(True, 0.0, math.inf)
+    for name, exact in truth.items():
+        if name not in result or result[name].shape != exact.shape:
+            came = list(result[name].shape) if name in result else "nothing"
+            return Verdict(False, note=f"{name} must have shape {list(exact.shape)}, got {came}")
+        size = exact.abs().max().item() or 1.0
+        error = (result[name].double() - exact).abs().max().item() / size
+        granted = (own[name].double() - exact).abs().max().item() / size
+        allowed = max(factor * (granted + torch.finfo(result[name].dtype).eps), LEAST[result[name].dtype])
+        if not error <= allowed:  # NaN fails
+            return Verdict(False, error, allowed, f"{name} is off")
+        if error / allowed >= worst.error / worst.allowed:
+            worst = Verdict(True, error, allowed, name)
+    return worst
+
+
+def verify(operation: str, episode: Episode) -> dict[str, Verdict]:
+    """A verdict on every backend of ``operation``, the reference first.
+
+    The truth is the definition in float64 on the same inputs. The reference is held to 8 times the error that an
+    independent form makes in the dtype of the inputs (another algorithm, another constant). Every other backend is
+    held to twice the reference's own error in float32, and to twice that of the independent form in float64, where
+    the reference may be the truth itself.
+    """
+    op, low = OPERATIONS[operation], episode.values.dtype != torch.float64
+    truth, own = op.definition(episode.to(torch.float64)), op.other(episode)
+    verdicts = {}
+    for backend in sorted(_backend.CAPABILITIES[operation], key=_backend.PREFERENCE.index, reverse=True):
+        if reason := _backend.why_not(operation, backend, episode.values):
+            verdicts[backend] = Verdict(None, note=reason)
+            continue
+        try:
+            result = op.run(episode, backend)
+        except Exception as error:  # whatever a backend raises is its verdict, and the others are still heard
+            verdicts[backend] = Verdict(False, note=f"{type(error).__name__}: {error}")
+            continue
+        verdicts[backend] = judge(result, truth, own, factor=8 if backend == "reference" else 2)
+        own = result if backend == "reference" and low else own
+    return verdicts
+
+
+def own_error(operation: str, episode: Episode) -> Verdict:
+    """The error of the definition in the dtype of the inputs; nothing to hold it to."""
+    definition = OPERATIONS[operation].definition
+    low = definition(episode)
+    return judge(low, definition(episode.to(torch.float64)), low)
+
+
+class Timing(NamedTuple):
+    """Seconds a call: median and quartiles over the rounds."""
+
+    median: float
+    lower: float
+    upper: float
+    rounds: int
+    calls: int  # a round
+
+
+def time_interleaved(
+    candidates: Mapping[str, Callable[[], object]], seconds: float, shortest: float = 1e-3
+) -> dict[str, Timing]:
+    """Time ``candidates`` in turn, A B C A B C …, for about ``seconds`` and at least three rounds.
+
+    A drift of the machine then meets all of them alike. Calls are repeated until a round takes ``shortest`` seconds.
+    """
+    samples = {name: [_clock(call, 1)] for name, call in candidates.items()}  # to warm up, and to see how long it takes
+    calls = {name: max(1, math.ceil(shortest / first)) for name, (first,) in samples.items()}
+    for times in samples.values():
+        if times[0] < SLOW:
+            times.clear()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        while min(map(len, samples.values())) < 3 or (
+            time.perf_counter() - start < seconds and max(map(len, samples.values())) < 50
+        ):
+            for name, call in candidates.items():
+                samples[name].append(_clock(call, calls[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    timings = {}
+    for name, times in samples.items():
+        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+        timings[name] = Timing(median, lower, upper, len(times), calls[name])
+    return timings
+
+
+def _clock(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
