@@ -20,8 +20,7 @@ def run(p, backend, **options):
 def judge(p, backend, num_iters, method="ridge"):
     options = {"num_iters": num_iters, "method": method}
     exact = batched(oracle.read, p.state.mean, p.queries, p.ridge, num_iters=num_iters, squared=method == "deepmind")
-    yardstick = None if backend == "reference" else run(p, "reference", **options)
-    assert_result(run(p, backend, **options), exact, yardstick)
+    oracle.judge(lambda p, b: run(p, b, **options), p, exact, backend)
 
 
 @pytest.mark.parametrize("num_iters", [1, 2, 7])
@@ -93,8 +92,7 @@ def test_empty_axes(shape, num_iters, backend, dtype):
 def test_presets_in_float32(preset, backend):
     p = problem(1, 0, 32, *preset, torch.float32)
     exact = oracle.flat(run(oracle.map_tensors(p, torch.Tensor.double), "reference", num_iters=10))
-    yardstick = None if backend == "reference" else run(p, "reference", num_iters=10)
-    assert_result(run(p, backend, num_iters=10), exact, yardstick)
+    oracle.judge(lambda p, b: run(p, b, num_iters=10), p, exact, backend)
 
 
 # ---------------------------------------------------------------------------------------------------- attractor_read

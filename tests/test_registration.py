@@ -132,8 +132,7 @@ def level(request):
 def test_every_instruction_set_is_as_good_as_the_reference(operation, shape, level, dtype):
     p = problem(*shape, dtype, masked=True)
     exact = oracle.flat(oracle.call(operation, oracle.map_tensors(p, widened), "reference"))
-    got, reference = (oracle.call(operation, p, backend) for backend in ("native", "reference"))
-    oracle.assert_result(got, exact, reference)
+    oracle.judge(lambda p, b: oracle.call(operation, p, b), p, exact, "native")
 
 
 def widened(x):
