@@ -5,7 +5,9 @@ the package installs without the extension and the reference backend serves; a c
 """
 
 import os
+import shlex
 import shutil
+import sysconfig
 from glob import glob
 
 from setuptools import setup
@@ -14,17 +16,26 @@ STABLE_ABI_TORCH = "0x020a000000000000"  # torch 2.10: the oldest release the bu
 PYTHON_TAG = "cp310"  # the oldest Python; the extension itself uses no Python API
 
 
-def has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+def find_compiler() -> str | None:
+    """CXX if it is set, else the compiler this Python was built with, else g++ or c++; ``None`` if there is none."""
+    named = os.environ.get("CXX")
+    for command in [named] if named else [sysconfig.get_config_var("CXX"), "g++", "c++"]:
+        if command and shutil.which(shlex.split(command)[0]):
+            return command
+    return None
 
 
 def extension() -> dict:
     if os.environ.get("FASTKM_NO_EXT") == "1":
         print("fastkm: FASTKM_NO_EXT=1, installing without the C++ extension")
         return {}
-    if not has_compiler():
-        print("fastkm: no C++ compiler found, installing without the C++ extension; the reference backend will serve")
+    compiler = find_compiler()
+    if compiler is None:
+        missing = os.environ.get("CXX", "g++")
+        print(f"fastkm: no C++ compiler ({missing} not found), installing without the C++ extension")
         return {}
+    if compiler != sysconfig.get_config_var("CXX"):
+        os.environ["CXX"] = compiler
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     return {
@@ -34,7 +45,7 @@ def extension() -> dict:
                 sorted(glob("csrc/*.cpp")),
                 depends=sorted(glob("csrc/*.h")),
                 define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI_TORCH)],
-                extra_compile_args=["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall"],
+                extra_compile_args=["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall"],
                 py_limited_api=True,
             )
         ],

@@ -1,0 +1,62 @@
+# Everything runs in .venv, which `make setup` creates and every other target brings up to date first.
+# Needs python3 (3.10 or newer) and make; with g++ the C++ kernels are built as well.
+
+PYTHON ?= python3
+# What pip is asked for, read when .venv is created. For another build of torch:
+#   make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
+# Passed on to the command of `make test` and `make bench`: make test ARGS='-k write -x'
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := $(wildcard csrc/*)
+
+.PHONY: help setup bench test lint format clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@echo "Variables: TORCH='$(TORCH)' PYTHON='$(PYTHON)' ARGS='$(ARGS)'"
+
+setup: $(VENV)/.installed ## create .venv with the package, its C++ kernels and all tools
+
+bench: setup ## real images through every backend: checks, timings, a picture
+	$(BIN)/python -m fastkm bench $(ARGS)
+
+test: setup ## the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(SOURCES),$(BIN)/clang-format --dry-run -Werror $(SOURCES))
+
+format: setup ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+
+clean: ## remove what was built; the next target builds it again
+	rm -rf build dist *.egg-info fastkm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.installed
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
+
+# Torch comes first and from $(TORCH), so that what depends on it takes the build that is there.
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("fastkm needs Python 3.10 or newer, this is %s; name one with make PYTHON=..." % sys.version)'
+	@if $(PYTHON) -c 'import ensurepip' 2>/dev/null; then $(PYTHON) -m venv $(VENV); \
+	else $(PYTHON) -m venv --without-pip $(VENV) && $(BIN)/python tools/bootstrap_pip.py; fi
+	@echo 'fastkm: installing $(TORCH)'
+	@$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	@echo 'fastkm: installing the tools and building the package'
+	@$(PIP) 'setuptools>=77' ninja numpy
+	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
+	@touch $@

@@ -1,0 +1,154 @@
+"""Installing with and without a compiler, and what ends up in a wheel. Builds copies of the tree, never the tree."""
+
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastkm
+from fastkm import _schema
+
+ROOT = Path(__file__).parents[1]
+PLATFORM = re.sub(r"[-.]", "_", sysconfig.get_platform())
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what is packaged, with one tiny source in place of the kernels and a stale build lying about."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "fastkm", copy / "fastkm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (copy / "fastkm" / "_C.abi3.so").write_text("stale")
+    (copy / "csrc").mkdir()
+    (copy / "csrc" / "answer.h").write_text("inline int answer() { return 42; }\n")
+    (copy / "csrc" / "answer.cpp").write_text('#include "answer.h"\nint fastkm_answer() { return answer(); }\n')
+    return copy
+
+
+def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
+    unset = {"CXX", "FASTKM_NO_EXT", "PYTHONPATH"}
+    inherited = {name: value for name, value in os.environ.items() if name not in unset}
+    return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+
+
+def pip(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--verbose")
+    return run(sys.executable, "-m", "pip", *arguments, *options, ".", cwd=cwd, **environment)
+
+
+def build_wheel(tree: Path, **environment) -> Path:
+    done = pip("wheel", "--wheel-dir", "dist", cwd=tree, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    return wheel
+
+
+def explain(target: Path) -> str:
+    """What a fresh process that imports fastkm from ``target`` says of its backends."""
+    code = "import fastkm; print(fastkm.__file__, fastkm.__version__); fastkm.explain_backend('write')"
+    done = run(sys.executable, "-c", code, cwd=target, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{target / 'fastkm'}")
+    assert f" {fastkm.__version__}\n" in done.stdout
+    return done.stdout
+
+
+def test_without_the_extension_the_wheel_is_pure_and_imports(tree, tmp_path):
+    wheel = build_wheel(tree, FASTKM_NO_EXT="1")
+    assert wheel.name == f"fastkm-{fastkm.__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")], "a stale build must not be shipped"
+        archive.extractall(tmp_path / "target")
+    said = explain(tmp_path / "target")
+    assert "write: reference" in said
+    assert "the C++ extension was not built" in said
+
+
+@pytest.mark.parametrize("missing", ["CXX", "PATH"])
+def test_without_a_compiler_it_installs_and_says_why_there_are_no_kernels(tree, tmp_path, missing):
+    (tmp_path / "empty").mkdir()
+    target = tmp_path / "target"
+    environment = {"CXX": "/nonexistent/g++"} if missing == "CXX" else {"PATH": str(tmp_path / "empty")}
+    done = pip("install", "--target", str(target), cwd=tree, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fastkm: no C++ compiler" in done.stdout + done.stderr
+    said = explain(target)
+    assert "write: reference" in said
+    assert "install a C++ compiler" in said
+
+
+@needs_compiler
+def test_one_wheel_serves_every_python(tree):
+    wheel = build_wheel(tree)
+    assert wheel.name == f"fastkm-{fastkm.__version__}-cp310-abi3-{PLATFORM}.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        built = archive.read("fastkm/_C.abi3.so")
+    assert built.startswith(b"\x7fELF")
+    assert b"fastkm_answer" in built
+
+
+@needs_compiler
+def test_a_compile_error_is_loud(tree):
+    (tree / "csrc" / "answer.cpp").write_text("int fastkm_answer() { return fourtytwo; }\n")
+    done = pip("wheel", "--wheel-dir", "dist", cwd=tree)
+    assert done.returncode != 0
+    assert "fourtytwo" in done.stdout + done.stderr
+    assert not list((tree / "dist").glob("*.whl"))
+
+
+def test_source_distribution_holds_what_a_build_needs(tree):
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    done = run(sys.executable, "-c", code, cwd=tree, FASTKM_NO_EXT="1")
+    assert done.returncode == 0, done.stderr
+    shutil.unpack_archive(next((tree / "dist").glob("*.tar.gz")), tree / "unpacked")
+    (unpacked,) = (tree / "unpacked").iterdir()
+    for name in ("setup.py", "pyproject.toml", "csrc/answer.h", "csrc/answer.cpp", "fastkm/posterior/reference.py"):
+        assert (unpacked / name).exists(), name
+    assert not list(unpacked.rglob("*.so"))
+
+
+@pytest.mark.skipif(_schema.unavailable is not None, reason="no extension here")
+def test_the_extension_does_not_use_python():
+    built = Path(_schema.__file__).with_name("_C.abi3.so").read_bytes()
+    for word in (b"libpython", b"libtorch_python", b"PyObject", b"Py_Initialize", b"PyModule"):
+        assert word not in built
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A package index whose one wheel is not what its name says."""
+
+    def do_GET(self):
+        wheel = re.search(r'WHEEL = "(.*)"', (ROOT / "tools/bootstrap_pip.py").read_text())[1]
+        page = {"files": [{"filename": wheel, "url": f"../{wheel}", "hashes": {}}]}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(page).encode() if self.path.endswith("/pip/") else b"something else")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_bootstrap_refuses_a_wheel_with_another_hash(tmp_path):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}/simple"
+        done = run(sys.executable, ROOT / "tools/bootstrap_pip.py", cwd=tmp_path, PIP_INDEX_URL=index, no_proxy="*")
+        server.shutdown()
+    assert done.returncode == 1
+    assert "does not have the SHA-256" in done.stderr
+    assert "Remedy: apt-get install python3-venv" in done.stderr
