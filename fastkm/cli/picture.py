@@ -44,10 +44,11 @@ def draw_picture(images: Images, preset: Preset, path: Path) -> str:
         values = fastkm.read(memory.mean, code.encode(cue), 1.0).values
         groups.append([strip(f"{name} cue", cue), strip("read back", code.decode(values))])
     words = (
-        f"{preset.T} held-out images ({images.source}) as {preset.C} principal components, written one after the other "
-        f"into a memory of {preset.K} rows and read back once; the first {SHOWN} are shown. A read is a linear map of "
-        "the cue: it keeps what the stored patterns span and drops the rest. It is not clean-up, so a corrupted cue "
-        "gives a blend of stored patterns. No memory can show more than the second row, the decoded code itself."
+        f"{preset.T} held-out images of {images.source}, as {preset.C} principal components, written one after the "
+        f"other into a memory of {preset.K} rows and read back once; the first {SHOWN} are shown. A read is a linear "
+        "map of the cue: it keeps what the memory's rows span and drops the rest. That is not clean-up: a corrupted "
+        "cue comes back as a blend of stored patterns. The second row, the decoded code itself, is the most that a "
+        "read can return."
     )
     _draw(groups, words, path)
     return f"Root mean square pixel error at preset {preset.name}: " + "; ".join(
@@ -58,13 +59,13 @@ def draw_picture(images: Images, preset: Preset, path: Path) -> str:
 def _draw(groups: list[list[Strip]], words: str, path: Path) -> None:
     extra("matplotlib").use("Agg")
     plt = extra("matplotlib.pyplot")
-    figure = plt.figure(figsize=(9, 8.3), facecolor="white")
+    figure = plt.figure(figsize=(9, 7.4), facecolor="white")
     figure.text(
         0.03, 0.965, "Images written into the memory and read back", color=INK, size=15, weight="bold", va="top"
     )
     figure.text(0.03, 0.925, textwrap.fill(words, 122), color=QUIET, size=8.5, va="top", linespacing=1.45)
     figure.text(0.985, 0.822, "RMS error", color=QUIET, size=8.5, ha="right", va="center")
-    height, top = 0.0925, 0.81
+    height, top = 0.0906, 0.81
     for group in groups:
         for strip in group:
             top -= height
