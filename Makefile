@@ -59,4 +59,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo 'fastkm: installing the tools and building the package'
 	@$(PIP) 'setuptools>=77' ninja numpy
 	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
+	@$(BIN)/python -m fastkm doctor
 	@touch $@
