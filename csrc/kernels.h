@@ -37,8 +37,10 @@ struct PosteriorArgs {
   Batch<T> new_cov;           // [B, K, K]
   Batch<T> innovation_var;    // [B, T]
   Batch<T> kl;                // [B, T]
-  T* log_evidence = nullptr;  // [B], or null
+  T* log_evidence = nullptr;  // [B], of an update
   int32_t* info = nullptr;    // [B]
+
+  bool seen(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };
 
 template <class T>

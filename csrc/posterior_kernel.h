@@ -43,38 +43,46 @@ Status load_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_
   return symmetry(memory.cov);
 }
 
-// Bring values in, with zeros where the mask hides a pattern: a hidden pattern may hold anything, even NaN.
+// Bring a chunk of patterns in, with zeros where the mask hides one: a hidden pattern may hold anything, even NaN.
 template <class T>
-void load_patterns(const Matrix<T>& to, const Batch<const T>& from, const Batch<const bool>& mask, int64_t b) {
-  load_matrix(to, from, b);
-  if (!mask.data) return;
+void load_patterns(const Matrix<T>& to, const Batch<const T>& from, const PosteriorArgs<T>& args, int64_t b,
+                   int64_t first) {
+  load_matrix(to, from.from_row(first), b);
   for (int64_t t = 0; t < to.rows; ++t)
-    if (!*mask.at(b, t)) __builtin_memset(to.row(t), 0, static_cast<size_t>(to.columns) * sizeof(T));
+    if (!args.seen(b, first + t)) __builtin_memset(to.row(t), 0, static_cast<size_t>(to.columns) * sizeof(T));
 }
 
-// Condition on patterns [first, first + count): V = W U, S = V Wᵀ + diag(σ²) = L Lᵀ, G = L⁻¹ V, E = L⁻¹ (Z − W R),
-// R += Gᵀ E, U −= Gᵀ G. Leaves E in `values`, L_tt² in `innovation_var`.
+// KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s.
 template <class T>
-Status condition_chunk(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values, const T* noise,
-                       T* innovation_var, Arena& arena) {
-  const int64_t K = memory.cov.rows, count = weights.rows;
+T step_kl(int64_t C, T noise, T innovation_var, T energy) {
+  const T beta = 1 - noise / innovation_var;
+  return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
+}
+
+// Condition on one chunk of patterns, from `first` on, and write what is known of each: V = W U,
+// S = V Wᵀ + diag(σ²) = L Lᵀ, G = L⁻¹ V, E = L⁻¹ (Z − W R), R += Gᵀ E, U −= Gᵀ G. `values` becomes E.
+template <class T>
+Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
+                 const PosteriorArgs<T>& args, int64_t b, int64_t first, T& log_evidence, Arena& arena) {
+  constexpr T kTwoPi = T(6.283185307179586476925286766559);
+  const int64_t K = args.K, count = weights.rows;
   const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
   const Matrix<T> gain = take_matrix<T>(arena, count, K);
   const Factor<T> factor = take_factor<T>(arena, count);
-  T slack[kChunk];
+  T noise[kChunk], slack[kChunk];
 
   // Factor phase: nothing of size C.
   transpose(weights_transposed, weights);
   product<Into::kSet>(gain, K, left(weights), memory.cov);
   product_lower<Into::kSet>(factor.lower, K, left(gain), weights_transposed);
   for (int64_t t = 0; t < count; ++t) {
+    noise[t] = *args.noise_var.at(b, first + t);
     T& variance = factor.lower.row(t)[t];
     variance += noise[t];
     slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
   }
   const bool good = cholesky(factor, arena, Floors<T>{noise, slack});
   solve_lower(factor, gain, arena);
-  for (int64_t t = 0; t < count; ++t) innovation_var[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
 
   // Apply phase.
   product<Into::kSubtract>(values, K, left(weights), memory.mean);
@@ -82,44 +90,23 @@ Status condition_chunk(const Memory<T>& memory, const Matrix<T>& weights, const 
   product<Into::kAdd>(memory.mean, count, transposed(gain), values);
   product_lower<Into::kSubtract>(memory.cov, count, transposed(gain), gain);
   mirror(memory.cov);
+
+  for (int64_t t = 0; t < count; ++t) {
+    const bool seen = args.seen(b, first + t);
+    const T pivot = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+    const T s = seen && pivot > noise[t] ? pivot : noise[t];
+    const T energy = dot(args.C, values.row(t), values.row(t));
+    *args.innovation_var.at(b, first + t) = s;
+    *args.kl.at(b, first + t) = step_kl(args.C, noise[t], s, energy);
+    if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
+  }
   return good ? kGood : kNotPositiveDefinite;
 }
 
-// KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s, and −2 × the log-likelihood's part of one pattern.
 template <class T>
-T step_kl(int64_t C, T noise, T innovation_var, T energy) {
-  const T beta = 1 - noise / innovation_var;
-  return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
-}
-
-// Condition a memory on all patterns and write its outputs. `values` is consumed.
-template <class T>
-Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
-                 const PosteriorArgs<T>& args, int64_t b, Arena& arena) {
-  constexpr T kTwoPi = T(6.283185307179586476925286766559);
-  Status status = kGood;
-  T log_evidence = 0;
-  for (int64_t first = 0; first < args.T_; first += kChunk) {
-    const int64_t count = smaller(kChunk, args.T_ - first);
-    T noise[kChunk], innovation_var[kChunk];
-    for (int64_t t = 0; t < count; ++t) noise[t] = *args.noise_var.at(b, first + t);
-    const Matrix<T> chunk = values.rows_from(first, count);
-    const Status chunk_status =
-        condition_chunk(memory, weights.rows_from(first, count), chunk, noise, innovation_var, arena);
-    if (status == kGood) status = chunk_status;
-    for (int64_t t = 0; t < count; ++t) {
-      const bool seen = !args.mask.data || *args.mask.at(b, first + t);
-      const T energy = dot(args.C, chunk.row(t), chunk.row(t));
-      const T s = seen && innovation_var[t] > noise[t] ? innovation_var[t] : noise[t];
-      *args.innovation_var.at(b, first + t) = s;
-      *args.kl.at(b, first + t) = step_kl(args.C, noise[t], s, energy);
-      if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
-    }
-  }
+void store_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_t b) {
   store_matrix(args.new_mean, b, memory.mean);
   store_matrix(args.new_cov, b, memory.cov);
-  if (args.log_evidence) args.log_evidence[b] = log_evidence;
-  return status;
 }
 
 template <class T>
@@ -127,12 +114,23 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Memory<T> memory{take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
-    const Matrix<T> weights = take_matrix<T>(arena, args.T_, args.K), values = take_matrix<T>(arena, args.T_, args.C);
-    const Status loaded = load_memory(memory, args, b);
-    load_patterns(weights, args.weights, args.mask, b);
-    load_patterns(values, args.values, args.mask, b);
-    const Status updated = condition(memory, weights, values, args, b, arena);
-    args.info[b] = loaded != kGood ? loaded : updated;
+    const int64_t most = smaller(kChunk, args.T_);
+    const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
+    Status status = load_memory(memory, args, b);
+    T log_evidence = 0;
+    const Arena::Mark chunk_start = arena.mark();
+    for (int64_t first = 0; first < args.T_; first += kChunk) {
+      arena.release(chunk_start);
+      const int64_t count = smaller(kChunk, args.T_ - first);
+      const Matrix<T> chunk_weights = weights.rows_from(0, count), chunk_values = values.rows_from(0, count);
+      load_patterns(chunk_weights, args.weights, args, b, first);
+      load_patterns(chunk_values, args.values, args, b, first);
+      const Status done = condition(memory, chunk_weights, chunk_values, args, b, first, log_evidence, arena);
+      if (status == kGood) status = done;
+    }
+    store_memory(memory, args, b);
+    args.log_evidence[b] = log_evidence;
+    args.info[b] = status;
   }
 }
 

@@ -1,8 +1,9 @@
-// The write: find every pattern's weights in Gram space, then condition on all of them at once.
+// The write: find the weights of a chunk of patterns in Gram space, then condition on all of them at once.
 //
 // Each pattern's weights depend on what was written before it, but only through inner products. With A = R Rᵀ + λI,
-// X = Z Rᵀ and Q = Z Zᵀ the whole search lives in K and T; the codes themselves are needed twice, for one Gram product
-// at the start and for the block update at the end.
+// X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T; the codes themselves are needed twice a chunk, for one Gram
+// product before it and for the block update after it. Starting each chunk from the mean itself keeps the cost linear
+// in T, and keeps rounding from adding up over a long stream.
 #pragma once
 
 #include <utility>
@@ -95,8 +96,9 @@ void multiply_two(const Matrix<T>& m, int64_t padded, const T* x1, const T* x2, 
 // inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. No
 // factorisation after the first. Changes of H and U wait for the next pass over them, which they share.
 template <class T>
-Status find_weights(const GramSpace<T>& space, const PosteriorArgs<T>& args, T ridge, int64_t b, Arena& arena) {
-  const int64_t K = args.K, padded = round_up(K, kLanes<T>);
+Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>);
+  const T ridge = *args.ridge.at(b);
   const Factor<T> factor = take_factor<T>(arena, K);
   const Matrix<T> inverse = take_matrix<T>(arena, K, K);
   regularise(factor.lower, space.gram, ridge, false);
@@ -109,16 +111,15 @@ Status find_weights(const GramSpace<T>& space, const PosteriorArgs<T>& args, T r
   T *a = vectors.row(0), *c = vectors.row(1), *p = vectors.row(2), *q = vectors.row(3), *e = vectors.row(4),
     *f = vectors.row(5), *w = vectors.row(6), *next_a = vectors.row(7);
   clear_padding(inverse);
-  clear_padding(space.cov);
-  for (int64_t t = 0; t < args.T_; ++t) {
-    if (args.mask.data && !*args.mask.at(b, t)) continue;
+  for (int64_t t = 0; t < space.weights.rows; ++t) {
+    if (!args.posterior.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
     update_and_multiply<2>(inverse, padded, {p, q}, {e, f}, x, w);
     update_and_multiply<1>(space.cov, padded, {a}, {c}, w, next_a);
     std::swap(a, next_a);
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
 
-    const T s = dot(padded, w, a) + *args.noise_var.at(b, t);
+    const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t);
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] / s;
     const T d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
     multiply_two(inverse, padded, c, w, p, q);
@@ -138,15 +139,15 @@ Status find_weights(const GramSpace<T>& space, const PosteriorArgs<T>& args, T r
 // previous weights would give, G + c rᵀ + r cᵀ + d c cᵀ with r = X_t − G w = R δ; the pattern is then written from the
 // mean before it.
 template <class T>
-Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args, T ridge, int64_t b, Arena& arena) {
+Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first,
+                           Arena& arena) {
   const PosteriorArgs<T>& shared = args.posterior;
   const int64_t K = shared.K, padded = round_up(K, kLanes<T>);
+  const T ridge = *args.ridge.at(b);
   const Factor<T> factor = take_factor<T>(arena, K);
   const Matrix<T> lower_transposed = take_matrix<T>(arena, K, K), gram = take_matrix<T>(arena, K, K);
   const Matrix<T> work = take_matrix<T>(arena, 1, kBlock), vectors = take_matrix<T>(arena, 5, K);
   fill_zero(vectors);
-  clear_padding(space.gram);
-  clear_padding(space.cov);
   T *target = vectors.row(0), *a = vectors.row(1), *c = vectors.row(2), *r = vectors.row(3);
   const Matrix<T> w = vectors.rows_from(4, 1);
   const auto multiply = [&](const Matrix<T>& m, const T* x, T* y) {
@@ -159,8 +160,8 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
       for (int64_t j = 0; j < K; ++j) m.row(i)[j] += c[i] * r[j] + r[i] * c[j] + d * c[i] * c[j];
   };
   Status status = kGood;
-  for (int64_t t = 0; t < shared.T_; ++t) {
-    if (shared.mask.data && !*shared.mask.at(b, t)) continue;
+  for (int64_t t = 0; t < space.weights.rows; ++t) {
+    if (!shared.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
     T d = 0, along = 0;
     for (int64_t n = 0; n < args.num_opt_iters; ++n) {
@@ -181,7 +182,7 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
       for (int64_t i = K; i < padded; ++i) w.data[i] = 0;
 
       multiply(space.cov, w.data, a);
-      const T s = dot(padded, w.data, a) + *shared.noise_var.at(b, t);
+      const T s = dot(padded, w.data, a) + *shared.noise_var.at(b, first + t);
       for (int64_t i = 0; i < padded; ++i) c[i] = a[i] / s;
       multiply(space.gram, w.data, r);
       along = space.inner.row(t)[t] - dot(padded, w.data, x);
@@ -197,42 +198,53 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
   return status;
 }
 
+// Find the weights of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z].
+template <class T>
+Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
+                     const Matrix<T>& weights, int64_t b, int64_t first, Arena& arena) {
+  const int64_t K = args.posterior.K, count = weights.rows, both = stacked.rows;
+  const Matrix<T> stacked_transposed = take_matrix<T>(arena, stacked.columns, both);
+  const Matrix<T> products = take_matrix<T>(arena, both, both);  // Y Yᵀ = [G Xᵀ; X Q]
+  transpose(stacked_transposed, stacked);
+  product_lower<Into::kSet>(products, stacked.columns, left(stacked), stacked_transposed);
+  const GramSpace<T> space{.gram = take_matrix<T>(arena, K, K),
+                           .cross = take_matrix<T>(arena, count, K),
+                           .inner = products.block(K, count, K, count),
+                           .cov = take_matrix<T>(arena, K, K),
+                           .weights = weights};
+  copy_rows(space.gram, products.block(0, K, 0, K));
+  mirror(space.gram);
+  copy_rows(space.cross, products.block(K, count, 0, K));
+  copy_rows(space.cov, memory.cov);
+  for (const Matrix<T>& m : {space.gram, space.cross, space.cov}) clear_padding(m);
+  fill_zero(weights);
+  return args.num_opt_iters == 1 && !args.squared_gram ? find_weights(space, args, b, first, arena)
+                                                       : find_weights_afresh(space, args, b, first, arena);
+}
+
 template <class T>
 void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<T>& shared = args.posterior;
-  const int64_t K = shared.K, C = shared.C, patterns = shared.T_;
+  const int64_t K = shared.K, C = shared.C, patterns = shared.T_, most = smaller(kChunk, patterns);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    // Y = [R; Z] in one matrix, so that G, X and Q are one product.
-    const Matrix<T> stacked = take_matrix<T>(arena, K + patterns, C);
+    const Matrix<T> stacked = take_matrix<T>(arena, K + most, C), all_weights = take_matrix<T>(arena, most, K);
     const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
-    const Matrix<T> values = stacked.rows_from(K, patterns), weights = take_matrix<T>(arena, patterns, K);
-    const Status loaded = load_memory(memory, shared, b);
-    load_patterns(values, shared.values, shared.mask, b);
-    fill_zero(weights);
-
-    const Matrix<T> stacked_transposed = take_matrix<T>(arena, C, K + patterns);
-    const Matrix<T> products = take_matrix<T>(arena, K + patterns, K + patterns);
-    transpose(stacked_transposed, stacked);
-    product_lower<Into::kSet>(products, C, left(stacked), stacked_transposed);
-    GramSpace<T> space{.gram = take_matrix<T>(arena, K, K),
-                       .cross = take_matrix<T>(arena, patterns, K),
-                       .inner = products.block(K, patterns, K, patterns),
-                       .cov = take_matrix<T>(arena, K, K),
-                       .weights = weights};
-    copy_rows(space.gram, products.block(0, K, 0, K));
-    mirror(space.gram);
-    copy_rows(space.cross, products.block(K, patterns, 0, K));
-    clear_padding(space.cross);
-    copy_rows(space.cov, memory.cov);
-
-    const T ridge = *args.ridge.at(b);
-    const Status found = args.num_opt_iters == 1 && !args.squared_gram
-                             ? find_weights(space, shared, ridge, b, arena)
-                             : find_weights_afresh(space, args, ridge, b, arena);
-    const Status updated = condition(memory, weights, values, shared, b, arena);
-    store_matrix(args.new_weights, b, weights);
-    shared.info[b] = loaded != kGood ? loaded : found != kGood ? found : updated;
+    Status status = load_memory(memory, shared, b);
+    T log_evidence = 0;
+    const Arena::Mark chunk_start = arena.mark();
+    for (int64_t first = 0; first < patterns; first += kChunk) {
+      arena.release(chunk_start);
+      const int64_t count = smaller(kChunk, patterns - first);
+      const Matrix<T> values = stacked.rows_from(K, count), weights = all_weights.rows_from(0, count);
+      load_patterns(values, shared.values, shared, b, first);
+      const Status found = address_chunk(args, memory, stacked.rows_from(0, K + count), weights, b, first, arena);
+      const Status updated = condition(memory, weights, values, shared, b, first, log_evidence, arena);
+      store_matrix(args.new_weights.from_row(first), b, weights);
+      if (status == kGood) status = found > updated ? found : updated;
+    }
+    store_memory(memory, shared, b);
+    shared.info[b] = status;
   }
 }
 
