@@ -107,6 +107,71 @@ def _(cov):
     return cov.new_empty(cov.shape[:1]), _empty_info(cov)
 
 
+# ---- backward: cotangents of the outputs in, cotangents of the tensor inputs out, in the order of the inputs -------
+# A cotangent that is None is zero. Everything else a backward needs it computes again.
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+library.define(
+    "update_posterior_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_innovation_var, Tensor? grad_kl, Tensor? grad_log_evidence)"
+    " -> (Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var)"
+)
+
+
+@torch.library.register_fake("fastkm::update_posterior_backward")
+def _(mean, cov, weights, values, noise_var, mask, *grads):
+    return _like(mean, cov, weights, values, noise_var)
+
+
+# `weights` are those the write found.
+library.define(
+    "write_backward(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
+    " bool squared_gram, Tensor? mask, Tensor weights,"
+    " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_weights, Tensor? grad_innovation_var, Tensor? grad_kl)"
+    " -> (Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge)"
+)
+
+
+@torch.library.register_fake("fastkm::write_backward")
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, weights, *grads):
+    return _like(mean, cov, values, noise_var, ridge)
+
+
+# Serves solve_addressing too: one iteration, no grad_values.
+library.define(
+    "read_backward(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram,"
+    " Tensor? grad_values, Tensor? grad_weights) -> (Tensor mean, Tensor queries, Tensor ridge)"
+)
+
+
+@torch.library.register_fake("fastkm::read_backward")
+def _(mean, queries, ridge, num_iters, squared_gram, *grads):
+    return _like(mean, queries, ridge)
+
+
+library.define(
+    "kl_memory_backward(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov, Tensor grad_kl)"
+    " -> (Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov)"
+)
+
+
+@torch.library.register_fake("fastkm::kl_memory_backward")
+def _(mean, cov, prior_mean, prior_cov, grad_kl):
+    return _like(mean, cov, prior_mean, prior_cov)
+
+
+library.define("logdet_backward(Tensor cov, Tensor grad_logdet) -> Tensor")
+
+
+@torch.library.register_fake("fastkm::logdet_backward")
+def _(cov, grad_logdet):
+    return cov.new_empty(cov.shape)
+
+
 # The instruction set the CPU kernels run with: 0 base, 1 AVX2, 2 AVX-512. `select_cpu_level` takes the highest one
 # that is both built and run by this processor and not above `limit`, and returns it.
 library.define("select_cpu_level(int limit) -> int")
