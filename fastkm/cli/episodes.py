@@ -31,6 +31,20 @@ class Episode(NamedTuple):
 
         return Episode(*map(cast, self))
 
+    def reverse_rows(self) -> "Episode":
+        """The same memories with their rows in the opposite order."""
+        prior, written = (
+            MemoryState(*(reverse_rows(name, x) for name, x in state._asdict().items()))
+            for state in (self.prior, self.written)
+        )
+        return self._replace(prior=prior, written=written, weights=reverse_rows("weights", self.weights))
+
+
+def reverse_rows(name: str, x: Tensor) -> Tensor:
+    """A mean [B, K, C], cov [B, K, K] or weights [..., K] with the K rows reversed; anything else as it is."""
+    axes = {"mean": (-2,), "cov": (-2, -1), "weights": (-1,)}
+    return x.flip(axes[name]) if name in axes else x
+
 
 def add_noise(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (pixels + 0.3 * torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype)).clamp(0, 1)

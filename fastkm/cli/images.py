@@ -3,7 +3,7 @@
 import io
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import torch
@@ -75,13 +75,18 @@ def _load_pngs(path: Path) -> tuple[Tensor, str]:
     if path.is_file() and not zipfile.is_zipfile(path):
         raise CommandError(f"--data must be a folder or a zip of PNGs; {path} is neither")
     with zipfile.ZipFile(path) if path.is_file() else _Folder(path) as archive:
-        names = sorted(name for name in archive.namelist() if name.lower().endswith(".png"))
+        names = sorted(filter(_is_png, archive.namelist()))
         if len(names) < FEWEST:
             raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
         chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
         pixels = torch.stack([_decode_png(names[i], archive.read(names[i])) for i in chosen])
     source = f"{len(chosen):,} of {len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
     return (1 - pixels if pixels.mean() > 0.5 else pixels), source  # dark ink on a light ground is inverted
+
+
+def _is_png(name: str) -> bool:
+    file = PurePath(name)
+    return file.suffix.lower() == ".png" and not file.name.startswith(".")
 
 
 class _Folder:

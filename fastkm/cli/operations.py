@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 import fastkm
 from fastkm.addressing import reference as addressing
 from fastkm.cli.episodes import Episode
+from fastkm.matrix_normal import logdet
 from fastkm.matrix_normal import reference as matrix_normal
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
@@ -160,11 +160,6 @@ def kl_memory_of_diagonals(e: Episode) -> Result:
     return {"value": 2 * kl_divergence(q, p).sum((-2, -1))}
 
 
-def logdet(e: Episode, backend: str) -> Result:
-    """The operator itself; it has no public function of its own."""
-    return {"value": import_module(f"fastkm.matrix_normal.{backend}").logdet(e.written.cov)[0]}
-
-
 OPERATIONS = {
     "update_posterior": Operation(
         lambda e, backend: named(fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var, backend=backend)),
@@ -189,9 +184,11 @@ OPERATIONS = {
         read_literal,
     ),
     "solve_addressing": Operation(
-        lambda e, backend: named(fastkm.solve_addressing(e.written.mean, e.queries, e.ridge, backend=backend)),
-        lambda e: {"value": solve_primal(e.written.mean, e.queries, e.ridge)},
-        lambda e: {"value": solve_dual(e.written.mean, e.queries, e.ridge)},
+        lambda e, backend: named(
+            fastkm.solve_addressing(e.written.mean, e.queries, e.ridge, backend=backend), "weights"
+        ),
+        lambda e: {"weights": solve_primal(e.written.mean, e.queries, e.ridge)},
+        lambda e: {"weights": solve_dual(e.written.mean, e.queries, e.ridge)},
         "reads",
     ),
     "attractor_read": Operation(
@@ -210,7 +207,7 @@ OPERATIONS = {
         "memories",
     ),
     "logdet": Operation(
-        logdet,
+        lambda e, backend: named(logdet(e.written.cov, backend=backend)),
         lambda e: {"value": matrix_normal.logdet(e.written.cov)[0]},
         lambda e: {"value": torch.linalg.eigvalsh(e.written.cov).log().sum(-1)},
         "memories",

@@ -1,0 +1,9 @@
+import pytest
+
+OPERATIONS = ("kl_memory", "logdet")
+BATCHES = (16,)
+
+
+@pytest.mark.benchmark(max_time=0.3)
+def bench(measure, operation, preset, batch, backend):
+    measure(operation, preset, batch, backend)

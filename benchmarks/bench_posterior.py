@@ -1,0 +1,9 @@
+import pytest
+
+OPERATIONS = ("update_posterior",)
+BATCHES = (1, 16, 64)
+
+
+@pytest.mark.benchmark(max_time=0.3)
+def bench(measure, operation, preset, batch, backend):
+    measure(operation, preset, batch, backend)

