@@ -65,6 +65,14 @@ struct ReadingArgs {
   int32_t* info = nullptr;  // [B]
 };
 
+// Cotangents of what a read returns, null where zero, and those of its arguments.
+template <class T>
+struct ReadingGrads {
+  Batch<const T> values, weights;  // [B, Q, C], [B, Q, K]
+  Batch<T> to_mean, to_queries;    // [B, K, C], [B, Q, C]
+  T* to_ridge = nullptr;           // [B]
+};
+
 template <class T>
 struct MatrixNormalArgs {
   int64_t K, C;
@@ -72,6 +80,14 @@ struct MatrixNormalArgs {
   Batch<const T> prior_mean, prior_cov;  // likewise; null where only ln|cov| is wanted
   T* result = nullptr;                   // [B], KL or ln|cov|
   int32_t* info = nullptr;               // [B]
+};
+
+// Cotangent of the result, and those of the arguments.
+template <class T>
+struct MatrixNormalGrads {
+  Batch<const T> result;                 // [B]
+  Batch<T> to_mean, to_cov;              // [B, K, C], [B, K, K]
+  Batch<T> to_prior_mean, to_prior_cov;  // likewise
 };
 
 // Every kernel computes memories [begin, end) on the calling thread.
@@ -86,6 +102,9 @@ struct Kernels {
   void (*read_tiles)(const ReadingArgs<T>&, T* factors, int64_t begin, int64_t end);  // tiles, not memories
   void (*kl_memory)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
   void (*logdet)(const MatrixNormalArgs<T>&, int64_t begin, int64_t end);
+  void (*read_backward)(const ReadingArgs<T>&, const ReadingGrads<T>&, int64_t begin, int64_t end);
+  void (*kl_memory_backward)(const MatrixNormalArgs<T>&, const MatrixNormalGrads<T>&, int64_t begin, int64_t end);
+  void (*logdet_backward)(const MatrixNormalArgs<T>&, const MatrixNormalGrads<T>&, int64_t begin, int64_t end);
 };
 
 // Queries a tile of `read_tiles`; a batch has B * ceil(Q / kQueryTile) of them.

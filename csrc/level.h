@@ -1,6 +1,8 @@
 // Included by each level_*.cpp after it has set FASTKM_LEVEL, FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
+#include "matrix_normal_backward_kernel.h"
 #include "matrix_normal_kernel.h"
 #include "posterior_kernel.h"
+#include "reading_backward_kernel.h"
 #include "reading_kernel.h"
 #include "writing_kernel.h"
 
@@ -17,6 +19,9 @@ const Kernels<T>& kernels() {
       .read_tiles = read_tiles<T>,
       .kl_memory = kl_memory<T>,
       .logdet = logdet<T>,
+      .read_backward = read_backward<T>,
+      .kl_memory_backward = kl_memory_backward<T>,
+      .logdet_backward = logdet_backward<T>,
   };
   return table;
 }

@@ -1,4 +1,5 @@
-// Binds solve_addressing and read to torch.ops.fastkm on the CPU: one factor a memory, any number of queries.
+// Binds solve_addressing, read and their backward to torch.ops.fastkm on the CPU: one factor a memory, any number of
+// queries.
 #include <tuple>
 
 #include "binding.h"
@@ -15,16 +16,16 @@ static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& 
     using T = decltype(scalar);
     const Kernels<T>& table = kernels<T>();
     const ReadingArgs<T> args{.K = K,
-                        .C = C,
-                        .Q = Q,
-                        .mean = batch_of<const T>(mean),
-                        .queries = batch_of<const T>(queries),
-                        .ridge = batch_of<const T>(ridge),
-                        .num_iters = num_iters,
-                        .squared_gram = squared_gram,
-                        .values = values ? batch_of<T>(*values) : Batch<T>{},
-                        .weights = batch_of<T>(weights),
-                        .info = data_of<int32_t>(info)};
+                              .C = C,
+                              .Q = Q,
+                              .mean = batch_of<const T>(mean),
+                              .queries = batch_of<const T>(queries),
+                              .ridge = batch_of<const T>(ridge),
+                              .num_iters = num_iters,
+                              .squared_gram = squared_gram,
+                              .values = values ? batch_of<T>(*values) : Batch<T>{},
+                              .weights = batch_of<T>(weights),
+                              .info = data_of<int32_t>(info)};
     if (B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
       over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
       return;
@@ -53,9 +54,46 @@ static std::tuple<Tensor, Tensor, Tensor> read(const Tensor& mean, const Tensor&
   return {values, weights, info};
 }
 
+// Serves solve_addressing as well: one iteration, no grad_values.
+static std::tuple<Tensor, Tensor, Tensor> read_backward(const Tensor& mean, const Tensor& queries, const Tensor& ridge,
+                                                        int64_t num_iters, bool squared_gram,
+                                                        const std::optional<Tensor>& grad_values,
+                                                        const std::optional<Tensor>& grad_weights) {
+  const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
+  const ScalarType type = mean.scalar_type();
+  expect(queries, "queries", {B, Q, C}, type);
+  expect(ridge, "ridge", {B}, type);
+  if (grad_values) expect(*grad_values, "grad_values", {B, Q, C}, type);
+  if (grad_weights) expect(*grad_weights, "grad_weights", {B, Q, K}, type);
+  STD_TORCH_CHECK(num_iters >= 1, "fastkm: num_iters must be at least 1, got ", num_iters);
+  const Tensor to_mean = make(mean, {B, K, C}), to_queries = make(mean, {B, Q, C}), to_ridge = make(mean, {B});
+  const Tensor info = make(mean, {B}, ScalarType::Int);
+  for_dtype(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    const ReadingArgs<T> args{.K = K,
+                              .C = C,
+                              .Q = Q,
+                              .mean = batch_of<const T>(mean),
+                              .queries = batch_of<const T>(queries),
+                              .ridge = batch_of<const T>(ridge),
+                              .num_iters = num_iters,
+                              .squared_gram = squared_gram,
+                              .info = data_of<int32_t>(info)};
+    const ReadingGrads<T> grads{.values = grad_values ? batch_of<const T>(*grad_values) : Batch<const T>{},
+                                .weights = grad_weights ? batch_of<const T>(*grad_weights) : Batch<const T>{},
+                                .to_mean = batch_of<T>(to_mean),
+                                .to_queries = batch_of<T>(to_queries),
+                                .to_ridge = data_of<T>(to_ridge)};
+    const auto& run = kernels<T>().read_backward;
+    over_threads(B, [&](int64_t begin, int64_t end) { run(args, grads, begin, end); });
+  });
+  return {to_mean, to_queries, to_ridge};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) {
   m.impl("solve_addressing", TORCH_BOX(&solve_addressing));
   m.impl("read", TORCH_BOX(&read));
+  m.impl("read_backward", TORCH_BOX(&read_backward));
 }
 
 }  // namespace fastkm
