@@ -313,6 +313,22 @@ void solve_lower(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
   }
 }
 
+// X ← L⁻ᵀ X, X [n, m].
+template <class T>
+void solve_lower_transposed(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
+  const int64_t n = f.size();
+  const Matrix<T> work = take_matrix<T>(arena, kBlock, x.columns);
+  for (int64_t j = (n - 1) / kBlock * kBlock; j >= 0 && n > 0; j -= kBlock) {
+    const int64_t width = smaller(kBlock, n - j), after = j + width;
+    const Matrix<T> rows = x.rows_from(j, width), rhs = work.rows_from(0, width);
+    copy_rows(rhs, rows);
+    if (after < n)
+      product<Into::kSubtract>(rhs, n - after, transposed(f.lower.block(after, n - after, j, width)),
+                               x.rows_from(after, n - after));
+    product<Into::kSet>(rows, width, left(f.inverse_transposed_block(j)), rhs);
+  }
+}
+
 // X ← X (L Lᵀ)⁻¹ for rows of right-hand sides, X [m, n]; `lower_transposed` is Lᵀ [n, n].
 template <class T>
 void solve_rows(const Factor<T>& f, const Matrix<T>& lower_transposed, const Matrix<T>& x, const Matrix<T>& work) {

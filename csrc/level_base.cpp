@@ -1,6 +1,7 @@
 // Every CPU kernel, built for any processor the compiler targets by default.
 
 // Before the target is set: the standard library must not be compiled for it, for its inline functions are shared.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>

@@ -9,7 +9,7 @@ namespace fastkm::FASTKM_LEVEL {
 
 // Patterns conditioned on at once. Products shrink with the chunk, passes over the state grow with the episode's
 // number of chunks; small chunks also round less.
-constexpr int64_t kChunk = 32;
+constexpr int64_t kChunk = 16;
 
 // A memory being computed, in working memory.
 template <class T>
@@ -59,48 +59,74 @@ T step_kl(int64_t C, T noise, T innovation_var, T energy) {
   return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
 }
 
-// Condition on one chunk of patterns, from `first` on, and write what is known of each: V = W U,
-// S = V Wᵀ + diag(σ²) = L Lᵀ, G = L⁻¹ V, E = L⁻¹ (Z − W R), R += Gᵀ E, U −= Gᵀ G. `values` becomes E.
+// One chunk of patterns against the memory before it.
+template <class T>
+struct Chunk {
+  Matrix<T> weights;    // W [t, K]
+  Matrix<T> values;     // Z [t, C]; whitened in place to E
+  Matrix<T> projected;  // V = W U [t, K]
+  Matrix<T> gain;       // G = L⁻¹ V [t, K]
+  Factor<T> factor;     // L of S = V Wᵀ + diag(σ²)
+  T noise[kChunk];      // σ² [t]
+  bool good;            // S is what a positive definite U gives
+
+  int64_t count() const { return weights.rows; }
+  T pivot(int64_t t) const { return factor.lower.row(t)[t] * factor.lower.row(t)[t]; }
+};
+
+// Factor phase (nothing of size C), then E = L⁻¹ (Z − W R).
+template <class T>
+Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
+                const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+  const int64_t K = args.K, count = weights.rows;
+  Chunk<T> chunk{.weights = weights,
+                 .values = values,
+                 .projected = take_matrix<T>(arena, count, K),
+                 .gain = take_matrix<T>(arena, count, K),
+                 .factor = take_factor<T>(arena, count)};
+  const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
+  T slack[kChunk];
+  transpose(weights_transposed, weights);
+  product<Into::kSet>(chunk.projected, K, left(weights), memory.cov);
+  product_lower<Into::kSet>(chunk.factor.lower, K, left(chunk.projected), weights_transposed);
+  for (int64_t t = 0; t < count; ++t) {
+    chunk.noise[t] = *args.noise_var.at(b, first + t);
+    T& variance = chunk.factor.lower.row(t)[t];
+    variance += chunk.noise[t];
+    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
+  }
+  chunk.good = cholesky(chunk.factor, arena, Floors<T>{chunk.noise, slack});
+  copy_rows(chunk.gain, chunk.projected);
+  solve_lower(chunk.factor, chunk.gain, arena);
+  product<Into::kSubtract>(values, K, left(weights), memory.mean);
+  solve_lower(chunk.factor, values, arena);
+  return chunk;
+}
+
+// R += Gᵀ E, U −= Gᵀ G.
+template <class T>
+void absorb(const Memory<T>& memory, const Chunk<T>& chunk) {
+  product<Into::kAdd>(memory.mean, chunk.count(), transposed(chunk.gain), chunk.values);
+  product_lower<Into::kSubtract>(memory.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
+  mirror(memory.cov);
+}
+
+// Condition on one chunk of patterns, from `first` on, and write what is known of each. `values` is consumed.
 template <class T>
 Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
                  const PosteriorArgs<T>& args, int64_t b, int64_t first, T& log_evidence, Arena& arena) {
   constexpr T kTwoPi = T(6.283185307179586476925286766559);
-  const int64_t K = args.K, count = weights.rows;
-  const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
-  const Matrix<T> gain = take_matrix<T>(arena, count, K);
-  const Factor<T> factor = take_factor<T>(arena, count);
-  T noise[kChunk], slack[kChunk];
-
-  // Factor phase: nothing of size C.
-  transpose(weights_transposed, weights);
-  product<Into::kSet>(gain, K, left(weights), memory.cov);
-  product_lower<Into::kSet>(factor.lower, K, left(gain), weights_transposed);
-  for (int64_t t = 0; t < count; ++t) {
-    noise[t] = *args.noise_var.at(b, first + t);
-    T& variance = factor.lower.row(t)[t];
-    variance += noise[t];
-    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
-  }
-  const bool good = cholesky(factor, arena, Floors<T>{noise, slack});
-  solve_lower(factor, gain, arena);
-
-  // Apply phase.
-  product<Into::kSubtract>(values, K, left(weights), memory.mean);
-  solve_lower(factor, values, arena);
-  product<Into::kAdd>(memory.mean, count, transposed(gain), values);
-  product_lower<Into::kSubtract>(memory.cov, count, transposed(gain), gain);
-  mirror(memory.cov);
-
-  for (int64_t t = 0; t < count; ++t) {
+  const Chunk<T> chunk = whiten(memory, weights, values, args, b, first, arena);
+  absorb(memory, chunk);
+  for (int64_t t = 0; t < chunk.count(); ++t) {
     const bool seen = args.seen(b, first + t);
-    const T pivot = factor.lower.row(t)[t] * factor.lower.row(t)[t];
-    const T s = seen && pivot > noise[t] ? pivot : noise[t];
-    const T energy = dot(args.C, values.row(t), values.row(t));
+    const T noise = chunk.noise[t], pivot = chunk.pivot(t), s = seen && pivot > noise ? pivot : noise;
+    const T energy = dot(args.C, chunk.values.row(t), chunk.values.row(t));
     *args.innovation_var.at(b, first + t) = s;
-    *args.kl.at(b, first + t) = step_kl(args.C, noise[t], s, energy);
+    *args.kl.at(b, first + t) = step_kl(args.C, noise, s, energy);
     if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
   }
-  return good ? kGood : kNotPositiveDefinite;
+  return chunk.good ? kGood : kNotPositiveDefinite;
 }
 
 template <class T>

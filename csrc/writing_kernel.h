@@ -6,6 +6,7 @@
 // in T, and keeps rounding from adding up over a long stream.
 #pragma once
 
+#include <array>
 #include <utility>
 
 #include "posterior_kernel.h"
@@ -23,186 +24,264 @@ struct GramSpace {
   Matrix<T> weights; // [T, K], out
 };
 
-// X and Q of the patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z).
+// What a search leaves behind for its backward; rows are patterns, and those of masked patterns are not set.
 template <class T>
-void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c, int64_t padded) {
+struct SearchTape {
+  Matrix<T> a, c, p, q, e, f;  // [t, K]
+  Matrix<T> along;             // [t, t], δ_t · z_later
+  T s[kChunk], d[kChunk];
+};
+
+template <class T>
+SearchTape<T> take_tape(int64_t K, int64_t count, Arena& arena) {
+  const auto rows = [&] {
+    const Matrix<T> m = take_matrix<T>(arena, count, K);
+    fill_zero(m);
+    return m;
+  };
+  return {rows(), rows(), rows(), rows(), rows(), rows(), take_matrix<T>(arena, count, count)};
+}
+
+// The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z).
+template <class T>
+void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c, int64_t padded, T* tape_along) {
   constexpr int64_t W = kLanes<T>;
   for (int64_t later = t + 1; later < space.cross.rows; ++later) {
     T* x = space.cross.row(later);
     const T along = space.inner.row(later)[t] - dot(padded, w, x);
     for (int64_t i = 0; i < padded; i += W) store<T>(x + i, load(x + i) + along * load(c + i));
+    if (tape_along) tape_along[later] = along;
   }
 }
 
-// One pass over a symmetric matrix M: M −= l₁ r₁ᵀ + … + lₙ rₙᵀ with the pending pairs, and y = M x with the result.
-template <int PAIRS, class T>
-void update_and_multiply(const Matrix<T>& m, int64_t padded, const T* const (&l)[PAIRS], const T* const (&r)[PAIRS],
-                         const T* x, T* y) {
+// One pass over a symmetric matrix M: M (+=, −=) l₁ r₁ᵀ + … with the pending pairs, and then y₁ = M x₁, ….
+template <Into INTO, size_t PAIRS, size_t PRODUCTS, class T>
+void sweep(const Matrix<T>& m, int64_t padded, const std::array<const T*, PAIRS>& l,
+           const std::array<const T*, PAIRS>& r, const std::array<const T*, PRODUCTS>& x,
+           const std::array<T*, PRODUCTS>& y) {
   constexpr int64_t W = kLanes<T>;
-  constexpr int kVecs = 4;
+  constexpr int kVecs = PAIRS + PRODUCTS <= 3 ? 4 : 2;  // what fits in sixteen registers
   int64_t j = 0;
   const auto pass = [&]<int VECS>() {
-    Vec<T> sum[VECS] = {}, right[PAIRS][VECS];
+    Vec<T> sum[PRODUCTS][VECS] = {}, right[PAIRS + 1][VECS];
 #pragma GCC unroll 4
-    for (int p = 0; p < PAIRS; ++p)
+    for (size_t n = 0; n < PAIRS; ++n)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) right[p][v] = load(r[p] + j + v * W);
+      for (int v = 0; v < VECS; ++v) right[n][v] = load(r[n] + j + v * W);
     for (int64_t i = 0; i < m.rows; ++i) {
       T* row = m.row(i) + j;
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) {
         Vec<T> entry = load(row + v * W);
 #pragma GCC unroll 4
-        for (int p = 0; p < PAIRS; ++p) entry -= l[p][i] * right[p][v];
-        store<T>(row + v * W, entry);
-        sum[v] += x[i] * entry;
+        for (size_t n = 0; n < PAIRS; ++n) {
+          if constexpr (INTO == Into::kAdd) entry += l[n][i] * right[n][v];
+          if constexpr (INTO == Into::kSubtract) entry -= l[n][i] * right[n][v];
+        }
+        if constexpr (PAIRS > 0) store<T>(row + v * W, entry);
+#pragma GCC unroll 4
+        for (size_t n = 0; n < PRODUCTS; ++n) sum[n][v] += x[n][i] * entry;
       }
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) store<T>(y + j + v * W, sum[v]);
+    for (size_t n = 0; n < PRODUCTS; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) store<T>(y[n] + j + v * W, sum[n][v]);
   };
   for (; j + kVecs * W <= padded; j += kVecs * W) pass.template operator()<kVecs>();
   for (; j < padded; j += W) pass.template operator()<1>();
 }
 
-// y₁ = M x₁ and y₂ = M x₂ in one pass over a symmetric matrix M.
+// y = M x
 template <class T>
-void multiply_two(const Matrix<T>& m, int64_t padded, const T* x1, const T* x2, T* y1, T* y2) {
-  constexpr int64_t W = kLanes<T>;
-  constexpr int kVecs = 4;
-  int64_t j = 0;
-  const auto pass = [&]<int VECS>() {
-    Vec<T> first[VECS] = {}, second[VECS] = {};
-    for (int64_t i = 0; i < m.rows; ++i) {
-      const T* row = m.row(i) + j;
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) {
-        const Vec<T> entry = load(row + v * W);
-        first[v] += x1[i] * entry;
-        second[v] += x2[i] * entry;
-      }
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < VECS; ++v) {
-      store<T>(y1 + j + v * W, first[v]);
-      store<T>(y2 + j + v * W, second[v]);
-    }
-  };
-  for (; j + kVecs * W <= padded; j += kVecs * W) pass.template operator()<kVecs>();
-  for (; j < padded; j += W) pass.template operator()<1>();
+void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
+  sweep<Into::kSet, 0, 1>(m, padded, {}, {}, {x}, {y});
 }
 
 // The ridge solve, once a pattern. With w exact, R δ = λ w, so A changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ, and its
 // inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. No
-// factorisation after the first. Changes of H and U wait for the next pass over them, which they share.
+// factorisation after the first. What H has lost to rounding, one step of refinement against A gives back to w.
+// Changes of A, H and U wait for the next pass over them, which they share; those of the last pattern are never made.
+// Leaves H in `inverse`.
 template <class T>
-Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+Status find_weights(const GramSpace<T>& space, const Matrix<T>& inverse, const WritingArgs<T>& args, int64_t b,
+                    int64_t first, Arena& arena, SearchTape<T>* tape = nullptr) {
   const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>);
   const T ridge = *args.ridge.at(b);
+  const Matrix<T>& system = space.gram;  // A = G + λI
   const Factor<T> factor = take_factor<T>(arena, K);
-  const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-  regularise(factor.lower, space.gram, ridge, false);
+  for (int64_t i = 0; i < K; ++i) system.row(i)[i] += ridge;
+  copy_rows(factor.lower, system);
   if (!cholesky(factor, arena)) return kNotPositiveDefinite;
   invert(factor, inverse, arena);
+  clear_padding(inverse);
 
   // Vectors of length K with their padding at zero, so that dot products run over whole vectors.
-  const Matrix<T> vectors = take_matrix<T>(arena, 8, K);
+  const Matrix<T> vectors = take_matrix<T>(arena, 12, K);
   fill_zero(vectors);
-  T *a = vectors.row(0), *c = vectors.row(1), *p = vectors.row(2), *q = vectors.row(3), *e = vectors.row(4),
-    *f = vectors.row(5), *w = vectors.row(6), *next_a = vectors.row(7);
-  clear_padding(inverse);
+  T *w = vectors.row(0), *a = vectors.row(1), *c = vectors.row(2), *p = vectors.row(3), *q = vectors.row(4),
+    *e = vectors.row(5), *f = vectors.row(6), *old_w = vectors.row(7), *old_a = vectors.row(8), *by_c = vectors.row(9),
+    *by_w = vectors.row(10), *residual = vectors.row(11);
   for (int64_t t = 0; t < space.weights.rows; ++t) {
     if (!args.posterior.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
-    update_and_multiply<2>(inverse, padded, {p, q}, {e, f}, x, w);
-    update_and_multiply<1>(space.cov, padded, {a}, {c}, w, next_a);
-    std::swap(a, next_a);
+    std::swap(w, old_w);
+    sweep<Into::kSubtract, 2, 1>(inverse, padded, {p, q}, {e, f}, {x}, {w});
+    sweep<Into::kAdd, 2, 1>(system, padded, {c, old_w}, {by_c, by_w}, {w}, {residual});
+    for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
+    multiply(inverse, padded, residual, p);
+    for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
+    std::swap(a, old_a);
+    sweep<Into::kSubtract, 1, 1>(space.cov, padded, {old_a}, {c}, {w}, {a});
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
 
     const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t);
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] / s;
     const T d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
-    multiply_two(inverse, padded, c, w, p, q);
+    sweep<Into::kSet, 0, 2>(inverse, padded, {}, {}, {c, w}, {p, q});
 
     const T n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge, n22 = dot(padded, w, q) - d / (ridge * ridge);
     const T determinant = n11 * n22 - n12 * n12;
     for (int64_t i = 0; i < padded; ++i) {
       e[i] = (n22 * p[i] - n12 * q[i]) / determinant;
       f[i] = (n11 * q[i] - n12 * p[i]) / determinant;
+      by_c[i] = ridge * w[i] + d * c[i];
+      by_w[i] = ridge * c[i];
     }
-    advance_cross(space, t, w, c, padded);
+    advance_cross(space, t, w, c, padded, tape ? tape->along.row(t) : nullptr);
+    if (!tape) continue;
+    const T* const kept[] = {a, c, p, q, e, f};
+    const Matrix<T>* const rows[] = {&tape->a, &tape->c, &tape->p, &tape->q, &tape->e, &tape->f};
+    for (int n = 0; n < 6; ++n) __builtin_memcpy(rows[n]->row(t), kept[n], static_cast<size_t>(padded) * sizeof(T));
+    tape->s[t] = s;
+    tape->d[t] = d;
   }
   return kGood;
 }
 
-// Any other solve factors afresh: for each pattern and each of its iterations the matrix is that of the mean which the
-// previous weights would give, G + c rᵀ + r cᵀ + d c cᵀ with r = X_t − G w = R δ; the pattern is then written from the
-// mean before it.
+// One solve of a pattern, and the change of the mean that its weights would make: R + c δᵀ.
+template <class T>
+struct Attempt {
+  T *w, *a, *c, *g, *r;  // [K]: weights, U w, a/s, G w, R δ = x − G w
+  T s, along, d;         // innovation variance, δ·z, δ·δ
+};
+
+template <class T>
+Attempt<T> take_attempt(int64_t K, Arena& arena) {
+  const Matrix<T> vectors = take_matrix<T>(arena, 5, K);
+  fill_zero(vectors);
+  return {vectors.row(0), vectors.row(1), vectors.row(2), vectors.row(3), vectors.row(4), 0, 0, 0};
+}
+
+// M += c rᵀ + r cᵀ + d c cᵀ: what the attempt does to the Gram matrix.
+template <class T>
+void move_gram(const Matrix<T>& m, const Attempt<T>& by, T sign) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const T of_c = sign * by.c[i], of_r = sign * (by.r[i] + by.d * by.c[i]);
+    for (int64_t j = 0; j < m.rows; ++j) m.row(i)[j] += of_c * by.r[j] + of_r * by.c[j];
+  }
+}
+
+// Solves that factor afresh: needed for the squared-Gram solve, and when a pattern is solved more than once, each time
+// against the mean that the attempt before would give.
+template <class T>
+struct AfreshSolver {
+  const GramSpace<T>& space;
+  const WritingArgs<T>& args;
+  const int64_t K, padded;
+  const T ridge;
+  const Factor<T> factor;
+  const Matrix<T> lower_transposed, gram, work, target;
+
+  AfreshSolver(const GramSpace<T>& space, const WritingArgs<T>& args, T ridge, Arena& arena)
+      : space(space),
+        args(args),
+        K(args.posterior.K),
+        padded(round_up(K, kLanes<T>)),
+        ridge(ridge),
+        factor(take_factor<T>(arena, K)),
+        lower_transposed(take_matrix<T>(arena, K, K)),
+        gram(take_matrix<T>(arena, K, K)),
+        work(take_matrix<T>(arena, 1, kBlock)),
+        target(take_matrix<T>(arena, 2, K)) {
+    fill_zero(target);
+  }
+
+  // Factor the matrix of the next attempt: its Gram matrix in `gram`, its x in row 0 of `target`.
+  bool prepare(const T* x, const Attempt<T>* before, Arena& arena) const {
+    copy_rows(gram, space.gram);
+    __builtin_memcpy(target.data, x, static_cast<size_t>(padded) * sizeof(T));
+    if (before) {
+      move_gram(gram, *before, T(1));
+      for (int64_t i = 0; i < padded; ++i) target.data[i] += before->along * before->c[i];
+    }
+    regularise(factor.lower, gram, ridge, args.squared_gram);
+    const bool good = cholesky(factor, arena);
+    transpose(lower_transposed, factor.lower);
+    return good;
+  }
+
+  // y ← A⁻¹ y, or (G² + λI)⁻¹ y.
+  void solve(T* y) const {
+    solve_rows(factor, lower_transposed, Matrix<T>{y, 1, K, target.ld}, work);
+    for (int64_t i = K; i < target.ld; ++i) y[i] = 0;
+  }
+
+  bool attempt(int64_t t, T noise, const Attempt<T>* before, Attempt<T>& out, Arena& arena) const {
+    const T* x = space.cross.row(t);
+    const bool good = prepare(x, before, arena);
+    if (args.squared_gram)
+      multiply(gram, padded, target.data, out.w);
+    else
+      __builtin_memcpy(out.w, target.data, static_cast<size_t>(padded) * sizeof(T));
+    solve(out.w);
+    multiply(space.cov, padded, out.w, out.a);
+    multiply(space.gram, padded, out.w, out.g);
+    out.s = dot(padded, out.w, out.a) + noise;
+    out.along = space.inner.row(t)[t] - dot(padded, out.w, x);
+    out.d = out.along - dot(padded, out.w, x) + dot(padded, out.w, out.g);
+    for (int64_t i = 0; i < padded; ++i) {
+      out.c[i] = out.a[i] / out.s;
+      out.r[i] = x[i] - out.g[i];
+    }
+    return good;
+  }
+
+  // The last attempt is written.
+  void write(const Attempt<T>& last) const {
+    move_gram(space.gram, last, T(1));
+    for (int64_t i = 0; i < K; ++i)
+      for (int64_t j = 0; j < K; ++j) space.cov.row(i)[j] -= last.a[i] * last.c[j];
+  }
+};
+
 template <class T>
 Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first,
                            Arena& arena) {
-  const PosteriorArgs<T>& shared = args.posterior;
-  const int64_t K = shared.K, padded = round_up(K, kLanes<T>);
-  const T ridge = *args.ridge.at(b);
-  const Factor<T> factor = take_factor<T>(arena, K);
-  const Matrix<T> lower_transposed = take_matrix<T>(arena, K, K), gram = take_matrix<T>(arena, K, K);
-  const Matrix<T> work = take_matrix<T>(arena, 1, kBlock), vectors = take_matrix<T>(arena, 5, K);
-  fill_zero(vectors);
-  T *target = vectors.row(0), *a = vectors.row(1), *c = vectors.row(2), *r = vectors.row(3);
-  const Matrix<T> w = vectors.rows_from(4, 1);
-  const auto multiply = [&](const Matrix<T>& m, const T* x, T* y) {
-    product<Into::kSet>(Matrix<T>{y, 1, K, vectors.ld}, K, Left<T>{x, 0, 1}, m);
-    for (int64_t i = K; i < padded; ++i) y[i] = 0;
-  };
-  // m ← m + c rᵀ + r cᵀ + d c cᵀ
-  const auto move = [&](const Matrix<T>& m, T d) {
-    for (int64_t i = 0; i < K; ++i)
-      for (int64_t j = 0; j < K; ++j) m.row(i)[j] += c[i] * r[j] + r[i] * c[j] + d * c[i] * c[j];
-  };
+  const AfreshSolver<T> solver(space, args, *args.ridge.at(b), arena);
+  Attempt<T> now = take_attempt<T>(solver.K, arena), before = take_attempt<T>(solver.K, arena);
+  const Arena::Mark step_start = arena.mark();
   Status status = kGood;
   for (int64_t t = 0; t < space.weights.rows; ++t) {
-    if (!shared.seen(b, first + t)) continue;
-    const T* x = space.cross.row(t);
-    T d = 0, along = 0;
+    if (!args.posterior.seen(b, first + t)) continue;
+    const T noise = *args.posterior.noise_var.at(b, first + t);
     for (int64_t n = 0; n < args.num_opt_iters; ++n) {
-      copy_rows(gram, space.gram);
-      __builtin_memcpy(target, x, static_cast<size_t>(K) * sizeof(T));
-      if (n > 0) {
-        move(gram, d);
-        for (int64_t i = 0; i < K; ++i) target[i] += along * c[i];
-      }
-      regularise(factor.lower, gram, ridge, args.squared_gram);
-      if (!cholesky(factor, arena)) status = kNotPositiveDefinite;
-      transpose(lower_transposed, factor.lower);
-      if (args.squared_gram)
-        multiply(gram, target, w.data);
-      else
-        __builtin_memcpy(w.data, target, static_cast<size_t>(K) * sizeof(T));
-      solve_rows(factor, lower_transposed, w, work);
-      for (int64_t i = K; i < padded; ++i) w.data[i] = 0;
-
-      multiply(space.cov, w.data, a);
-      const T s = dot(padded, w.data, a) + *shared.noise_var.at(b, first + t);
-      for (int64_t i = 0; i < padded; ++i) c[i] = a[i] / s;
-      multiply(space.gram, w.data, r);
-      along = space.inner.row(t)[t] - dot(padded, w.data, x);
-      d = along - dot(padded, w.data, x) + dot(padded, w.data, r);
-      for (int64_t i = 0; i < K; ++i) r[i] = x[i] - r[i];
+      arena.release(step_start);
+      std::swap(now, before);
+      if (!solver.attempt(t, noise, n > 0 ? &before : nullptr, now, arena)) status = kNotPositiveDefinite;
     }
-    __builtin_memcpy(space.weights.row(t), w.data, static_cast<size_t>(K) * sizeof(T));
-    move(space.gram, d);
-    for (int64_t i = 0; i < K; ++i)
-      for (int64_t j = 0; j < K; ++j) space.cov.row(i)[j] -= a[i] * c[j];
-    advance_cross(space, t, w.data, c, padded);
+    __builtin_memcpy(space.weights.row(t), now.w, static_cast<size_t>(solver.K) * sizeof(T));
+    solver.write(now);
+    advance_cross(space, t, now.w, now.c, solver.padded, static_cast<T*>(nullptr));
   }
   return status;
 }
 
-// Find the weights of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z].
+// The inner products of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z].
 template <class T>
-Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
-                     const Matrix<T>& weights, int64_t b, int64_t first, Arena& arena) {
-  const int64_t K = args.posterior.K, count = weights.rows, both = stacked.rows;
+GramSpace<T> take_gram_space(const Memory<T>& memory, const Matrix<T>& stacked, const Matrix<T>& weights,
+                             Arena& arena) {
+  const int64_t K = memory.cov.rows, count = weights.rows, both = stacked.rows;
   const Matrix<T> stacked_transposed = take_matrix<T>(arena, stacked.columns, both);
   const Matrix<T> products = take_matrix<T>(arena, both, both);  // Y Yᵀ = [G Xᵀ; X Q]
   transpose(stacked_transposed, stacked);
@@ -216,10 +295,22 @@ Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const 
   mirror(space.gram);
   copy_rows(space.cross, products.block(K, count, 0, K));
   copy_rows(space.cov, memory.cov);
-  for (const Matrix<T>& m : {space.gram, space.cross, space.cov}) clear_padding(m);
+  for (const Matrix<T>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
   fill_zero(weights);
-  return args.num_opt_iters == 1 && !args.squared_gram ? find_weights(space, args, b, first, arena)
-                                                       : find_weights_afresh(space, args, b, first, arena);
+  return space;
+}
+
+template <class T>
+bool factors_once(const WritingArgs<T>& args) {
+  return args.num_opt_iters == 1 && !args.squared_gram;
+}
+
+template <class T>
+Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
+                     const Matrix<T>& weights, int64_t b, int64_t first, Arena& arena) {
+  const GramSpace<T> space = take_gram_space(memory, stacked, weights, arena);
+  if (!factors_once(args)) return find_weights_afresh(space, args, b, first, arena);
+  return find_weights(space, take_matrix<T>(arena, memory.cov.rows, memory.cov.rows), args, b, first, arena);
 }
 
 template <class T>
