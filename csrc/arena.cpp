@@ -39,8 +39,10 @@ void Arena::reset() {
 
 // Space in a block begun after the mark is kept until the next reset: those blocks are the larger ones.
 void Arena::release(Mark mark) {
-  if (mark.blocks == blocks_.size()) used_ = mark.used;
-  else used_ = 0;
+  if (mark.blocks == blocks_.size())
+    used_ = mark.used;
+  else
+    used_ = 0;
 }
 
 Arena::~Arena() {

@@ -133,8 +133,7 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
     product_tile<INTO, 4, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
   for (; i + 2 <= rows; i += 2)
     product_tile<INTO, 2, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
-  for (; i < rows; ++i)
-    product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+  for (; i < rows; ++i) product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
 }
 
 // Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
@@ -194,14 +193,12 @@ T dot(int64_t n, const T* x, const T* y) {
 // is made of products.
 template <class T>
 struct Factor {
-  Matrix<T> lower;     // [n, n], the upper triangle is meaningless
-  T* inverse;          // [blocks, kBlock, kBlock], lower triangular
+  Matrix<T> lower;  // [n, n], the upper triangle is meaningless
+  T* inverse;       // [blocks, kBlock, kBlock], lower triangular
   T* inverse_transposed;
 
   int64_t size() const { return lower.rows; }
-  Matrix<T> inverse_block(int64_t first) const {
-    return {inverse + first * kBlock, kBlock, kBlock, kBlock};
-  }
+  Matrix<T> inverse_block(int64_t first) const { return {inverse + first * kBlock, kBlock, kBlock, kBlock}; }
   Matrix<T> inverse_transposed_block(int64_t first) const {
     return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
   }
@@ -278,7 +275,7 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
 template <class T>
 bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
   const int64_t n = f.size();
-  const Matrix<T> above = take_matrix<T>(arena, n, kBlock);   // Lᵀ of this block row
+  const Matrix<T> above = take_matrix<T>(arena, n, kBlock);  // Lᵀ of this block row
   const Matrix<T> panel = take_matrix<T>(arena, n, kBlock);
   bool good = true;
   for (int64_t j = 0; j < n; j += kBlock) {
@@ -348,7 +345,8 @@ void solve_rows(const Factor<T>& f, const Matrix<T>& lower_transposed, const Mat
     const int64_t width = smaller(kBlock, n - j), after = j + width;
     const Matrix<T> rhs = set_aside(j, width);
     if (after < n)
-      product<Into::kSubtract>(rhs, n - after, Left<T>{x.data + after, x.ld, 1}, f.lower.block(after, n - after, j, width));
+      product<Into::kSubtract>(rhs, n - after, Left<T>{x.data + after, x.ld, 1},
+                               f.lower.block(after, n - after, j, width));
     product<Into::kSet>(x.block(0, x.rows, j, width), width, left(rhs), f.inverse_block(j));
   }
 }

@@ -49,6 +49,8 @@ template const Kernels<double>& kernels();
 
 static int64_t select_cpu_level(int64_t limit) { return select_level(limit); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastkm, CompositeExplicitAutograd, m) { m.impl("select_cpu_level", TORCH_BOX(&select_cpu_level)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkm, CompositeExplicitAutograd, m) {
+  m.impl("select_cpu_level", TORCH_BOX(&select_cpu_level));
+}
 
 }  // namespace fastkm

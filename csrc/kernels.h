@@ -43,6 +43,17 @@ struct PosteriorArgs {
   bool seen(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };
 
+// Cotangents of an update's outputs, null where zero, and those of its inputs.
+template <class T>
+struct PosteriorGrads {
+  Batch<const T> mean, cov;           // [B, K, C], [B, K, K]
+  Batch<const T> innovation_var, kl;  // [B, T]
+  Batch<const T> log_evidence;        // [B]
+  Batch<T> to_mean, to_cov;           // like mean and cov
+  Batch<T> to_weights, to_values;     // [B, T, K], [B, T, C]
+  Batch<T> to_noise_var;              // [B, T]
+};
+
 template <class T>
 struct WritingArgs {
   PosteriorArgs<T> posterior;  // its weights are not read: they are found here
@@ -50,6 +61,13 @@ struct WritingArgs {
   int64_t num_opt_iters;
   bool squared_gram;
   Batch<T> new_weights;  // [B, T, K]
+};
+
+template <class T>
+struct WritingGrads {
+  PosteriorGrads<T> posterior;  // without log_evidence and to_weights
+  Batch<const T> weights;       // [B, T, K]
+  Batch<T> to_ridge;            // [B]
 };
 
 template <class T>
@@ -95,6 +113,8 @@ template <class T>
 struct Kernels {
   void (*update_posterior)(const PosteriorArgs<T>&, int64_t begin, int64_t end);
   void (*write)(const WritingArgs<T>&, int64_t begin, int64_t end);
+  void (*update_posterior_backward)(const PosteriorArgs<T>&, const PosteriorGrads<T>&, int64_t begin, int64_t end);
+  void (*write_backward)(const WritingArgs<T>&, const WritingGrads<T>&, int64_t begin, int64_t end);
   void (*read_memories)(const ReadingArgs<T>&, int64_t begin, int64_t end);
   // Reading in two phases, so that many queries of few memories are spread over the threads.
   int64_t (*factor_size)(const ReadingArgs<T>&);  // elements of one memory's factor
@@ -114,17 +134,21 @@ constexpr int64_t kQueryTile = 64;
 enum Level : int64_t { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
 
 namespace base {
-template <class T> const Kernels<T>& kernels();
+template <class T>
+const Kernels<T>& kernels();
 }
 namespace avx2 {
-template <class T> const Kernels<T>& kernels();
+template <class T>
+const Kernels<T>& kernels();
 }
 namespace avx512 {
-template <class T> const Kernels<T>& kernels();
+template <class T>
+const Kernels<T>& kernels();
 }
 
 // The table of the level in use: the highest this processor runs, unless a lower limit was set.
-template <class T> const Kernels<T>& kernels();
+template <class T>
+const Kernels<T>& kernels();
 Level select_level(int64_t limit);
 
 }  // namespace fastkm

@@ -1,9 +1,11 @@
 // Included by each level_*.cpp after it has set FASTKM_LEVEL, FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
 #include "matrix_normal_backward_kernel.h"
 #include "matrix_normal_kernel.h"
+#include "posterior_backward_kernel.h"
 #include "posterior_kernel.h"
 #include "reading_backward_kernel.h"
 #include "reading_kernel.h"
+#include "writing_backward_kernel.h"
 #include "writing_kernel.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -13,6 +15,8 @@ const Kernels<T>& kernels() {
   static constexpr Kernels<T> table{
       .update_posterior = update_posterior<T>,
       .write = write<T>,
+      .update_posterior_backward = update_posterior_backward<T>,
+      .write_backward = write_backward<T>,
       .read_memories = read_memories<T>,
       .factor_size = factor_size<T>,
       .factor_memories = factor_memories<T>,

@@ -5,42 +5,86 @@
 
 namespace fastkm {
 
+template <class T>
+PosteriorArgs<T> posterior_args(const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
+                                const std::optional<Tensor>& mask) {
+  const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
+  expect(cov, "cov", {B, K, K}, mean.scalar_type());
+  expect(values, "values", {B, patterns, C}, mean.scalar_type());
+  expect(noise_var, "noise_var", {B, patterns}, mean.scalar_type());
+  if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);
+  PosteriorArgs<T> args;
+  args.K = K;
+  args.C = C;
+  args.T_ = patterns;
+  args.mean = batch_of<const T>(mean);
+  args.cov = batch_of<const T>(cov);
+  args.values = batch_of<const T>(values);
+  args.noise_var = batch_of<const T>(noise_var);
+  if (mask) args.mask = batch_of<const bool>(*mask);
+  return args;
+}
+
+template <class T>
+Batch<const T> weights_of(const Tensor& weights, const PosteriorArgs<T>& args, const Tensor& mean) {
+  expect(weights, "weights", {mean.size(0), args.T_, args.K}, mean.scalar_type());
+  return batch_of<const T>(weights);
+}
+
+// A cotangent that may be missing.
+template <class T>
+Batch<const T> cotangent_of(const std::optional<Tensor>& grad, const char* name, std::initializer_list<int64_t> sizes,
+                            const Tensor& like) {
+  if (!grad) return {};
+  expect(*grad, name, sizes, like.scalar_type());
+  return batch_of<const T>(*grad);
+}
+
 struct PosteriorOutputs {
   Tensor mean, cov, innovation_var, kl, info;
 
-  PosteriorOutputs(const Tensor& prior_mean, const Tensor& prior_cov, const Tensor& values, const Tensor& noise_var,
-                   const std::optional<Tensor>& mask)
+  PosteriorOutputs(const Tensor& prior_mean, const Tensor& values)
       : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
         cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
         innovation_var(make(prior_mean, {values.size(0), values.size(1)})),
         kl(make(prior_mean, {values.size(0), values.size(1)})),
-        info(make(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {
-    const int64_t B = prior_mean.size(0), K = prior_mean.size(1), C = prior_mean.size(2), T = values.size(1);
-    const ScalarType type = prior_mean.scalar_type();
-    expect(prior_cov, "cov", {B, K, K}, type);
-    expect(values, "values", {B, T, C}, type);
-    expect(noise_var, "noise_var", {B, T}, type);
-    if (mask) expect(*mask, "mask", {B, T}, ScalarType::Bool);
-  }
+        info(make(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {}
 
   template <class T>
-  PosteriorArgs<T> args(const Tensor& prior_mean, const Tensor& prior_cov, const Tensor& values,
-                        const Tensor& noise_var, const std::optional<Tensor>& mask) const {
-    PosteriorArgs<T> args;
-    args.K = prior_mean.size(1);
-    args.C = prior_mean.size(2);
-    args.T_ = values.size(1);
-    args.mean = batch_of<const T>(prior_mean);
-    args.cov = batch_of<const T>(prior_cov);
-    args.values = batch_of<const T>(values);
-    args.noise_var = batch_of<const T>(noise_var);
-    if (mask) args.mask = batch_of<const bool>(*mask);
+  void into(PosteriorArgs<T>& args) const {
     args.new_mean = batch_of<T>(mean);
     args.new_cov = batch_of<T>(cov);
     args.innovation_var = batch_of<T>(innovation_var);
     args.kl = batch_of<T>(kl);
     args.info = data_of<int32_t>(info);
-    return args;
+  }
+};
+
+// The cotangents that an update and a write have in common.
+struct PosteriorGradOutputs {
+  Tensor mean, cov, values, noise_var;
+
+  PosteriorGradOutputs(const Tensor& prior_mean, const Tensor& of_values)
+      : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
+        cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
+        values(make(prior_mean, {of_values.size(0), of_values.size(1), of_values.size(2)})),
+        noise_var(make(prior_mean, {of_values.size(0), of_values.size(1)})) {}
+
+  template <class T>
+  PosteriorGrads<T> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
+                          const std::optional<Tensor>& grad_innovation_var,
+                          const std::optional<Tensor>& grad_kl) const {
+    const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), T_ = values.size(1);
+    PosteriorGrads<T> grads;
+    grads.mean = cotangent_of<T>(grad_mean, "grad_mean", {B, K, C}, mean);
+    grads.cov = cotangent_of<T>(grad_cov, "grad_cov", {B, K, K}, mean);
+    grads.innovation_var = cotangent_of<T>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean);
+    grads.kl = cotangent_of<T>(grad_kl, "grad_kl", {B, T_}, mean);
+    grads.to_mean = batch_of<T>(mean);
+    grads.to_cov = batch_of<T>(cov);
+    grads.to_values = batch_of<T>(values);
+    grads.to_noise_var = batch_of<T>(noise_var);
+    return grads;
   }
 };
 

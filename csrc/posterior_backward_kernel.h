@@ -65,8 +65,7 @@ PatternCotangents<T> pattern_cotangents(const Chunk<T>& chunk, int64_t t, const 
   const T noise = chunk.noise[t], pivot = chunk.pivot(t), s = pivot > noise ? pivot : noise;
   const T C = static_cast<T>(args.C), energy = dot(args.C, chunk.values.row(t), chunk.values.row(t));
   PatternCotangents<T> result;
-  const T of_s =
-      grad_s + T(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
+  const T of_s = grad_s + T(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
   (pivot > noise ? result.pivot : result.noise) = of_s;
   result.energy = T(0.5) * (grad_kl * (1 - noise / s) - grad_evidence);
   result.noise += T(0.5) * grad_kl * (C * (1 / s - 1 / noise) - energy / s);
@@ -173,7 +172,8 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t b, Arena& arena, const
   const Memory<T> before = take_memory(args, arena);
   const auto state_at = [&, all = arena.take<T>(chunks * args.K * (before.mean.ld + before.cov.ld))](int64_t chunk) {
     T* at = all + chunk * args.K * (before.mean.ld + before.cov.ld);
-    return Memory<T>{{at, args.K, args.C, before.mean.ld}, {at + args.K * before.mean.ld, args.K, args.K, before.cov.ld}};
+    return Memory<T>{{at, args.K, args.C, before.mean.ld},
+                     {at + args.K * before.mean.ld, args.K, args.K, before.cov.ld}};
   };
   const auto load_chunk = [&](const Memory<T>& memory, int64_t chunk) {
     const int64_t first = chunk * kChunk, count = smaller(kChunk, args.T_ - first);
@@ -206,7 +206,8 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     const Memory<T> grad = take_memory(args, arena);
     load_cotangents(grad, grads, b);
     reverse_chunks(args, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
-      ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K), take_matrix<T>(arena, chunk.count(), args.C)};
+      ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K),
+                             take_matrix<T>(arena, chunk.count(), args.C)};
       fill_zero(bar.weights);
       condition_backward(memory, grad, chunk, args, grads, b, first, bar, arena);
       clear_masked(bar.weights, args, b, first);

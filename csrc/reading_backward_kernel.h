@@ -16,6 +16,13 @@ struct ReadingGradient {
   double ridge = 0;  // λ̄
 };
 
+// Without a factor there is no gradient: let every solve answer NaN.
+template <class T>
+void poison(const Factor<T>& f) {
+  for (int64_t i = 0; i < round_up(f.size(), kBlock) * kBlock; ++i)
+    f.inverse[i] = f.inverse_transposed[i] = std::numeric_limits<T>::quiet_NaN();
+}
+
 // Sum of the products of entries.
 template <class T>
 double inner_product(const Matrix<T>& x, const Matrix<T>& y) {
@@ -107,11 +114,7 @@ void read_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads, int
     Arena& arena = Arena::fresh();
     const FactoredMemory<T> memory = lay_out<T>(args, [&](int64_t count) { return arena.take<T>(count); });
     factor_memory(args, b, memory, arena);
-    // Without a factor there is no gradient: let every solve answer NaN.
-    if (args.info[b] != kGood)
-      for (int64_t i = 0; i < round_up(K, kBlock) * kBlock; ++i)
-        memory.factor.inverse[i] = memory.factor.inverse_transposed[i] = std::numeric_limits<T>::quiet_NaN();
-
+    if (args.info[b] != kGood) poison(memory.factor);
     ReadingGradient<T> gradient{.mean = take_matrix<T>(arena, K, args.C),
                                 .solved = take_matrix<T>(arena, K, K),
                                 .target = take_matrix<T>(arena, args.squared_gram ? K : 0, K)};

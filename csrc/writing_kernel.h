@@ -17,11 +17,11 @@ namespace fastkm::FASTKM_LEVEL {
 // What the search for the weights needs, kept up to date with what was written.
 template <class T>
 struct GramSpace {
-  Matrix<T> gram;    // G = R Rᵀ [K, K]
-  Matrix<T> cross;   // X = Z Rᵀ [T, K]
-  Matrix<T> inner;   // Q = Z Zᵀ [T, T], lower triangle
-  Matrix<T> cov;     // U [K, K]
-  Matrix<T> weights; // [T, K], out
+  Matrix<T> gram;     // G = R Rᵀ [K, K]
+  Matrix<T> cross;    // X = Z Rᵀ [T, K]
+  Matrix<T> inner;    // Q = Z Zᵀ [T, T], lower triangle
+  Matrix<T> cov;      // U [K, K]
+  Matrix<T> weights;  // [T, K], out
 };
 
 // What a search leaves behind for its backward; rows are patterns, and those of masked patterns are not set.
@@ -247,17 +247,40 @@ struct AfreshSolver {
     return good;
   }
 
-  // The last attempt is written.
-  void write(const Attempt<T>& last) const {
-    move_gram(space.gram, last, T(1));
+  // The last attempt is written: G and U move on; and back, when that is undone.
+  void write(const Attempt<T>& last) const { move(last, T(1)); }
+  void undo(const Attempt<T>& last) const { move(last, T(-1)); }
+
+ private:
+  void move(const Attempt<T>& last, T sign) const {
+    move_gram(space.gram, last, sign);
     for (int64_t i = 0; i < K; ++i)
-      for (int64_t j = 0; j < K; ++j) space.cov.row(i)[j] -= last.a[i] * last.c[j];
+      for (int64_t j = 0; j < K; ++j) space.cov.row(i)[j] -= sign * last.a[i] * last.c[j];
+  }
+};
+
+// What is needed to undo each pattern; rows are patterns.
+template <class T>
+struct AfreshTape {
+  Matrix<T> a, c, r;  // [t, K], of the last attempt
+  Matrix<T> along;    // [t, t]
+  T d[kChunk];
+
+  Attempt<T> written(int64_t t, const Matrix<T>& weights) const {
+    return {
+        .w = weights.row(t), .a = a.row(t), .c = c.row(t), .g = nullptr, .r = r.row(t), .s = 0, .along = 0, .d = d[t]};
   }
 };
 
 template <class T>
+AfreshTape<T> take_afresh_tape(int64_t K, int64_t count, Arena& arena) {
+  return {take_matrix<T>(arena, count, K), take_matrix<T>(arena, count, K), take_matrix<T>(arena, count, K),
+          take_matrix<T>(arena, count, count)};
+}
+
+template <class T>
 Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first,
-                           Arena& arena) {
+                           Arena& arena, AfreshTape<T>* tape = nullptr) {
   const AfreshSolver<T> solver(space, args, *args.ridge.at(b), arena);
   Attempt<T> now = take_attempt<T>(solver.K, arena), before = take_attempt<T>(solver.K, arena);
   const Arena::Mark step_start = arena.mark();
@@ -272,7 +295,12 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
     }
     __builtin_memcpy(space.weights.row(t), now.w, static_cast<size_t>(solver.K) * sizeof(T));
     solver.write(now);
-    advance_cross(space, t, now.w, now.c, solver.padded, static_cast<T*>(nullptr));
+    advance_cross(space, t, now.w, now.c, solver.padded, tape ? tape->along.row(t) : nullptr);
+    if (!tape) continue;
+    __builtin_memcpy(tape->a.row(t), now.a, static_cast<size_t>(solver.padded) * sizeof(T));
+    __builtin_memcpy(tape->c.row(t), now.c, static_cast<size_t>(solver.padded) * sizeof(T));
+    __builtin_memcpy(tape->r.row(t), now.r, static_cast<size_t>(solver.padded) * sizeof(T));
+    tape->d[t] = now.d;
   }
   return status;
 }
