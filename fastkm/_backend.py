@@ -7,10 +7,10 @@ backend that cannot run it raises, with the reason and the remedy; nothing ever 
 import os
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastkm import _schema
+from fastkm._autograd import wants_gradient
 
 PREFERENCE = ("native", "triton", "reference")
 
@@ -23,7 +23,7 @@ class Capability(NamedTuple):
 
 
 REFERENCE = Capability()
-NATIVE = Capability(devices=("cpu",), gradients=False)
+NATIVE = Capability(devices=("cpu",))
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -62,10 +62,6 @@ def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
             "take backend='reference', or call it under torch.no_grad()"
         )
     return None
-
-
-def wants_gradient(tensors: tuple[Tensor, ...]) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:

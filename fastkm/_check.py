@@ -2,7 +2,8 @@
 
 An error names the argument, what was expected (computed from the arguments before it) and what came.
 ``TypeError`` is for a wrong kind or dtype, ``ValueError`` for a wrong shape, device or value, and
-``torch.linalg.LinAlgError`` for a matrix whose factorisation failed.
+``torch.linalg.LinAlgError`` for a matrix whose factorisation failed. In a compiled graph a wrong value and
+a failed factorisation raise ``RuntimeError`` when it runs.
 """
 
 import math
@@ -66,7 +67,7 @@ class Signature:
         if not any(list(value.shape) == [self.sizes[letter] for letter in layout] for layout in layouts):
             allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
             raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
-        if value.device.type == "cpu" and not bool(((value > 0) & (value < math.inf)).all()):
+        if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
             raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {value.min()}")
         return value
 
@@ -115,14 +116,26 @@ def factored(info: Tensor, matrix: str) -> None:
 
     The whole batch has been computed by then; the error names every memory that failed.
     """
-    if not bool(info.any()):
+    if not _any(info, f"{matrix} is not symmetric positive definite"):
         return
+    info = torch.func.debug_unwrap(info)
     reasons = [
         f"{what} in {'memory' if len(which) == 1 else 'memories'} {which}"
         for code, what in ((ASYMMETRIC, "not symmetric"), (NOT_POSITIVE_DEFINITE, "not positive definite"))
-        if (which := (info == code).nonzero().flatten().tolist())
+        if (which := (info == code).nonzero().squeeze(-1).tolist())  # under vmap pairs: [which of the map, memory]
     ]
     raise torch.linalg.LinAlgError(f"{matrix} is {' and '.join(reasons)}")
+
+
+def _any(wrong: Tensor, message: str) -> bool:
+    """Whether anything is wrong, looking through the wrappers of torch.func.
+
+    A compiled graph has no values to branch on: it asserts when it runs, with ``message`` alone.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), message)
+        return False
+    return bool(torch.func.debug_unwrap(wrong).any())
 
 
 def _dtype(value: Tensor) -> str:
@@ -151,6 +164,6 @@ def positive_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A positive number, or a tensor of them, in the dtype and on the device of ``like``."""
     if not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.device.type == "cpu" and not bool(((value > 0) & (value < math.inf)).all()):
+    if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return value

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.matrix_normal import MatrixNormal, kl_memory, kl_weights
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState
@@ -44,8 +45,9 @@ class KanervaMemory(nn.Module):
         num_opt_iters: how often :meth:`write` solves the weights of each pattern, see :func:`fastkm.write`.
         sample_w: :meth:`read` decodes a sample of q(w) instead of its mean.
         sample_memory: :meth:`read` and :meth:`generate` use a sample of q(M) instead of its mean.
-        backend: who computes, for every method; ``"native"`` has no gradient yet and raises where one is wanted, which
-            with learned parameters is everywhere outside ``torch.no_grad()``. None takes the reference there.
+        backend: who computes, for every method; None takes the first that can run each call.
+
+    Under ``torch.autocast`` codes may be bfloat16 or float16; the memory computes in float32 and keeps its state there.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind or value.
@@ -113,6 +115,7 @@ class KanervaMemory(nn.Module):
         cov = self.prior_log_var.exp() * torch.eye(self.memory_size).to(self.prior_mean)
         return MemoryState(self.prior_mean.repeat(batch_size, 1, 1), cov.repeat(batch_size, 1, 1))
 
+    @in_float32
     def write(self, values: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
         """Write ``values [B, T, C]`` into ``state``, or into the prior; see :func:`fastkm.write`."""
         if state is None:
@@ -121,6 +124,7 @@ class KanervaMemory(nn.Module):
             state, values, self.noise_var, self.ridge, num_opt_iters=self.num_opt_iters, mask=mask, backend=self.backend
         )
 
+    @in_float32
     def read(self, queries: Tensor, state: MemoryState, num_iters: int = 1) -> ReadResult:
         """Read ``queries [B, Q, C]`` out of ``state``; see :func:`fastkm.read`.
 
@@ -173,6 +177,7 @@ class KanervaMemory(nn.Module):
         like = self.prior_mean
         return self.w_prior_stddev * torch.randn(*shape, self.memory_size, dtype=like.dtype, device=like.device)
 
+    @in_float32
     def generate(
         self,
         state: MemoryState,

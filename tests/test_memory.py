@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastkm
-from fastkm import KanervaMemory, MemoryState
+from fastkm import KanervaMemory, MemoryState, _schema
 
 B, T, Q, K, C = 3, 5, 4, 6, 7
 PARAMETERS = {"prior_mean", "prior_log_var", "log_weight_stddev", "log_noise_stddev"}
@@ -313,7 +313,8 @@ def test_bad_inputs_name_the_argument():
         memory(sample_memory=True).read(queries(), indefinite)
 
 
-def test_a_named_backend_without_gradient_raises():
+def test_a_named_backend_that_cannot_run_raises(monkeypatch):
+    monkeypatch.setattr(_schema, "unavailable", "the C++ extension was not built")
     module = memory(backend="native")
     with pytest.raises(fastkm.BackendUnavailableError, match="backend='reference'"):
         module.write(torch.randn(B, T, C).double())

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.addressing import native, reference
 
 __all__ = ["METHODS", "solve_addressing"]
@@ -13,6 +14,7 @@ METHODS = ("ridge", "deepmind")
 _RUN: dict[str, Callable] = {"reference": reference.solve_addressing, "native": native.solve_addressing}
 
 
+@in_float32
 def solve_addressing(
     mean: Tensor,  # [B, K, C]
     queries: Tensor,  # [B, Q, C]
@@ -35,6 +37,7 @@ def solve_addressing(
 
     Returns:
         weights ``[B, Q, K]``, in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+        Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

@@ -1,7 +1,15 @@
-"""The compiled operator; csrc/addressing_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/reading_cpu.cpp."""
 
 import torch
 
-import fastkm._schema  # noqa: F401  declares the operator
+import fastkm._schema  # noqa: F401  declares the operators
+from fastkm._autograd import differentiable
 
-solve_addressing = torch.ops.fastkm.solve_addressing.default
+_operators = torch.ops.fastkm
+
+solve_addressing = differentiable(
+    _operators.solve_addressing.default,
+    _operators.read_backward.default,
+    # A solve is a read of one iteration whose values nobody took.
+    lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, None, grad),
+)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.matrix_normal import native, reference
 from fastkm.matrix_normal.distribution import MatrixNormal
 from fastkm.matrix_normal.kronecker import KroneckerCovariance
@@ -16,6 +17,7 @@ _RUN_KL_MEMORY: dict[str, Callable] = {"reference": reference.kl_memory, "native
 _RUN_LOGDET: dict[str, Callable] = {"reference": reference.logdet, "native": native.logdet}
 
 
+@in_float32
 def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | Tensor) -> Tensor:
     """KL(N(w, σw² I) ‖ N(0, σ0² I)) in nats: the cost of the weights of a pattern.
 
@@ -27,7 +29,7 @@ def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | T
         prior_var: σ0², positive; likewise.
 
     Returns:
-        ``[...]``.
+        ``[...]``. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Source: Wu et al., NeurIPS 2018, eq. 12.
     """
@@ -36,6 +38,7 @@ def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | T
     return reference.kl_weights(weights, weight_var, prior_var)
 
 
+@in_float32
 def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None) -> Tensor:
     """KL(q(M) ‖ p(M)) of two memories in nats, ``[B]``.
 
@@ -47,6 +50,8 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
         method: ``"exact"``, or ``"deepmind"`` for parity with the released code, which uses the diagonals only and
             leaves out the ½.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None; ``"deepmind"`` has the reference only.
+
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
@@ -69,6 +74,7 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
     return kl
 
 
+@in_float32
 def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
     """``ln|U|`` of every covariance, from its Cholesky diagonal: ``2 Σ_k ln L_kk`` with ``U = L Lᵀ``.
 
@@ -79,7 +85,8 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
     Returns:
         ``[B]``; 0 for an empty matrix.
 
-    Numerics: computed in the dtype given. The determinant itself is never formed, so it neither over- nor underflows.
+    Numerics: computed in the dtype given, under autocast in float32. The determinant itself is never
+    formed, so it neither over- nor underflows.
 
     Raises:
         TypeError, ValueError: ``cov`` is of the wrong kind, dtype or shape.

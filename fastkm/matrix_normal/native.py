@@ -1,8 +1,11 @@
-"""The compiled operators; csrc/matrix_normal_cpu.cpp."""
+"""The compiled operators and their gradients; csrc/matrix_normal_cpu.cpp."""
 
 import torch
 
 import fastkm._schema  # noqa: F401  declares the operators
+from fastkm._autograd import differentiable
 
-kl_memory = torch.ops.fastkm.kl_memory.default
-logdet = torch.ops.fastkm.logdet.default
+_operators = torch.ops.fastkm
+
+kl_memory = differentiable(_operators.kl_memory.default, _operators.kl_memory_backward.default)
+logdet = differentiable(_operators.logdet.default, _operators.logdet_backward.default)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.posterior import native, reference
 from fastkm.state import MemoryState
 
@@ -23,6 +24,7 @@ class PosteriorUpdate(NamedTuple):
     log_evidence: Tensor  # [B], ln p(values | weights), nats
 
 
+@in_float32
 def update_posterior(
     state: MemoryState,
     weights: Tensor,  # [B, T, K]
@@ -54,6 +56,7 @@ def update_posterior(
         :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.
 
     Numerics: float32 or float64, computed in that dtype. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

@@ -1,7 +1,10 @@
-"""The compiled operator; csrc/posterior_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/posterior_cpu.cpp."""
 
 import torch
 
-import fastkm._schema  # noqa: F401  declares the operator
+import fastkm._schema  # noqa: F401  declares the operators
+from fastkm._autograd import differentiable
 
-update_posterior = torch.ops.fastkm.update_posterior.default
+_operators = torch.ops.fastkm
+
+update_posterior = differentiable(_operators.update_posterior.default, _operators.update_posterior_backward.default)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS
 from fastkm.reading import native, reference
 from fastkm.state import MemoryState
@@ -31,6 +32,7 @@ class AttractorResult(NamedTuple):
     num_iters: Tensor  # [B, Q], int64, the iterations each query took
 
 
+@in_float32
 def read(
     mean: Tensor,  # [B, K, C]
     queries: Tensor,  # [B, Q, C]
@@ -60,6 +62,7 @@ def read(
 
     Returns:
         :class:`ReadResult` in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+        Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
@@ -80,6 +83,7 @@ def read(
     return ReadResult(values, weights)
 
 
+@in_float32
 def attractor_read(
     state: MemoryState,
     queries: Tensor,  # [B, Q, C]
@@ -117,7 +121,8 @@ def attractor_read(
         backend: ``"reference"`` or None.
 
     Returns:
-        :class:`AttractorResult`.
+        :class:`AttractorResult`. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32;
+        ``clean`` itself runs under autocast.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value, or a ``clean`` that changes

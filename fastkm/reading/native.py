@@ -1,7 +1,10 @@
-"""The compiled operator; csrc/reading_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/reading_cpu.cpp."""
 
 import torch
 
-import fastkm._schema  # noqa: F401  declares the operator
+import fastkm._schema  # noqa: F401  declares the operators
+from fastkm._autograd import differentiable
 
-read = torch.ops.fastkm.read.default
+_operators = torch.ops.fastkm
+
+read = differentiable(_operators.read.default, _operators.read_backward.default)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastkm import _backend, _check
+from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS
 from fastkm.state import MemoryState
 from fastkm.writing import native, reference
@@ -24,6 +25,7 @@ class WriteResult(NamedTuple):
     kl: Tensor  # [B, T], nats
 
 
+@in_float32
 def write(
     state: MemoryState,
     values: Tensor,  # [B, T, C]
@@ -57,6 +59,7 @@ def write(
 
     Numerics: float32 or float64, computed in that dtype. The native kernel works in Gram space; at σ² = λ = 1 it is as
     accurate as the literal loop, and it loses digits first when λ is small against the patterns' energy.
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

@@ -1,7 +1,14 @@
-"""The compiled operator; csrc/writing_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/writing_cpu.cpp."""
 
 import torch
 
-import fastkm._schema  # noqa: F401  declares the operator
+import fastkm._schema  # noqa: F401  declares the operators
+from fastkm._autograd import differentiable
 
-write = torch.ops.fastkm.write.default
+_operators = torch.ops.fastkm
+
+write = differentiable(
+    _operators.write.default,
+    _operators.write_backward.default,
+    keep=slice(2, 3),  # the weights it found
+)
