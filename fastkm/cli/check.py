@@ -25,7 +25,7 @@ def row(operation: str, preset: str, dtype: torch.dtype, backend: str, verdict: 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     images = load_images(options.data)
-    presets = [PRESETS[name] for name in options.presets]
+    presets = [PRESETS[name] for name in options.presets or PRESETS]
     print(f"Images: {images.source}", *remarks(images, presets), sep="\n")
     rows, failures, absent = [], [], {}
     with progress("check", len(presets) * len(DTYPES) * len(_backend.CAPABILITIES)) as start:
