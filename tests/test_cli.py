@@ -215,8 +215,9 @@ def test_order_of_rows_means_nothing(operation, episode):
 def test_timing_takes_turns():
     calls = []
     timings = measure.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0, shortest=0)
-    assert "".join(calls) == "ab" * (1 + 3)
-    assert [timing.rounds for timing in timings.values()] == [3, 3]
+    rounds = timings["a"].rounds
+    assert rounds == timings["b"].rounds >= 2
+    assert "".join(calls) == "ab" * (1 + rounds)  # the first call only warms up
 
 
 # Images, codes and cues.
@@ -231,7 +232,7 @@ def test_folder_and_zip_hold_the_same_images(pngs, images, tmp_path):
     zipped = load_images(str(path))
     assert torch.equal(zipped.held_out, images.held_out)
     assert (zipped.num_train, len(zipped.held_out)) == (128, 32)
-    assert "160 of 160 PNGs" in zipped.source
+    assert "160 PNGs in strokes.zip" in zipped.source
 
 
 def test_ink_is_bright(images):

@@ -80,7 +80,8 @@ def _load_pngs(path: Path) -> tuple[Tensor, str]:
             raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
         chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
         pixels = torch.stack([_decode_png(names[i], archive.read(names[i])) for i in chosen])
-    source = f"{len(chosen):,} of {len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
+    some = "" if len(chosen) == len(names) else f"{len(chosen):,} of "
+    source = f"{some}{len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
     return (1 - pixels if pixels.mean() > 0.5 else pixels), source  # dark ink on a light ground is inverted
 
 
