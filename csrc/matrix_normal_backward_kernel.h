@@ -7,10 +7,23 @@
 namespace fastkm::FASTKM_LEVEL {
 
 template <class T>
-Factor<T> take_factor_of(const Batch<const T>& cov, int64_t b, int64_t K, Arena& arena) {
-  const Factor<T> factor = take_factor<T>(arena, K);
-  if (load_and_factor(factor, cov, b, arena) != kGood) poison(factor);
-  return factor;
+struct FactoredCov {
+  Factor<T> factor;
+  Matrix<T> lower_transposed;  // [K, K]
+};
+
+template <class T>
+FactoredCov<T> factor_cov(const Batch<const T>& cov, int64_t b, int64_t K, Arena& arena) {
+  const FactoredCov<T> result{take_factor<T>(arena, K), take_matrix<T>(arena, K, K)};
+  if (load_and_factor(result.factor, cov, b, arena) != kGood) poison(result.factor);
+  transpose(result.lower_transposed, result.factor.lower);
+  return result;
+}
+
+// X ← X U⁻¹
+template <class T>
+void solve_rows(const FactoredCov<T>& cov, const Matrix<T>& x, Arena& arena) {
+  solve_rows(cov.factor, cov.lower_transposed, x, take_matrix<T>(arena, x.rows, kBlock));
 }
 
 template <class T>
@@ -28,12 +41,7 @@ void kl_memory_backward(const MatrixNormalArgs<T>& args, const MatrixNormalGrads
   const int64_t K = args.K, C = args.C;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Factor<T> factor = take_factor_of(args.cov, b, K, arena), prior = take_factor_of(args.prior_cov, b, K, arena);
-    const Matrix<T> lower_transposed = take_matrix<T>(arena, K, K), work = take_matrix<T>(arena, K > C ? K : C, kBlock);
-    const auto solve_each_row = [&](const Factor<T>& f, const Matrix<T>& x) {
-      transpose(lower_transposed, f.lower);
-      solve_rows(f, lower_transposed, x, work);
-    };
+    const FactoredCov<T> cov = factor_cov(args.cov, b, K, arena), prior_cov = factor_cov(args.prior_cov, b, K, arena);
     const T half = *grads.result.at(b) / 2, columns = static_cast<T>(C);
 
     // Both means.
@@ -44,7 +52,7 @@ void kl_memory_backward(const MatrixNormalArgs<T>& args, const MatrixNormalGrads
     for (int64_t k = 0; k < K; ++k)
       for (int64_t c = 0; c < C; ++c) shift.row(k)[c] -= prior_mean.row(k)[c];
     transpose(pull, shift);
-    solve_each_row(prior, pull);
+    solve_rows(prior_cov, pull, arena);
     transpose(shift, pull);
     scale(shift, 2 * half);
     store_matrix(grads.to_mean, b, shift);
@@ -53,18 +61,17 @@ void kl_memory_backward(const MatrixNormalArgs<T>& args, const MatrixNormalGrads
 
     // Both covariances, of which the divergence reads the lower triangles.
     const Matrix<T> gap = take_matrix<T>(arena, K, K), relative = take_matrix<T>(arena, K, K);
-    const Matrix<T> result = take_matrix<T>(arena, K, K);
     for (int64_t i = 0; i < K; ++i)
       for (int64_t j = 0; j <= i; ++j) gap.row(i)[j] = *args.prior_cov.at(b, i, j) - *args.cov.at(b, i, j);
     mirror(gap);
-    solve_each_row(prior, gap);
-    transpose(relative, gap);
-    copy_rows(result, relative);
-    solve_each_row(factor, result);
-    scale(result, -half * columns);
-    mirror(result);
-    store_matrix(grads.to_cov, b, result);
-    solve_each_row(prior, relative);
+    solve_rows(prior_cov, gap, arena);
+    transpose(relative, gap);  // P
+    copy_rows(gap, relative);
+    solve_rows(cov, gap, arena);
+    scale(gap, -half * columns);
+    mirror(gap);
+    store_matrix(grads.to_cov, b, gap);
+    solve_rows(prior_cov, relative, arena);
     scale(relative, columns);
     product_lower<Into::kSubtract>(relative, C, transposed(pull), pull);
     scale(relative, half);
@@ -80,8 +87,10 @@ void logdet_backward(const MatrixNormalArgs<T>& args, const MatrixNormalGrads<T>
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-    invert(take_factor_of(args.cov, b, K, arena), inverse, arena);
-    scale(inverse, *grads.result.at(b));
+    fill_zero(inverse);
+    for (int64_t i = 0; i < K; ++i) inverse.row(i)[i] = *grads.result.at(b);
+    solve_rows(factor_cov(args.cov, b, K, arena), inverse, arena);
+    mirror(inverse);
     store_matrix(grads.to_cov, b, inverse);
   }
 }
