@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: help setup bench test lint format clean distclean
+.PHONY: help setup bench test lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -37,6 +37,9 @@ format: setup ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+
+readme: bench ## fill the tables of README.md from the code and a run of the benchmark
+	$(BIN)/python tools/update_readme.py
 
 clean: ## remove what was built; the next target builds it again
 	rm -rf build dist *.egg-info fastkm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks

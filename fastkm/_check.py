@@ -46,6 +46,11 @@ class Signature:
             raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(shape)}")
         return value
 
+    def state(self, name: str, value: object) -> tuple[Tensor, Tensor]:
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise TypeError(f"{name} must be a MemoryState(mean, cov), got {type(value).__name__}")
+        return self.tensor(f"{name}.mean", value[0], "BKC"), self.tensor(f"{name}.cov", value[1], "BKK")
+
     def noise(self, name: str, value: float | Tensor) -> Tensor:
         """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
         value = self._positive(name, value, ("", "B", "BT"))
@@ -146,8 +151,10 @@ def cleaned(code: object, like: Tensor) -> Tensor:
     """What the caller's ``clean`` returned for ``like``: codes of the same shape, dtype and device."""
     if not isinstance(code, Tensor):
         raise TypeError(f"clean must return a tensor like its input, got {type(code).__name__}")
-    if (code.shape, code.dtype, code.device) != (like.shape, like.dtype, like.device):
-        wanted, got = (f"{_dtype(x)} {list(x.shape)} on {x.device}" for x in (like, code))
+    if code.dtype != like.dtype:
+        raise TypeError(f"clean must return {_dtype(like)} like its input, got {_dtype(code)}")
+    if (code.shape, code.device) != (like.shape, like.device):
+        wanted, got = (f"{list(x.shape)} on {x.device}" for x in (like, code))
         raise ValueError(f"clean must return codes like its input, {wanted}; got {got}")
     return code
 

@@ -23,7 +23,16 @@ def _load_extension() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"
-    return None
+    declared = (f"fastkm::{name}" for name in OPERATORS)
+    missing = [name for name in declared if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    return f"the C++ extension is of another version, it lacks {', '.join(missing)}" if missing else None
+
+
+# What the extension must bring.
+OPERATORS = (
+    *("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet"),
+    *("update_posterior_backward", "write_backward", "read_backward", "kl_memory_backward", "logdet_backward"),
+)
 
 
 def _empty_info(like: Tensor) -> Tensor:

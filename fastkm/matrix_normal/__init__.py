@@ -60,12 +60,7 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
     Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
     """
     check = _check.Signature()
-    tensors = (
-        check.tensor("state.mean", state[0], "BKC"),
-        check.tensor("state.cov", state[1], "BKK"),
-        check.tensor("prior.mean", prior[0], "BKC"),
-        check.tensor("prior.cov", prior[1], "BKK"),
-    )
+    tensors = (*check.state("state", state), *check.state("prior", prior))
     if _check.choice("method", method, ("exact", "deepmind")) == "deepmind":
         _backend.resolve("kl_memory_deepmind", backend, *tensors)
         return reference.kl_memory_deepmind(*tensors)

@@ -45,7 +45,8 @@ def update_posterior(
         V = W U    V Wᵀ + σ²I = L Lᵀ    G = L⁻¹ V    E = L⁻¹ (Z − W R)    R' = R + GᵀE    U' = U − GᵀG
 
     Args:
-        state: prior; ``cov`` must be symmetric positive definite.
+        state: prior; ``cov`` must be symmetric positive definite. A symmetric ``cov`` that is not is found where the
+            weights reach a direction in which it is not.
         weights: how much each row of the memory takes part in each pattern.
         values: the patterns.
         noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
@@ -66,8 +67,7 @@ def update_posterior(
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
     check = _check.Signature()
-    mean = check.tensor("state.mean", state[0], "BKC")
-    cov = check.tensor("state.cov", state[1], "BKK")
+    mean, cov = check.state("state", state)
     weights = check.tensor("weights", weights, "BTK")
     values = check.tensor("values", values, "BTC")
     noise_var = check.noise("noise_var", noise_var)

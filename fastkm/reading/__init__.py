@@ -132,8 +132,7 @@ def attractor_read(
     Source: Wu et al., NeurIPS 2018, section 3.2 and eq. 12.
     """
     check = _check.Signature()
-    mean = check.tensor("state.mean", state[0], "BKC")
-    cov = check.tensor("state.cov", state[1], "BKK")
+    mean, cov = check.state("state", state)
     queries = check.tensor("queries", queries, "BQC")
     noise_var = check.per_memory("noise_var", noise_var)
     ridge = check.per_memory("ridge", ridge)

@@ -70,8 +70,7 @@ def write(
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
     check = _check.Signature()
-    mean = check.tensor("state.mean", state[0], "BKC")
-    cov = check.tensor("state.cov", state[1], "BKK")
+    mean, cov = check.state("state", state)
     values = check.tensor("values", values, "BTC")
     noise_var = check.noise("noise_var", noise_var)
     ridge = check.per_memory("ridge", ridge)
