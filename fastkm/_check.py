@@ -73,7 +73,8 @@ class Signature:
             allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
             raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
         if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
-            raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {value.min()}")
+            least = torch.func.debug_unwrap(value).min()
+            raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {least}")
         return value
 
     def mask(self, name: str, value: Tensor | None, letters: str) -> Tensor | None:
@@ -172,5 +173,5 @@ def positive_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+        raise ValueError(f"{name} must be positive and finite, got {torch.func.debug_unwrap(value)}")
     return value

@@ -6,6 +6,7 @@ import oracle
 import pytest
 import torch
 from oracle import EMPTY_SHAPES, Problem, call, flat, largest, map_tensors, poisoned, problem
+from test_registration import arguments
 
 import fastkm
 from fastkm import KanervaMemory, MemoryState, _schema
@@ -385,6 +386,13 @@ def test_opcheck_of_the_backward_operators(operator, shape, dtype):
     """Schema, fake, and the traced graph with dynamic shapes."""
     backward = getattr(torch.ops.fastkm, f"{operator}_backward").default
     torch.library.opcheck(backward, backward_arguments(operator, problem(*shape, dtype, masked=True)))
+
+
+@pytest.mark.parametrize("operator", CASES)
+def test_opcheck_of_the_traced_operators(operator):
+    """As for the backward ones; of tensors that want no gradient, since the operators themselves carry none."""
+    p = problem(3, 37, 3, 13, 6, masked=True)
+    torch.library.opcheck(getattr(torch.ops.fastkm, operator).default, arguments(operator, p))
 
 
 def test_a_backward_operator_refuses_what_does_not_fit():
