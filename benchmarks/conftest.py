@@ -64,7 +64,7 @@ def measure(benchmark):
         shapes = {**PRESETS[preset]._asdict(), "B": batch, "Q": QUERIES, "n": ITERS}
         benchmark.group = f"{operation} {preset} B={batch}"
         benchmark.extra_info.update(shapes, error=verdict.error, threads=torch.get_num_threads())
-        benchmark.extra_info.update(units=units(operation, inputs), unit=op.unit)
+        benchmark.extra_info.update(units=units(op, inputs), unit=op.unit)
         benchmark(op.loop, inputs) if backend == LOOP else benchmark(op.run, inputs, backend)
 
     return run

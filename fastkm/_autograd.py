@@ -72,10 +72,10 @@ def _function(operator: OpOverload, pull_back: Callable, keep: slice) -> Callabl
         def vmap(info, in_dims, *inputs):
             return _fold(run, info, in_dims, *inputs)
 
-    Function.__name__ = Function.__qualname__ = operator._schema.name.replace("::", ".")
+    named = type(operator._schema.name.removeprefix("fastkm::"), (Function,), {})  # so the graph says writeBackward
 
     def run(*inputs):
-        return Function.apply(*inputs) if wants_gradient(inputs) or transformed() else operator(*inputs)
+        return named.apply(*inputs) if wants_gradient(inputs) or transformed() else operator(*inputs)
 
     return run
 
@@ -103,4 +103,4 @@ def _fold(run: Callable, info, in_dims: tuple, *inputs):
 
 
 def _as_tuple(outputs) -> tuple:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)

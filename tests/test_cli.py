@@ -17,6 +17,7 @@ from fastkm.cli import measure, operations
 from fastkm.cli.console import CommandError
 from fastkm.cli.doctor import capability_table
 from fastkm.cli.episodes import CUES, build_episode, draw_images, remarks
+from fastkm.cli.gradients import GRADIENT, INPUTS
 from fastkm.cli.images import CODE_RMS, PIXELS, load_images, principal_components
 from fastkm.cli.presets import PRESETS, Preset
 
@@ -111,7 +112,9 @@ def test_bench_writes_json_picture_and_table(bench, tmp_path):
         assert f"{1e3 * record['seconds']['median']:.3f}" in table
     backends = {(r["operation"], r["backend"]) for r in records}
     assert backends >= {("read", "literal loop"), ("update_posterior", "literal loop"), ("write", "reference")}
-    assert backends >= {(o, b) for o in {r["operation"] for r in records} for b in _backend.CAPABILITIES[o]}
+    measured = {r["operation"] for r in records}
+    assert backends >= {(o, b) for o in measured for b in _backend.CAPABILITIES[o.removesuffix(GRADIENT)]}
+    assert {operation + GRADIENT for operation in INPUTS} <= measured
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {"processor", "threads", "torch", "date", "instruction level"} <= report["machine"].keys()
 
@@ -196,17 +199,17 @@ def test_every_operation_has_a_check():
     assert operations.OPERATIONS.keys() == _backend.CAPABILITIES.keys()
 
 
-@pytest.mark.parametrize("operation", operations.OPERATIONS)
+@pytest.mark.parametrize("operation", ALL)
 def test_definition_equals_the_independent_form(operation, episode):
-    op = operations.OPERATIONS[operation]
+    op = ALL[operation]
     truth, other = op.definition(episode), op.other(episode)
     assert truth.keys() == other.keys()
     assert max(measure.errors(other, truth).values()) <= 1e-12
 
 
-@pytest.mark.parametrize("operation", operations.OPERATIONS)
+@pytest.mark.parametrize("operation", ALL)
 def test_order_of_rows_means_nothing(operation, episode):
-    op = operations.OPERATIONS[operation]
+    op = ALL[operation]
     truth, mirrored = op.definition(episode), op.definition(episode.reverse_rows())
     expected = {name: measure.reverse_rows(name, x) for name, x in truth.items()}
     assert max(measure.errors(mirrored, expected).values()) <= 1e-12

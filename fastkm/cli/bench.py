@@ -11,16 +11,21 @@ from typing import Any
 
 import torch
 
+from fastkm import _backend
 from fastkm.cli.console import markdown_table, progress, show_table
 from fastkm.cli.episodes import Episode, build_episode, remarks
+from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
 from fastkm.cli.images import Images, load_images
 from fastkm.cli.machine import machine
 from fastkm.cli.measure import own_error, time_interleaved, verify
-from fastkm.cli.operations import OPERATIONS, units
+from fastkm.cli.operations import units
+from fastkm.cli.peak import peak_of_step
 from fastkm.cli.picture import draw_picture
 from fastkm.cli.presets import PRESETS, Preset
 
 TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet")
+TRAINED = tuple(operation + GRADIENT for operation in INPUTS)
+TRAINED_PRESETS = ("S", "M")  # timed with their gradient; at the others the gradient is verified on one memory
 SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one operation at one preset
 ENOUGH = 80.0  # seconds after which no further preset is begun, unless it was named
 LOOP = "literal loop"
@@ -41,7 +46,7 @@ HEADERS = (
 
 def measure(operation: str, preset: Preset, episode: Episode, seconds: float) -> list[dict[str, Any]]:
     """One record for each backend of ``operation`` and one for the literal loop; no timing for what fails its check."""
-    op, verdicts = OPERATIONS[operation], verify(operation, episode)
+    op, verdicts = ALL[operation], verify(operation, episode)
     candidates: dict[str, Callable[[], object]]
     candidates = {name: partial(op.run, episode, name) for name, verdict in verdicts.items() if verdict.ok}
     if op.loop is not None:
@@ -49,14 +54,14 @@ def measure(operation: str, preset: Preset, episode: Episode, seconds: float) ->
         candidates[LOOP] = partial(op.loop, episode)
     if "reference" in candidates:
         candidates[AGAIN] = candidates["reference"]
-    timings = time_interleaved(candidates, seconds) if candidates else {}
+    timings = time_interleaved(candidates, seconds) if candidates and seconds else {}
 
-    loop = timings.get("reference" if operation == "write" else LOOP)
+    loop = timings.get(LOOP if op.loop else "reference")
     records = []
     for name, verdict in verdicts.items():
         record = {"operation": operation, "preset": preset._asdict(), "backend": name, **verdict._asdict()}
         if timing := timings.get(name):
-            record |= {"seconds": timing._asdict(), "per_second": units(operation, episode) / timing.median}
+            record |= {"seconds": timing._asdict(), "per_second": units(op, episode) / timing.median}
             record |= {"unit": op.unit}
             for key, base in (("vs_reference", timings.get("reference")), ("vs_literal_loop", loop)):
                 record |= {key: base.median / timing.median} if base else {}
@@ -68,11 +73,11 @@ def measure(operation: str, preset: Preset, episode: Episode, seconds: float) ->
 
 def row(record: dict[str, Any]) -> tuple[str, ...]:
     where = (record["operation"], record["preset"]["name"], record["backend"])
-    if record["operation"] == "write" and record["backend"] == "reference":
+    if record["operation"].startswith("write") and record["backend"] == "reference":
         where = (*where[:2], "reference = loop")
     errors = (f"{record['error']:.1e}", "–" if record["backend"] == LOOP else f"{record['allowed']:.1e}")
     if "seconds" not in record:
-        return (*where, *errors, "FAILED", "", "", "", "")
+        return (*where, *errors, "verified" if record["ok"] else "FAILED", "", "", "", "")
     timing = record["seconds"]
     spread = 50 * (timing["upper"] - timing["lower"]) / timing["median"]
     ratios = (f"{record[key]:.2f}" if key in record else "–" for key in ("vs_reference", "vs_literal_loop"))
@@ -94,7 +99,8 @@ def run(options: argparse.Namespace) -> int:
     noise = apart(records)
     title = (
         f"{options.dtype}, B = {options.batch}, Q = {options.queries}, n = {options.iters}, "
-        f"threads: {options.threads}. Errors are relative to the largest entry; loop: the literal PyTorch loop. "
+        f"threads: {options.threads}. Errors are relative to the largest entry; loop: the literal PyTorch loop; "
+        "∇: forward and backward. "
         f"Two timings of the same reference lie up to {noise:.0%} apart."
     )
     show_table(title, HEADERS, rows, right=HEADERS[3:], group=1)
@@ -105,8 +111,13 @@ def run(options: argparse.Namespace) -> int:
     for backend, reason in absent.items():
         print(f"{backend} was not timed: {reason}")
 
+    peaks = peak_memory(PRESETS["M"])
+    told = ", ".join(
+        f"{backend} {size / 2**20:,.1f} MiB" for backend, size in peaks["bytes"].items() if size is not None
+    )
+    print(f"Peak memory of a write and its backward, preset M, B = {peaks['batch']}: {told}")
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "output")}
-    report = {"machine": about, "images": images.source, "settings": settings, "records": records}
+    report = {"machine": about, "images": images.source, "settings": settings, "records": records, "peak_memory": peaks}
     (output / "bench.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
     (output / "bench.md").write_text(f"{title}\n\n{markdown_table(HEADERS, rows)}\n")
     picture = draw_picture(images, picture_preset(presets), output / "read-back.png")
@@ -117,7 +128,7 @@ def run(options: argparse.Namespace) -> int:
 def measure_all(options: argparse.Namespace, images: Images, presets: list[Preset]) -> list[dict[str, Any]]:
     """The records of every preset; where none was asked for by name, those that there is time for."""
     seconds, records, left_out, begin = SECONDS_QUICK if options.quick else SECONDS, [], [], time.perf_counter()
-    with progress("bench", len(presets) * len(TIMED)) as start:
+    with progress("bench", len(presets) * len(TIMED + TRAINED)) as start:
         for preset in presets:
             if options.presets is None and time.perf_counter() - begin > ENOUGH:
                 left_out.append(preset.name)
@@ -127,9 +138,22 @@ def measure_all(options: argparse.Namespace, images: Images, presets: list[Prese
             for operation in TIMED:
                 start(f"{operation}, preset {preset.name}")
                 records += measure(operation, preset, episode, seconds)
+            timed = preset.name in TRAINED_PRESETS
+            if not timed:
+                episode = build_episode(images, preset, 1, options.queries, options.iters).to(episode.values.dtype)
+            for operation in TRAINED:
+                start(f"{operation}, preset {preset.name}")
+                records += measure(operation, preset, episode, seconds if timed else 0.0)
     if left_out:
         print(f"Left out for want of time: {' '.join(left_out)}. To measure them: --presets {' '.join(left_out)}")
     return records
+
+
+def peak_memory(preset: Preset, batch: int = 64) -> dict[str, Any]:
+    """What forward and backward of a write add to the process at their peak, native against the literal loop."""
+    peaks = {backend: peak_of_step(preset, batch, backend) for backend in _backend.CAPABILITIES["write"]
+             if _backend.why_not("write", backend) is None}  # fmt: skip
+    return {"preset": preset.name, "batch": batch, "bytes": peaks}
 
 
 def apart(records: list[dict[str, Any]]) -> float:

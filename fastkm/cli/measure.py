@@ -11,7 +11,8 @@ import torch
 
 from fastkm import _backend
 from fastkm.cli.episodes import Episode, reverse_rows
-from fastkm.cli.operations import OPERATIONS, Result
+from fastkm.cli.gradients import ALL, GRADIENT
+from fastkm.cli.operations import Result
 
 # The forms of one operation agree to this in float64, or to the gap between two of them where that is larger.
 LEAST = {torch.float32: 0.0, torch.float64: 1e-12}
@@ -62,20 +63,21 @@ def verify(operation: str, episode: Episode) -> dict[str, Verdict]:
 
     The truth is the definition in float64 on the same inputs. The reference is held to 8 times the error that an
     independent form makes in the dtype of the inputs (another algorithm, another constant). Every other backend is
-    held to twice the reference's own error in float32, and to twice that of the independent form in float64, where
-    the reference may be the truth itself.
+    held to twice the reference's own error in float32 (three times for a gradient), and to twice that of the
+    independent form in float64, where the reference may be the truth itself.
     """
-    op, low = OPERATIONS[operation], episode.values.dtype != torch.float64
+    op, low = ALL[operation], episode.values.dtype != torch.float64
+    capable, factor = operation.removesuffix(GRADIENT), 3 if operation.endswith(GRADIENT) else 2
     truth = op.definition(episode.to(torch.float64))
     own = errors(op.other(episode), truth)
     verdicts = {}
-    for backend in sorted(_backend.CAPABILITIES[operation], key=_backend.PREFERENCE.index, reverse=True):
-        if reason := _backend.why_not(operation, backend, episode.values):
+    for backend in sorted(_backend.CAPABILITIES[capable], key=_backend.PREFERENCE.index, reverse=True):
+        if reason := _backend.why_not(capable, backend, episode.values):
             verdicts[backend] = Verdict(None, note=reason)
             continue
         try:
             result = op.run(episode, backend)
-            verdicts[backend] = judge(result, truth, own, factor=8 if backend == "reference" else 2)
+            verdicts[backend] = judge(result, truth, own, factor=8 if backend == "reference" else factor)
             if backend == "reference" and low:
                 own = reference_errors(operation, episode, result, truth)
         except Exception as error:  # whatever a backend raises is its verdict, and the others are still heard
@@ -88,14 +90,14 @@ def reference_errors(operation: str, episode: Episode, result: Result, truth: Re
 
     The order of a memory's rows means nothing; the second draw has them reversed.
     """
-    reversed_rows = OPERATIONS[operation].run(episode.reverse_rows(), "reference")
+    reversed_rows = ALL[operation].run(episode.reverse_rows(), "reference")
     again = errors(reversed_rows, {name: reverse_rows(name, exact) for name, exact in truth.items()})
     return {name: max(error, again[name]) for name, error in errors(result, truth).items()}
 
 
 def own_error(operation: str, episode: Episode) -> Verdict:
     """The error of the definition in the dtype of the inputs, in its worst field; nothing to hold it to."""
-    definition = OPERATIONS[operation].definition
+    definition = ALL[operation].definition
     own = errors(definition(episode), definition(episode.to(torch.float64)))
     return Verdict(True, max(own.values()))
 

@@ -215,7 +215,7 @@ OPERATIONS = {
 }
 
 
-def units(operation: str, e: Episode) -> int:
+def units(op: Operation, e: Episode) -> int:
     """How many patterns, reads or memories one call handles."""
     (batch, patterns), queries = e.values.shape[:2], e.queries.shape[1]
-    return batch * {"patterns": patterns, "reads": queries, "memories": 1}[OPERATIONS[operation].unit]
+    return batch * {"patterns": patterns, "reads": queries, "memories": 1}[op.unit]

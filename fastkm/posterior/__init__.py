@@ -58,6 +58,7 @@ def update_posterior(
 
     Numerics: float32 or float64, computed in that dtype. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+    The gradient for ``state.cov`` is that of a symmetric matrix.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

@@ -60,6 +60,7 @@ def write(
     Numerics: float32 or float64, computed in that dtype. The native kernel works in Gram space; at σ² = λ = 1 it is as
     accurate as the literal loop, and it loses digits first when λ is small against the patterns' energy.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+    The gradient for ``state.cov`` is that of a symmetric matrix.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

@@ -1,0 +1,50 @@
+"""The gradient of an operation as an operation of its own: forward and backward of ½ Σ ‖output‖²."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastkm import MemoryState
+from fastkm.cli.episodes import Episode
+from fastkm.cli.operations import OPERATIONS, Operation, Result
+
+GRADIENT = " + ∇"
+
+# operation -> the memory it takes from an episode, and the other tensors it is differentiated by
+INPUTS = {
+    "update_posterior": ("prior", ("weights", "values", "noise_var")),
+    "write": ("prior", ("values", "noise_var", "ridge")),
+    "read": ("written", ("queries", "ridge")),
+}
+
+
+def gradient_of(form: Callable[..., Result], operation: str) -> Callable[..., Result]:
+    """``form`` followed by its backward: the gradients by every tensor the operation takes, by name."""
+    state_field, fields = INPUTS[operation]
+
+    def run(episode: Episode, *backend: str) -> Result:
+        state = MemoryState(*(x.detach().requires_grad_() for x in getattr(episode, state_field)))
+        others = {name: getattr(episode, name).detach().requires_grad_() for name in fields}
+        outputs = form(episode._replace(**{state_field: state}, **others), *backend)
+        functional = sum(x.square().sum() for x in outputs.values()) / 2
+        leaves = {**state._asdict(), **others}
+        gradients = dict(zip(leaves, torch.autograd.grad(functional, leaves.values(), allow_unused=True), strict=True))
+        if (cov := gradients["cov"]) is not None:
+            gradients["cov"] = (cov + cov.mT) / 2  # a covariance moves in symmetric directions only
+        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+    return run
+
+
+def with_gradient(operation: str) -> Operation:
+    op = OPERATIONS[operation]
+    return Operation(
+        gradient_of(op.run, operation),
+        gradient_of(op.definition, operation),
+        gradient_of(op.other, operation),
+        op.unit,
+        None if op.loop is None else gradient_of(op.definition, operation),
+    )
+
+
+ALL = OPERATIONS | {operation + GRADIENT: with_gradient(operation) for operation in INPUTS}
