@@ -17,7 +17,7 @@ from fastkm.cli import measure, operations
 from fastkm.cli.console import CommandError
 from fastkm.cli.doctor import capability_table
 from fastkm.cli.episodes import CUES, build_episode, draw_images, remarks
-from fastkm.cli.gradients import GRADIENT, INPUTS
+from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
 from fastkm.cli.images import CODE_RMS, PIXELS, load_images, principal_components
 from fastkm.cli.presets import PRESETS, Preset
 
