@@ -8,6 +8,7 @@ import torch
 from oracle import call, flat, problem
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributions import Distribution
 
 import fastkm
 from fastkm import KanervaMemory, _schema
@@ -19,7 +20,9 @@ WIDTH, CODE, ROWS = 9, 7, 5
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_yet():
+def nothing_compiled_yet(monkeypatch):
+    """And distributions go on validating: the first torch.compile of a process turns that off, for good."""
+    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -90,6 +90,16 @@ def test_vmaps_nest():
             )
 
 
+@pytest.mark.parametrize("shape", oracle.EMPTY_SHAPES, ids=str)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_vmap_of_nothing(operation, shape):
+    p = problem(*shape)
+    function = as_function(operation, p)
+    mapped = vmap(function)(*stacked(p, p, p))
+    for x, y in zip(mapped, function(*oracle.tensors(p)), strict=True):
+        assert torch.equal(x, torch.stack([y, y, y]))
+
+
 def test_vmap_of_scalars():
     """Noise and ridge as a sweep."""
     p = problem(2, 5, 3, 4, 6)
