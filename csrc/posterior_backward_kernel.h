@@ -163,11 +163,11 @@ void copy_memory(const Memory<T>& to, const Memory<T>& from) {
   copy_rows(to.cov, from.cov);
 }
 
-// Call `backward(memory, chunk, first)` on every chunk from the last to the first, with the state before it. The states
-// are those of one memory only, one a chunk, in working memory.
+// Call `backward(memory, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
+// before it. The states are those of one memory only, one a chunk, in working memory.
 template <class T, class Backward>
-void reverse_chunks(const PosteriorArgs<T>& args, int64_t b, Arena& arena, const Backward& backward) {
-  const int64_t chunks = (args.T_ + kChunk - 1) / kChunk, most = smaller(kChunk, args.T_);
+void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
+  const int64_t chunks = (args.T_ + size - 1) / size, most = smaller(size, args.T_);
   const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
   const Memory<T> before = take_memory(args, arena);
   const auto state_at = [&, all = arena.take<T>(chunks * args.K * (before.mean.ld + before.cov.ld))](int64_t chunk) {
@@ -176,7 +176,7 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t b, Arena& arena, const
                      {at + args.K * before.mean.ld, args.K, args.K, before.cov.ld}};
   };
   const auto load_chunk = [&](const Memory<T>& memory, int64_t chunk) {
-    const int64_t first = chunk * kChunk, count = smaller(kChunk, args.T_ - first);
+    const int64_t first = chunk * size, count = smaller(size, args.T_ - first);
     load_patterns(weights.rows_from(0, count), args.weights, args, b, first);
     load_patterns(values.rows_from(0, count), args.values, args, b, first);
     return whiten(memory, weights.rows_from(0, count), values.rows_from(0, count), args, b, first, arena);
@@ -194,7 +194,7 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t b, Arena& arena, const
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     arena.release(chunk_start);
     copy_memory(before, state_at(chunk));
-    backward(before, load_chunk(before, chunk), chunk * kChunk);
+    backward(before, load_chunk(before, chunk), chunk * size);
   }
 }
 
@@ -205,7 +205,7 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     Arena& arena = Arena::fresh();
     const Memory<T> grad = take_memory(args, arena);
     load_cotangents(grad, grads, b);
-    reverse_chunks(args, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
+    reverse_chunks(args, kChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
       ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K),
                              take_matrix<T>(arena, chunk.count(), args.C)};
       fill_zero(bar.weights);

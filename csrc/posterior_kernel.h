@@ -7,9 +7,9 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Patterns conditioned on at once. Products shrink with the chunk, passes over the state grow with the episode's
-// number of chunks; small chunks also round less.
-constexpr int64_t kChunk = 16;
+// Most patterns conditioned on at once, as an update does: products shrink with the chunk, passes over the state grow
+// with the number of chunks. A write takes fewer, for its search rounds less in small chunks.
+constexpr int64_t kChunk = 32;
 
 // A memory being computed, in working memory.
 template <class T>

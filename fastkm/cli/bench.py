@@ -27,12 +27,14 @@ TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "
 TRAINED = tuple(operation + GRADIENT for operation in INPUTS)
 TRAINED_PRESETS = ("S", "M")  # timed with their gradient; at the others the gradient is verified on one memory
 SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one operation at one preset
-ENOUGH = 80.0  # seconds after which no further preset is begun, unless it was named
+ENOUGH = 110.0  # seconds after which no further preset is begun, unless it was named
+LARGE, FEW = ("XL", "LLM"), 4  # presets timed with few memories, unless told how many: the literal loop takes minutes
 LOOP = "literal loop"
 AGAIN = "reference again"  # timed twice: how far two timings of one thing lie apart
 HEADERS = (
     "operation",
     "preset",
+    "B",
     "backend",
     "max error",
     "allowed",
@@ -59,7 +61,8 @@ def measure(operation: str, preset: Preset, episode: Episode, seconds: float) ->
     loop = timings.get(LOOP if op.loop else "reference")
     records = []
     for name, verdict in verdicts.items():
-        record = {"operation": operation, "preset": preset._asdict(), "backend": name, **verdict._asdict()}
+        record = {"operation": operation, "preset": preset._asdict(), "batch": len(episode.values)}
+        record |= {"backend": name, **verdict._asdict()}
         if timing := timings.get(name):
             record |= {"seconds": timing._asdict(), "per_second": units(op, episode) / timing.median}
             record |= {"unit": op.unit}
@@ -72,9 +75,9 @@ def measure(operation: str, preset: Preset, episode: Episode, seconds: float) ->
 
 
 def row(record: dict[str, Any]) -> tuple[str, ...]:
-    where = (record["operation"], record["preset"]["name"], record["backend"])
+    where = (record["operation"], record["preset"]["name"], str(record["batch"]), record["backend"])
     if record["operation"].startswith("write") and record["backend"] == "reference":
-        where = (*where[:2], "reference = loop")
+        where = (*where[:3], "reference = loop")
     errors = (f"{record['error']:.1e}", "–" if record["backend"] == LOOP else f"{record['allowed']:.1e}")
     if "seconds" not in record:
         return (*where, *errors, "verified" if record["ok"] else "FAILED", "", "", "", "")
@@ -98,12 +101,12 @@ def run(options: argparse.Namespace) -> int:
     rows = [row(record) for record in records if record["ok"] is not None]
     noise = apart(records)
     title = (
-        f"{options.dtype}, B = {options.batch}, Q = {options.queries}, n = {options.iters}, "
+        f"{options.dtype}, Q = {options.queries}, n = {options.iters}, "
         f"threads: {options.threads}. Errors are relative to the largest entry; loop: the literal PyTorch loop; "
         "∇: forward and backward. "
         f"Two timings of the same reference lie up to {noise:.0%} apart."
     )
-    show_table(title, HEADERS, rows, right=HEADERS[3:], group=1)
+    show_table(title, HEADERS, rows, right=HEADERS[4:], group=1)
     for record in records:
         if record["ok"] is False:
             print(f"FAILED {record['operation']} {record['preset']['name']} {record['backend']}: {record['note']}")
@@ -133,7 +136,8 @@ def measure_all(options: argparse.Namespace, images: Images, presets: list[Prese
             if options.presets is None and time.perf_counter() - begin > ENOUGH:
                 left_out.append(preset.name)
                 continue
-            episode = build_episode(images, preset, options.batch, options.queries, options.iters)
+            batch = options.batch or (FEW if preset.name in LARGE else 16)
+            episode = build_episode(images, preset, batch, options.queries, options.iters)
             episode = episode.to(getattr(torch, options.dtype))
             for operation in TIMED:
                 start(f"{operation}, preset {preset.name}")
