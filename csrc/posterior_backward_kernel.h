@@ -77,7 +77,7 @@ template <class T>
 struct ChunkCotangents {
   Matrix<T> weights;  // [t, K]; holds what else depends on the weights, and is added to
   Matrix<T> values;   // [t, C]
-  T noise[kChunk];
+  T noise[kLargestChunk];
 };
 
 // With bars for cotangents and primes for what is after the chunk:
@@ -103,7 +103,7 @@ void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Ch
   product<Into::kSet>(Z_bar, K, left(G), grad.mean);
 
   // Through what is told of each pattern.
-  T pivot_bar[kChunk];
+  T pivot_bar[kLargestChunk];
   for (int64_t t = 0; t < count; ++t) {
     const PatternCotangents<T> told = pattern_cotangents(chunk, t, args, grads, b, first);
     pivot_bar[t] = told.pivot;
@@ -205,7 +205,7 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     Arena& arena = Arena::fresh();
     const Memory<T> grad = take_memory(args, arena);
     load_cotangents(grad, grads, b);
-    reverse_chunks(args, kChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
+    reverse_chunks(args, kBackwardChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
       ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K),
                              take_matrix<T>(arena, chunk.count(), args.C)};
       fill_zero(bar.weights);

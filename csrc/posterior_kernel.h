@@ -7,9 +7,13 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Most patterns conditioned on at once, as an update does: products shrink with the chunk, passes over the state grow
-// with the number of chunks. A write takes fewer, for its search rounds less in small chunks.
-constexpr int64_t kChunk = 32;
+// Patterns conditioned on at once. Products shrink with the chunk, passes over the state grow with the episode's
+// number of chunks; small chunks also round less.
+constexpr int64_t kChunk = 16;
+
+// The backward of an update goes over the state so often that it takes more at once.
+constexpr int64_t kBackwardChunk = 32;
+constexpr int64_t kLargestChunk = kBackwardChunk > kChunk ? kBackwardChunk : kChunk;
 
 // A memory being computed, in working memory.
 template <class T>
@@ -62,13 +66,13 @@ T step_kl(int64_t C, T noise, T innovation_var, T energy) {
 // One chunk of patterns against the memory before it.
 template <class T>
 struct Chunk {
-  Matrix<T> weights;    // W [t, K]
-  Matrix<T> values;     // Z [t, C]; whitened in place to E
-  Matrix<T> projected;  // V = W U [t, K]
-  Matrix<T> gain;       // G = L⁻¹ V [t, K]
-  Factor<T> factor;     // L of S = V Wᵀ + diag(σ²)
-  T noise[kChunk];      // σ² [t]
-  bool good;            // S is what a positive definite U gives
+  Matrix<T> weights;       // W [t, K]
+  Matrix<T> values;        // Z [t, C]; whitened in place to E
+  Matrix<T> projected;     // V = W U [t, K]
+  Matrix<T> gain;          // G = L⁻¹ V [t, K]
+  Factor<T> factor;        // L of S = V Wᵀ + diag(σ²)
+  T noise[kLargestChunk];  // σ² [t]
+  bool good;               // S is what a positive definite U gives
 
   int64_t count() const { return weights.rows; }
   T pivot(int64_t t) const { return factor.lower.row(t)[t] * factor.lower.row(t)[t]; }
@@ -85,7 +89,7 @@ Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<
                  .gain = take_matrix<T>(arena, count, K),
                  .factor = take_factor<T>(arena, count)};
   const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
-  T slack[kChunk];
+  T slack[kLargestChunk];
   transpose(weights_transposed, weights);
   product<Into::kSet>(chunk.projected, K, left(weights), memory.cov);
   product_lower<Into::kSet>(chunk.factor.lower, K, left(chunk.projected), weights_transposed);

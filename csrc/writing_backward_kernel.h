@@ -304,7 +304,7 @@ void write_backward(const WritingArgs<T>& args, const WritingGrads<T>& grads, in
     const Memory<T> grad = take_memory(shared, arena);
     load_cotangents(grad, told, b);
     T ridge_bar = 0;
-    reverse_chunks(shared, kSearchChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
+    reverse_chunks(shared, kChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
       const int64_t count = chunk.count();
       ChunkCotangents<T> bar{take_matrix<T>(arena, count, shared.K), take_matrix<T>(arena, count, shared.C)};
       load_or_zero(bar.weights, grads.weights.data ? grads.weights.from_row(first) : grads.weights, b);

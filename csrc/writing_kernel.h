@@ -341,13 +341,10 @@ Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const 
   return find_weights(space, take_matrix<T>(arena, memory.cov.rows, memory.cov.rows), args, b, first, arena);
 }
 
-constexpr int64_t kSearchChunk = 16;
-static_assert(kSearchChunk <= kChunk, "a chunk that was searched is then conditioned on as a whole");
-
 template <class T>
 void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<T>& shared = args.posterior;
-  const int64_t K = shared.K, C = shared.C, patterns = shared.T_, most = smaller(kSearchChunk, patterns);
+  const int64_t K = shared.K, C = shared.C, patterns = shared.T_, most = smaller(kChunk, patterns);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Matrix<T> stacked = take_matrix<T>(arena, K + most, C), all_weights = take_matrix<T>(arena, most, K);
@@ -355,9 +352,9 @@ void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
     Status status = load_memory(memory, shared, b);
     T log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < patterns; first += kSearchChunk) {
+    for (int64_t first = 0; first < patterns; first += kChunk) {
       arena.release(chunk_start);
-      const int64_t count = smaller(kSearchChunk, patterns - first);
+      const int64_t count = smaller(kChunk, patterns - first);
       const Matrix<T> values = stacked.rows_from(K, count), weights = all_weights.rows_from(0, count);
       load_patterns(values, shared.values, shared, b, first);
       const Status found = address_chunk(args, memory, stacked.rows_from(0, K + count), weights, b, first, arena);

@@ -169,7 +169,7 @@ def test_a_wrong_kernel_is_not_timed(backend, bench, monkeypatch):
     assert [r["ok"] for r in wrong] == [False]
     assert not {"seconds", "per_second", "vs_reference"} & wrong[0].keys()
     assert all("seconds" in r for r in records if r["ok"])
-    line = next(line for line in out.splitlines() if re.match(rf"\s*write\s+S\s+{backend}", line))
+    line = next(line for line in out.splitlines() if re.match(rf"\s*write\s+S\s+\d+\s+{backend}", line))
     assert line.split()[-1] == "FAILED"
     assert f"FAILED write S {backend}: mean is off" in out
 
