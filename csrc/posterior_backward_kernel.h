@@ -169,11 +169,10 @@ template <class T, class Backward>
 void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
   const int64_t chunks = (args.T_ + size - 1) / size, most = smaller(size, args.T_);
   const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
-  const Memory<T> before = take_memory(args, arena);
-  const auto state_at = [&, all = arena.take<T>(chunks * args.K * (before.mean.ld + before.cov.ld))](int64_t chunk) {
-    T* at = all + chunk * args.K * (before.mean.ld + before.cov.ld);
-    return Memory<T>{{at, args.K, args.C, before.mean.ld},
-                     {at + args.K * before.mean.ld, args.K, args.K, before.cov.ld}};
+  const int64_t mean_ld = row_stride<T>(args.C), cov_ld = row_stride<T>(args.K);
+  const auto state_at = [&, all = arena.take<T>(chunks * args.K * (mean_ld + cov_ld))](int64_t chunk) {
+    T* at = all + chunk * args.K * (mean_ld + cov_ld);
+    return Memory<T>{{at, args.K, args.C, mean_ld}, {at + args.K * mean_ld, args.K, args.K, cov_ld}};
   };
   const auto load_chunk = [&](const Memory<T>& memory, int64_t chunk) {
     const int64_t first = chunk * size, count = smaller(size, args.T_ - first);
@@ -185,7 +184,8 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     arena.release(chunk_start);
     if (chunk == 0) {
-      load_memory(state_at(0), args, b);
+      load_matrix(state_at(0).mean, args.mean, b);
+      load_matrix(state_at(0).cov, args.cov, b);
     } else {
       copy_memory(state_at(chunk), state_at(chunk - 1));
       absorb(state_at(chunk), load_chunk(state_at(chunk - 1), chunk - 1));
@@ -193,8 +193,7 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   }
   for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     arena.release(chunk_start);
-    copy_memory(before, state_at(chunk));
-    backward(before, load_chunk(before, chunk), chunk * size);
+    backward(state_at(chunk), load_chunk(state_at(chunk), chunk), chunk * size);
   }
 }
 
