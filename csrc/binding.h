@@ -44,6 +44,15 @@ T* data_of(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// A cotangent that may be missing.
+template <class T>
+Batch<const T> cotangent_of(const std::optional<Tensor>& grad, const char* name, std::initializer_list<int64_t> sizes,
+                            const Tensor& like) {
+  if (!grad) return {};
+  expect(*grad, name, sizes, like.scalar_type());
+  return batch_of<const T>(*grad);
+}
+
 // Run `compute(T{})` for the dtype of the tensors.
 template <class F>
 void for_dtype(ScalarType type, const F& compute) {

@@ -31,15 +31,6 @@ Batch<const T> weights_of(const Tensor& weights, const PosteriorArgs<T>& args, c
   return batch_of<const T>(weights);
 }
 
-// A cotangent that may be missing.
-template <class T>
-Batch<const T> cotangent_of(const std::optional<Tensor>& grad, const char* name, std::initializer_list<int64_t> sizes,
-                            const Tensor& like) {
-  if (!grad) return {};
-  expect(*grad, name, sizes, like.scalar_type());
-  return batch_of<const T>(*grad);
-}
-
 struct PosteriorOutputs {
   Tensor mean, cov, innovation_var, kl, info;
 

@@ -6,26 +6,34 @@
 
 namespace fastkm {
 
-static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& ridge, int64_t num_iters,
-                       bool squared_gram, const Tensor& weights, const Tensor* values) {
+template <class T>
+static ReadingArgs<T> reading_args(const Tensor& mean, const Tensor& queries, const Tensor& ridge, int64_t num_iters,
+                                   bool squared_gram, const Tensor& info) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
   expect(queries, "queries", {B, Q, C}, mean.scalar_type());
   expect(ridge, "ridge", {B}, mean.scalar_type());
+  STD_TORCH_CHECK(num_iters >= 1, "fastkm: num_iters must be at least 1, got ", num_iters);
+  return {.K = K,
+          .C = C,
+          .Q = Q,
+          .mean = batch_of<const T>(mean),
+          .queries = batch_of<const T>(queries),
+          .ridge = batch_of<const T>(ridge),
+          .num_iters = num_iters,
+          .squared_gram = squared_gram,
+          .info = data_of<int32_t>(info)};
+}
+
+static Tensor run_read(const Tensor& mean, const Tensor& queries, const Tensor& ridge, int64_t num_iters,
+                       bool squared_gram, const Tensor& weights, const Tensor* values) {
+  const int64_t B = mean.size(0), Q = queries.size(1);
   const Tensor info = make(mean, {B}, ScalarType::Int);
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const Kernels<T>& table = kernels<T>();
-    const ReadingArgs<T> args{.K = K,
-                              .C = C,
-                              .Q = Q,
-                              .mean = batch_of<const T>(mean),
-                              .queries = batch_of<const T>(queries),
-                              .ridge = batch_of<const T>(ridge),
-                              .num_iters = num_iters,
-                              .squared_gram = squared_gram,
-                              .values = values ? batch_of<T>(*values) : Batch<T>{},
-                              .weights = batch_of<T>(weights),
-                              .info = data_of<int32_t>(info)};
+    ReadingArgs<T> args = reading_args<T>(mean, queries, ridge, num_iters, squared_gram, info);
+    args.weights = batch_of<T>(weights);
+    if (values) args.values = batch_of<T>(*values);
     if (B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
       over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
       return;
@@ -60,27 +68,13 @@ static std::tuple<Tensor, Tensor, Tensor> read_backward(const Tensor& mean, cons
                                                         const std::optional<Tensor>& grad_values,
                                                         const std::optional<Tensor>& grad_weights) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
-  const ScalarType type = mean.scalar_type();
-  expect(queries, "queries", {B, Q, C}, type);
-  expect(ridge, "ridge", {B}, type);
-  if (grad_values) expect(*grad_values, "grad_values", {B, Q, C}, type);
-  if (grad_weights) expect(*grad_weights, "grad_weights", {B, Q, K}, type);
-  STD_TORCH_CHECK(num_iters >= 1, "fastkm: num_iters must be at least 1, got ", num_iters);
   const Tensor to_mean = make(mean, {B, K, C}), to_queries = make(mean, {B, Q, C}), to_ridge = make(mean, {B});
   const Tensor info = make(mean, {B}, ScalarType::Int);
-  for_dtype(type, [&](auto scalar) {
+  for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
-    const ReadingArgs<T> args{.K = K,
-                              .C = C,
-                              .Q = Q,
-                              .mean = batch_of<const T>(mean),
-                              .queries = batch_of<const T>(queries),
-                              .ridge = batch_of<const T>(ridge),
-                              .num_iters = num_iters,
-                              .squared_gram = squared_gram,
-                              .info = data_of<int32_t>(info)};
-    const ReadingGrads<T> grads{.values = grad_values ? batch_of<const T>(*grad_values) : Batch<const T>{},
-                                .weights = grad_weights ? batch_of<const T>(*grad_weights) : Batch<const T>{},
+    const ReadingArgs<T> args = reading_args<T>(mean, queries, ridge, num_iters, squared_gram, info);
+    const ReadingGrads<T> grads{.values = cotangent_of<T>(grad_values, "grad_values", {B, Q, C}, mean),
+                                .weights = cotangent_of<T>(grad_weights, "grad_weights", {B, Q, K}, mean),
                                 .to_mean = batch_of<T>(to_mean),
                                 .to_queries = batch_of<T>(to_queries),
                                 .to_ridge = data_of<T>(to_ridge)};
