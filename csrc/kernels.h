@@ -21,6 +21,9 @@ struct Batch {
   Batch from_row(int64_t row) const { return {at(0, row), {stride[0], stride[1], stride[2]}}; }
 };
 
+// How a GPU may round the products with codes; an index into PRECISIONS of fastkm/_check.py. CPUs are always exact.
+enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
+
 // The status of a memory, as fastkm/_check.py reads it.
 enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2 };
 
@@ -39,6 +42,7 @@ struct PosteriorArgs {
   Batch<T> kl;                // [B, T]
   T* log_evidence = nullptr;  // [B], of an update
   int32_t* info = nullptr;    // [B]
+  int64_t precision = kIeee;
 
   bool seen(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };
@@ -81,6 +85,7 @@ struct ReadingArgs {
   Batch<T> values;          // [B, Q, C], or null: then only the weights are wanted
   Batch<T> weights;         // [B, Q, K]
   int32_t* info = nullptr;  // [B]
+  int64_t precision = kIeee;
 };
 
 // Cotangents of what a read returns, null where zero, and those of its arguments.

@@ -7,7 +7,7 @@ namespace fastkm {
 
 template <class T>
 PosteriorArgs<T> posterior_args(const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
-                                const std::optional<Tensor>& mask) {
+                                const std::optional<Tensor>& mask, int64_t precision) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   expect(values, "values", {B, patterns, C}, mean.scalar_type());
@@ -22,6 +22,7 @@ PosteriorArgs<T> posterior_args(const Tensor& mean, const Tensor& cov, const Ten
   args.values = batch_of<const T>(values);
   args.noise_var = batch_of<const T>(noise_var);
   if (mask) args.mask = batch_of<const bool>(*mask);
+  args.precision = precision;
   return args;
 }
 

@@ -7,12 +7,12 @@ namespace fastkm {
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior(
     const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
-    const std::optional<Tensor>& mask) {
+    const std::optional<Tensor>& mask, int64_t precision) {
   const PosteriorOutputs out(mean, values);
   const Tensor log_evidence = make(mean, {mean.size(0)});
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
-    PosteriorArgs<T> args = posterior_args<T>(mean, cov, values, noise_var, mask);
+    PosteriorArgs<T> args = posterior_args<T>(mean, cov, values, noise_var, mask, precision);
     args.weights = weights_of<T>(weights, args, mean);
     args.log_evidence = data_of<T>(log_evidence);
     out.into(args);
@@ -24,14 +24,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backward(
     const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
-    const std::optional<Tensor>& mask, const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
-    const std::optional<Tensor>& grad_innovation_var, const std::optional<Tensor>& grad_kl,
-    const std::optional<Tensor>& grad_log_evidence) {
+    const std::optional<Tensor>& mask, int64_t precision, const std::optional<Tensor>& grad_mean,
+    const std::optional<Tensor>& grad_cov, const std::optional<Tensor>& grad_innovation_var,
+    const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_log_evidence) {
   const PosteriorGradOutputs out(mean, values);
   const Tensor to_weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
-    PosteriorArgs<T> args = posterior_args<T>(mean, cov, values, noise_var, mask);
+    PosteriorArgs<T> args = posterior_args<T>(mean, cov, values, noise_var, mask, precision);
     args.weights = weights_of<T>(weights, args, mean);
     PosteriorGrads<T> grads = out.grads<T>(grad_mean, grad_cov, grad_innovation_var, grad_kl);
     grads.log_evidence = cotangent_of<T>(grad_log_evidence, "grad_log_evidence", {mean.size(0)}, mean);

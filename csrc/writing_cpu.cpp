@@ -8,26 +8,25 @@ namespace fastkm {
 template <class T>
 static WritingArgs<T> writing_args(const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
                                    const Tensor& ridge, int64_t num_opt_iters, bool squared_gram,
-                                   const std::optional<Tensor>& mask) {
+                                   const std::optional<Tensor>& mask, int64_t precision) {
   expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
-  return {.posterior = posterior_args<T>(mean, cov, values, noise_var, mask),
+  return {.posterior = posterior_args<T>(mean, cov, values, noise_var, mask, precision),
           .ridge = batch_of<const T>(ridge),
           .num_opt_iters = num_opt_iters,
           .squared_gram = squared_gram,
           .new_weights = {}};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(const Tensor& mean, const Tensor& cov,
-                                                                        const Tensor& values, const Tensor& noise_var,
-                                                                        const Tensor& ridge, int64_t num_opt_iters,
-                                                                        bool squared_gram,
-                                                                        const std::optional<Tensor>& mask) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
+    const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var, const Tensor& ridge,
+    int64_t num_opt_iters, bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
   const PosteriorOutputs out(mean, values);
   const Tensor weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
-    WritingArgs<T> args = writing_args<T>(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask);
+    WritingArgs<T> args =
+        writing_args<T>(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
     args.new_weights = batch_of<T>(weights);
     out.into(args.posterior);
     const auto& run = kernels<T>().write;
@@ -38,15 +37,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(const Te
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
     const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var, const Tensor& ridge,
-    int64_t num_opt_iters, bool squared_gram, const std::optional<Tensor>& mask, const Tensor& weights,
-    const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
+    int64_t num_opt_iters, bool squared_gram, const std::optional<Tensor>& mask, int64_t precision,
+    const Tensor& weights, const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
     const std::optional<Tensor>& grad_weights, const std::optional<Tensor>& grad_innovation_var,
     const std::optional<Tensor>& grad_kl) {
   const PosteriorGradOutputs out(mean, values);
   const Tensor to_ridge = make(mean, {mean.size(0)});
   for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
-    WritingArgs<T> args = writing_args<T>(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask);
+    WritingArgs<T> args =
+        writing_args<T>(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
     args.posterior.weights = weights_of<T>(weights, args.posterior, mean);
     const WritingGrads<T> grads{
         .posterior = out.grads<T>(grad_mean, grad_cov, grad_innovation_var, grad_kl),

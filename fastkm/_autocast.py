@@ -7,10 +7,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastkm._check import LOW_PRECISION
+
 P = ParamSpec("P")
 R = TypeVar("R")
-
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:

@@ -5,25 +5,30 @@ backend that cannot run it raises, with the reason and the remedy; nothing ever 
 """
 
 import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkm import _schema
 from fastkm._autograd import wants_gradient
+from fastkm._check import DTYPES
 
 PREFERENCE = ("native", "triton", "reference")
+FLOAT32 = (torch.float32,)
 
 
 class Capability(NamedTuple):
-    """What one backend can do for one operation. Empty ``devices`` means any device."""
+    """What one backend can do for one operation."""
 
-    devices: tuple[str, ...] = ()
+    devices: Mapping[str, tuple[torch.dtype, ...]] = {}  # device -> dtypes of a memory; empty means any
     gradients: bool = True
 
 
 REFERENCE = Capability()
-NATIVE = Capability(devices=("cpu",))
+NATIVE = Capability({"cpu": DTYPES})
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -48,14 +53,14 @@ def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
     if capability is None:
         has = ", ".join(repr(name) for name in CAPABILITIES[operation])
         return f"there is no {backend} kernel for {operation}; it has {has}"
-    if backend == "native" and _schema.unavailable is not None:
-        return (
-            f"{_schema.unavailable}; install a C++ compiler (g++) and reinstall fastkm with --no-build-isolation, "
-            "or take backend='reference'"
-        )
-    device = tensors[0].device.type if tensors else "cpu"
+    device, dtype = (tensors[0].device.type, tensors[0].dtype) if tensors else ("cpu", torch.float32)
+    if reason := _not_installed(backend, device):
+        return f"{reason}, or take backend='reference'"
     if capability.devices and device not in capability.devices:
         return f"it runs on {', '.join(capability.devices)}, the tensors are on {device}; take backend='reference'"
+    if capability.devices and dtype not in capability.devices[device]:
+        takes, given = (", ".join(map(_name, x)) for x in (capability.devices[device], (dtype,)))
+        return f"on {device} it computes in {takes}, the memory is {given}; take backend='reference'"
     if not capability.gradients and wants_gradient(tensors):
         return (
             f"it has no gradient for {operation} yet and an input requires one; "
@@ -64,8 +69,21 @@ def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
     return None
 
 
+def _not_installed(backend: str, device: str) -> str | None:
+    if backend == "native" and _schema.unavailable is not None:
+        return f"{_schema.unavailable}; install a C++ compiler (g++) and reinstall fastkm with --no-build-isolation"
+    if backend == "native" and device == "cuda" and not _schema.has_cuda:
+        return (
+            "the extension was built without CUDA; install the CUDA toolkit (nvcc) and reinstall fastkm with "
+            "FASTKM_CUDA=1 and --no-build-isolation"
+        )
+    if backend == "triton" and find_spec("triton") is None:
+        return "Triton is not installed; pip install 'fastkm[triton]'"
+    return None
+
+
 def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
-    """The backend that will run ``operation`` on ``tensors``.
+    """The backend that will run ``operation`` on ``tensors``, of which the first is of the memory.
 
     ``FASTKM_BACKEND`` names the backend of every call that names none.
     """
@@ -78,6 +96,18 @@ def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     if reason := why_not(operation, backend, *tensors):
         raise BackendUnavailableError(f"backend {backend!r} cannot run {operation}: {reason}")
     return backend
+
+
+def accepted(backend: str, memory: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs as ``backend`` takes them: kernels on a GPU read low precision as it is, the others the memory's dtype."""
+    if backend == "triton" or (backend == "native" and memory.is_cuda):
+        return inputs
+    return tuple(x.to(memory.dtype) for x in inputs)
+
+
+def exact(reference: Callable) -> Callable:
+    """A reference as an operator that ends in ``precision``: it has only the one."""
+    return lambda *arguments: reference(*arguments[:-1])
 
 
 def explain_backend(operation: str, *tensors: Tensor, backend: str | None = None) -> None:
@@ -96,3 +126,7 @@ def explain_backend(operation: str, *tensors: Tensor, backend: str | None = None
     for name in PREFERENCE:
         reason = why_not(operation, name, *tensors)
         print(f"  {name:<10} {'taken' if name == taken else 'can run' if reason is None else f'no: {reason}'}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,8 @@ from torch import Tensor
 ASYMMETRIC, NOT_POSITIVE_DEFINITE = 1, 2
 
 DTYPES = (torch.float32, torch.float64)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+PRECISIONS = ("ieee", "tf32x3", "tf32")
 
 
 class Signature:
@@ -31,14 +33,15 @@ class Signature:
         self.sizes: dict[str, int] = {}
         self.first: tuple[str, Tensor] | None = None
 
-    def tensor(self, name: str, value: object, letters: str) -> Tensor:
+    def tensor(self, name: str, value: object, letters: str, *, low_precision: bool = False) -> Tensor:
+        """``low_precision``: bfloat16 and float16 may stand beside float32."""
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {self._shape(letters)}, got {type(value).__name__}")
         if self.first is None:
             if value.dtype not in DTYPES:
                 raise TypeError(f"{name} must be float32 or float64, got {_dtype(value)}")
             self.first = (name, value)
-        self._same_kind(name, value)
+        self._same_kind(name, value, low_precision)
         shape, sizes = value.shape, self.sizes
         if len(shape) != len(letters) or any(
             sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
@@ -90,9 +93,10 @@ class Signature:
             raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(value.shape)}")
         return value
 
-    def _same_kind(self, name: str, value: Tensor) -> None:
+    def _same_kind(self, name: str, value: Tensor, low_precision: bool = False) -> None:
         first_name, first = self.first  # type: ignore[misc]
-        if value.dtype != first.dtype:
+        allowed = LOW_PRECISION if low_precision and first.dtype == torch.float32 else ()
+        if value.dtype != first.dtype and value.dtype not in allowed:
             raise TypeError(f"{name} must be {_dtype(first)} like {first_name}, got {_dtype(value)}")
         if value.device != first.device:
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {value.device}")
@@ -109,6 +113,11 @@ def count(name: str, value: int, least: int = 1) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
+
+
+def precision(value: str) -> int:
+    """Its index in ``PRECISIONS``, as the operators take it."""
+    return PRECISIONS.index(choice("precision", value, PRECISIONS))
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

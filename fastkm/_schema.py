@@ -1,17 +1,33 @@
 """Every operator of the package on one page: schema, and beside it the shapes it returns.
 
-The C++ sources under ``csrc/`` only implement what is declared here. The extension is loaded when it was built;
-without it the operators exist but have no kernel, and ``unavailable`` says why.
+Each stands in two namespaces: ``fastkm``, implemented by the C++ and CUDA sources under ``csrc/``, and
+``fastkm_triton``, implemented by ``<family>/triton.py``. The extension is loaded when it was built; without it its
+operators exist but have no kernel, and ``unavailable`` says why.
 
-``info [B]`` is an int32 status per memory: 0, or one of the codes of :mod:`fastkm._check`.
+``info [B]`` is an int32 status per memory: 0, or one of the codes of :mod:`fastkm._check`. ``precision`` says how a GPU
+may round the products with codes, as an index into ``PRECISIONS`` of
+:mod:`fastkm._check`; solves and factors are always float32. On a GPU
+``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside a float32 memory.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-library = torch.library.Library("fastkm", "DEF")
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
+
+
+def _operator(schema: str) -> Callable[[Callable], None]:
+    """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
+
+    def register(fake: Callable) -> None:
+        for namespace, library in _libraries.items():
+            library.define(schema)
+            torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", fake, lib=library)
+
+    return register
 
 
 def _load_extension() -> str | None:
@@ -39,14 +55,12 @@ def _empty_info(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[:1], dtype=torch.int32)
 
 
-library.define(
-    "update_posterior(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask)"
+@_operator(
+    "update_posterior(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " int precision)"
     " -> (Tensor mean, Tensor cov, Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor info)"
 )
-
-
-@torch.library.register_fake("fastkm::update_posterior")
-def _(mean, cov, weights, values, noise_var, mask):
+def _(mean, cov, weights, values, noise_var, mask, precision):
     per_pattern = weights.shape[:2]
     return (
         mean.new_empty(mean.shape),
@@ -58,25 +72,30 @@ def _(mean, cov, weights, values, noise_var, mask):
     )
 
 
-library.define(
+@_operator(
     "solve_addressing(Tensor mean, Tensor queries, Tensor ridge, bool squared_gram) -> (Tensor weights, Tensor info)"
 )
-
-
-@torch.library.register_fake("fastkm::solve_addressing")
 def _(mean, queries, ridge, squared_gram):
-    return queries.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
+    return mean.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
 
 
-library.define(
+# The lower Cholesky factor of R Rᵀ + λI, zero above its diagonal, for solving again and again.
+@_operator("factor_addressing(Tensor mean, Tensor ridge) -> (Tensor factor, Tensor info)")
+def _(mean, ridge):
+    return mean.new_empty((*mean.shape[:2], mean.shape[1])), _empty_info(mean)
+
+
+@_operator("solve_factored(Tensor mean, Tensor factor, Tensor queries) -> Tensor weights")
+def _(mean, factor, queries):
+    return mean.new_empty((*queries.shape[:2], mean.shape[1]))
+
+
+@_operator(
     "write(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
-    " bool squared_gram, Tensor? mask)"
+    " bool squared_gram, Tensor? mask, int precision)"
     " -> (Tensor mean, Tensor cov, Tensor weights, Tensor innovation_var, Tensor kl, Tensor info)"
 )
-
-
-@torch.library.register_fake("fastkm::write")
-def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask):
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision):
     per_pattern = values.shape[:2]
     return (
         mean.new_empty(mean.shape),
@@ -88,30 +107,21 @@ def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask):
     )
 
 
-library.define(
-    "read(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram)"
+@_operator(
+    "read(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision)"
     " -> (Tensor values, Tensor weights, Tensor info)"
 )
+def _(mean, queries, ridge, num_iters, squared_gram, precision):
+    weights = mean.new_empty((*queries.shape[:2], mean.shape[1]))
+    return mean.new_empty(queries.shape), weights, _empty_info(mean)
 
 
-@torch.library.register_fake("fastkm::read")
-def _(mean, queries, ridge, num_iters, squared_gram):
-    weights = queries.new_empty((*queries.shape[:2], mean.shape[1]))
-    return queries.new_empty(queries.shape), weights, _empty_info(mean)
-
-
-library.define("kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)")
-
-
-@torch.library.register_fake("fastkm::kl_memory")
+@_operator("kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)")
 def _(mean, cov, prior_mean, prior_cov):
     return mean.new_empty(mean.shape[:1]), _empty_info(mean)
 
 
-library.define("logdet(Tensor cov) -> (Tensor logdet, Tensor info)")
-
-
-@torch.library.register_fake("fastkm::logdet")
+@_operator("logdet(Tensor cov) -> (Tensor logdet, Tensor info)")
 def _(cov):
     return cov.new_empty(cov.shape[:1]), _empty_info(cov)
 
@@ -124,65 +134,53 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-library.define(
+@_operator(
     "update_posterior_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " int precision,"
     " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_innovation_var, Tensor? grad_kl, Tensor? grad_log_evidence)"
     " -> (Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var)"
 )
-
-
-@torch.library.register_fake("fastkm::update_posterior_backward")
-def _(mean, cov, weights, values, noise_var, mask, *grads):
+def _(mean, cov, weights, values, noise_var, mask, precision, *grads):
     return _like(mean, cov, weights, values, noise_var)
 
 
 # `weights` are those the write found.
-library.define(
+@_operator(
     "write_backward(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
-    " bool squared_gram, Tensor? mask, Tensor weights,"
+    " bool squared_gram, Tensor? mask, int precision, Tensor weights,"
     " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_weights, Tensor? grad_innovation_var, Tensor? grad_kl)"
     " -> (Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge)"
 )
-
-
-@torch.library.register_fake("fastkm::write_backward")
-def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, weights, *grads):
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision, weights, *grads):
     return _like(mean, cov, values, noise_var, ridge)
 
 
 # Serves solve_addressing too: one iteration, no grad_values.
-library.define(
-    "read_backward(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram,"
+@_operator(
+    "read_backward(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision,"
     " Tensor? grad_values, Tensor? grad_weights) -> (Tensor mean, Tensor queries, Tensor ridge)"
 )
-
-
-@torch.library.register_fake("fastkm::read_backward")
-def _(mean, queries, ridge, num_iters, squared_gram, *grads):
+def _(mean, queries, ridge, num_iters, squared_gram, precision, *grads):
     return _like(mean, queries, ridge)
 
 
-library.define(
+@_operator(
     "kl_memory_backward(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov, Tensor grad_kl)"
     " -> (Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov)"
 )
-
-
-@torch.library.register_fake("fastkm::kl_memory_backward")
 def _(mean, cov, prior_mean, prior_cov, grad_kl):
     return _like(mean, cov, prior_mean, prior_cov)
 
 
-library.define("logdet_backward(Tensor cov, Tensor grad_logdet) -> Tensor")
-
-
-@torch.library.register_fake("fastkm::logdet_backward")
+@_operator("logdet_backward(Tensor cov, Tensor grad_logdet) -> Tensor")
 def _(cov, grad_logdet):
     return cov.new_empty(cov.shape)
 
 
 # The instruction set the CPU kernels run with: 0 base, 1 AVX2, 2 AVX-512. `select_cpu_level` takes the highest one
 # that is both built and run by this processor and not above `limit`, and returns it.
-library.define("select_cpu_level(int limit) -> int")
+_libraries["fastkm"].define("select_cpu_level(int limit) -> int")
 
 unavailable: str | None = _load_extension()
+# Whether the extension brings kernels for CUDA devices as well.
+has_cuda = unavailable is None and torch._C._dispatch_has_kernel_for_dispatch_key("fastkm::write", "CUDA")

@@ -36,7 +36,8 @@ def solve_addressing(
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
 
     Returns:
-        weights ``[B, Q, K]``, in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+        weights ``[B, Q, K]``, in the dtype of ``mean`` (float32 or float64), which is also the compute dtype; beside
+        float32 ``queries`` may be bfloat16 or float16.
         Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
@@ -48,10 +49,11 @@ def solve_addressing(
     """
     check = _check.Signature()
     mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
     ridge = check.per_memory("ridge", ridge)
     _check.choice("method", method, METHODS)
-    run = _RUN[_backend.resolve("solve_addressing", backend, mean, queries, ridge)]
-    weights, info = run(mean, queries, ridge, method == "deepmind")
+    backend = _backend.resolve("solve_addressing", backend, mean, queries, ridge)
+    (queries,) = _backend.accepted(backend, mean, queries)
+    weights, info = _RUN[backend](mean, queries, ridge, method == "deepmind")
     _check.factored(info, "mean meanᵀ + ridge I")
     return weights

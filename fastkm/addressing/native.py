@@ -11,5 +11,5 @@ solve_addressing = differentiable(
     _operators.solve_addressing.default,
     _operators.read_backward.default,
     # A solve is a read of one iteration whose values nobody took.
-    lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, None, grad),
+    lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, 0, None, grad),
 )

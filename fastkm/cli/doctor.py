@@ -44,13 +44,16 @@ def backends() -> tuple[str, ...]:
 
 def capability_table() -> str:
     """What every backend can do, in Markdown; the table of the README."""
-    dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _check.DTYPES)
 
     def cell(capability: _backend.Capability | None) -> str:
         if capability is None:
             return "–"
-        devices = ", ".join(name.upper() for name in capability.devices) or "any device"
-        return f"{devices}; {dtypes}; {'gradients' if capability.gradients else 'forward only'}"
+        devices = {name.upper(): dtypes for name, dtypes in capability.devices.items()}
+        runs = (f"{name} {dtypes(of)}" for name, of in (devices or {"any device": _check.DTYPES}).items())
+        return f"{'; '.join(runs)}; {'gradients' if capability.gradients else 'forward only'}"
+
+    def dtypes(of: tuple) -> str:
+        return ", ".join(str(dtype).removeprefix("torch.") for dtype in of)
 
     rows = [
         (f"`{operation}`", *(cell(capable.get(name)) for name in backends()))

@@ -12,7 +12,7 @@ from fastkm.state import MemoryState
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
-_RUN: dict[str, Callable] = {"reference": reference.update_block, "native": native.update_posterior}
+_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.update_block), "native": native.update_posterior}
 
 
 class PosteriorUpdate(NamedTuple):
@@ -32,6 +32,7 @@ def update_posterior(
     noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
     *,
     mask: Tensor | None = None,  # [B, T], bool
+    precision: str = "ieee",
     backend: str | None = None,
 ) -> PosteriorUpdate:
     """Condition the memory on ``values = weights @ M + noise``: Bayesian linear regression, exactly.
@@ -51,12 +52,15 @@ def update_posterior(
         values: the patterns.
         noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
         mask: where False the pattern changes nothing; its ``kl`` is 0 and its ``innovation_var`` is σ².
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
         backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
 
     Returns:
         :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.
 
-    Numerics: float32 or float64, computed in that dtype. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
+    Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
+    bfloat16 or float16. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
     The gradient for ``state.cov`` is that of a symmetric matrix.
 
@@ -69,11 +73,15 @@ def update_posterior(
     """
     check = _check.Signature()
     mean, cov = check.state("state", state)
-    weights = check.tensor("weights", weights, "BTK")
-    values = check.tensor("values", values, "BTC")
+    weights = check.tensor("weights", weights, "BTK", low_precision=True)
+    values = check.tensor("values", values, "BTC", low_precision=True)
     noise_var = check.noise("noise_var", noise_var)
     mask = check.mask("mask", mask, "BT")
-    run = _RUN[_backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)]
-    mean, cov, innovation_var, kl, log_evidence, info = run(mean, cov, weights, values, noise_var, mask)
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
+    weights, values = _backend.accepted(backend, mean, weights, values)
+    mean, cov, innovation_var, kl, log_evidence, info = _RUN[backend](
+        mean, cov, weights, values, noise_var, mask, rounding
+    )
     _check.factored(info, "state.cov")
     return PosteriorUpdate(MemoryState(mean, cov), innovation_var, kl, log_evidence)

@@ -13,7 +13,7 @@ from fastkm.state import MemoryState
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
-_RUN: dict[str, Callable] = {"reference": reference.read, "native": native.read}
+_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.read), "native": native.read}
 
 
 class ReadResult(NamedTuple):
@@ -40,6 +40,7 @@ def read(
     *,
     num_iters: int = 1,
     method: str = "ridge",
+    precision: str = "ieee",
     backend: str | None = None,
 ) -> ReadResult:
     """Read the memory: solve for the weights of each query and return what they stand for.
@@ -58,10 +59,13 @@ def read(
         ridge: λ = σ²/σ0²; positive.
         num_iters: n, at least 1.
         method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
 
     Returns:
-        :class:`ReadResult` in the dtype of the inputs (float32 or float64), which is also the compute dtype.
+        :class:`ReadResult` in the dtype of ``mean`` (float32 or float64), which is also the compute dtype; beside
+        float32 ``queries`` may be bfloat16 or float16.
         Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
     Raises:
@@ -73,12 +77,14 @@ def read(
     """
     check = _check.Signature()
     mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
     ridge = check.per_memory("ridge", ridge)
     _check.count("num_iters", num_iters)
     _check.choice("method", method, METHODS)
-    run = _RUN[_backend.resolve("read", backend, mean, queries, ridge)]
-    values, weights, info = run(mean, queries, ridge, num_iters, method == "deepmind")
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("read", backend, mean, queries, ridge)
+    (queries,) = _backend.accepted(backend, mean, queries)
+    values, weights, info = _RUN[backend](mean, queries, ridge, num_iters, method == "deepmind", rounding)
     _check.factored(info, "mean meanᵀ + ridge I")
     return ReadResult(values, weights)
 

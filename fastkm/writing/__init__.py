@@ -13,7 +13,7 @@ from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
 
-_RUN: dict[str, Callable] = {"reference": reference.write_sequential, "native": native.write}
+_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.write_sequential), "native": native.write}
 
 
 class WriteResult(NamedTuple):
@@ -35,6 +35,7 @@ def write(
     num_opt_iters: int = 1,
     method: str = "ridge",
     mask: Tensor | None = None,  # [B, T], bool
+    precision: str = "ieee",
     backend: str | None = None,
 ) -> WriteResult:
     """Write an episode as the Dynamic Kanerva Machine does: each pattern is addressed, then stored.
@@ -52,12 +53,15 @@ def write(
             previous weights would give; the update always starts from the mean before the pattern.
         method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
         mask: where False the pattern changes nothing; its weights and ``kl`` are 0, its ``innovation_var`` is σ².
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
 
     Returns:
         :class:`WriteResult`; the mean of q(w) is written, its variance plays no part.
 
-    Numerics: float32 or float64, computed in that dtype. The native kernel works in Gram space; at σ² = λ = 1 it is as
+    Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``values`` may be bfloat16 or float16.
+    The native kernel works in Gram space; at σ² = λ = 1 it is as
     accurate as the literal loop, and it loses digits first when λ is small against the patterns' energy.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
     The gradient for ``state.cov`` is that of a symmetric matrix.
@@ -72,15 +76,17 @@ def write(
     """
     check = _check.Signature()
     mean, cov = check.state("state", state)
-    values = check.tensor("values", values, "BTC")
+    values = check.tensor("values", values, "BTC", low_precision=True)
     noise_var = check.noise("noise_var", noise_var)
     ridge = check.per_memory("ridge", ridge)
     _check.count("num_opt_iters", num_opt_iters)
     _check.choice("method", method, METHODS)
     mask = check.mask("mask", mask, "BT")
-    run = _RUN[_backend.resolve("write", backend, mean, cov, values, noise_var, ridge)]
-    mean, cov, weights, innovation_var, kl, info = run(
-        mean, cov, values, noise_var, ridge, num_opt_iters, method == "deepmind", mask
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("write", backend, mean, cov, values, noise_var, ridge)
+    (values,) = _backend.accepted(backend, mean, values)
+    mean, cov, weights, innovation_var, kl, info = _RUN[backend](
+        mean, cov, values, noise_var, ridge, num_opt_iters, method == "deepmind", mask, rounding
     )
     _check.factored(info, "state.cov")
     return WriteResult(MemoryState(mean, cov), weights, innovation_var, kl)
