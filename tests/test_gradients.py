@@ -349,9 +349,9 @@ def test_status_has_no_gradient(operation):
     p = problem(2, 3, 2, 4, 5)
     p = replaced(p, leaves(operation, p))
     native = {
-        "update_posterior": lambda: fastkm.posterior.native.update_posterior(*p.state, *p[1:3], p.noise_var, None),
-        "write": lambda: fastkm.writing.native.write(*p.state, p.values, p.noise_var, p.ridge, 1, False, None),
-        "read": lambda: fastkm.reading.native.read(p.state.mean, p.queries, p.ridge, 1, False),
+        "update_posterior": lambda: fastkm.posterior.native.update_posterior(*p.state, *p[1:3], p.noise_var, None, 0),
+        "write": lambda: fastkm.writing.native.write(*p.state, p.values, p.noise_var, p.ridge, 1, False, None, 0),
+        "read": lambda: fastkm.reading.native.read(p.state.mean, p.queries, p.ridge, 1, False, 0),
         "solve_addressing": lambda: fastkm.addressing.native.solve_addressing(p.state.mean, p.queries, p.ridge, False),
         "kl_memory": lambda: fastkm.matrix_normal.native.kl_memory(*p.state, *p.state),
         "logdet": lambda: fastkm.matrix_normal.native.logdet(p.state.cov),
@@ -369,12 +369,12 @@ def backward_arguments(operator, p: Problem):
     """Some cotangents given, some None."""
     mean, cov, weights, per_pattern = map(torch.ones_like, (*p.state, p.weights, p.noise_var))
     per_memory = torch.ones_like(p.ridge)
-    update = (*p.state, p.weights, p.values, p.noise_var, p.mask)
-    write = (*p.state, p.values, p.noise_var, p.ridge, 2, False, p.mask, p.weights)
+    update = (*p.state, p.weights, p.values, p.noise_var, p.mask, 0)
+    write = (*p.state, p.values, p.noise_var, p.ridge, 2, False, p.mask, 0, p.weights)
     return {
         "update_posterior": (*update, mean, cov, None, per_pattern, per_memory),
         "write": (*write, mean, None, weights, per_pattern, per_pattern),
-        "read": (p.state.mean, p.queries, p.ridge, 2, False, torch.ones_like(p.queries), None),
+        "read": (p.state.mean, p.queries, p.ridge, 2, False, 0, torch.ones_like(p.queries), None),
         "kl_memory": (*p.state, *p.state, per_memory),
         "logdet": (p.state.cov, per_memory),
     }[operator]

@@ -15,9 +15,9 @@ NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(
 def arguments(operator, p, num_iters=2, squared_gram=False):
     return {
         "solve_addressing": (p.state.mean, p.queries, p.ridge, squared_gram),
-        "update_posterior": (*p.state, p.weights, p.values, p.noise_var, p.mask),
-        "write": (*p.state, p.values, p.noise_var, p.ridge, num_iters, squared_gram, p.mask),
-        "read": (p.state.mean, p.queries, p.ridge, num_iters, squared_gram),
+        "update_posterior": (*p.state, p.weights, p.values, p.noise_var, p.mask, 0),
+        "write": (*p.state, p.values, p.noise_var, p.ridge, num_iters, squared_gram, p.mask, 0),
+        "read": (p.state.mean, p.queries, p.ridge, num_iters, squared_gram, 0),
         "kl_memory": (*p.state, *p.state),
         "logdet": (p.state.cov,),
     }[operator]
@@ -77,7 +77,8 @@ def test_fakes_agree_with_the_reference(operator, dtype):
     from fastkm.reading.reference import read
     from fastkm.writing.reference import write_sequential
 
-    implementations = (solve_addressing, update_block, write_sequential, read, kl_memory, logdet)
+    exact = _backend.exact
+    implementations = (solve_addressing, exact(update_block), exact(write_sequential), exact(read), kl_memory, logdet)
     reference = dict(zip(OPERATORS, implementations, strict=True))[operator]
     p = problem(3, 5, 7, 13, 6, dtype, masked=True)
     with FakeTensorMode() as mode:
