@@ -102,7 +102,7 @@ def accepted(backend: str, memory: Tensor, *inputs: Tensor) -> tuple[Tensor, ...
     """Inputs as ``backend`` takes them: kernels on a GPU read low precision as it is, the others the memory's dtype."""
     if backend == "triton" or (backend == "native" and memory.is_cuda):
         return inputs
-    return tuple(x.to(memory.dtype) for x in inputs)
+    return tuple(x if x.dtype == memory.dtype else x.to(memory.dtype) for x in inputs)
 
 
 def exact(reference: Callable) -> Callable:

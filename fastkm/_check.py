@@ -2,7 +2,7 @@
 
 An error names the argument, what was expected (computed from the arguments before it) and what came.
 ``TypeError`` is for a wrong kind or dtype, ``ValueError`` for a wrong shape, device or value, and
-``torch.linalg.LinAlgError`` for a matrix whose factorisation failed. In a compiled graph a wrong value and
+``torch.linalg.LinAlgError`` for a matrix whose factorisation failed. In a compiled or captured graph a wrong value and
 a failed factorisation raise ``RuntimeError`` when it runs.
 """
 
@@ -42,12 +42,18 @@ class Signature:
                 raise TypeError(f"{name} must be float32 or float64, got {_dtype(value)}")
             self.first = (name, value)
         self._same_kind(name, value, low_precision)
-        shape, sizes = value.shape, self.sizes
+        shape = tuple(value.shape)
+        if shape != tuple(map(self.sizes.get, letters)):  # a letter without a size yet is None
+            self._learn(name, letters, shape)
+        return value
+
+    def _learn(self, name: str, letters: str, shape: tuple[int, ...]) -> None:
+        """Fix the letters that ``shape`` is the first to give a size."""
+        sizes = self.sizes
         if len(shape) != len(letters) or any(
             sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape, strict=True)
         ):
             raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(shape)}")
-        return value
 
     def state(self, name: str, value: object) -> tuple[Tensor, Tensor]:
         if not isinstance(value, tuple) or len(value) != 2:
@@ -72,10 +78,11 @@ class Signature:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
         self._same_kind(name, value)
-        if not any(list(value.shape) == [self.sizes[letter] for letter in layout] for layout in layouts):
+        shape = tuple(value.shape)
+        if not any([shape == tuple(map(self.sizes.get, layout)) for layout in layouts]):
             allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
             raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
-        if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
+        if value.device.type == "cpu" and not _positive_and_finite(value, f"{name} must be positive"):
             least = torch.func.debug_unwrap(value).min()
             raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {least}")
         return value
@@ -131,9 +138,12 @@ def factored(info: Tensor, matrix: str) -> None:
 
     The whole batch has been computed by then; the error names every memory that failed.
     """
-    if not _any(info, f"{matrix} is not symmetric positive definite"):
+    if _cannot_ask(info):
+        torch._assert_async(~info.any(), f"{matrix} is not symmetric positive definite")
         return
     info = torch.func.debug_unwrap(info)
+    if not any(info.flatten().tolist()):
+        return
     reasons = [
         f"{what} in {'memory' if len(which) == 1 else 'memories'} {which}"
         for code, what in ((ASYMMETRIC, "not symmetric"), (NOT_POSITIVE_DEFINITE, "not positive definite"))
@@ -142,15 +152,18 @@ def factored(info: Tensor, matrix: str) -> None:
     raise torch.linalg.LinAlgError(f"{matrix} is {' and '.join(reasons)}")
 
 
-def _any(wrong: Tensor, message: str) -> bool:
-    """Whether anything is wrong, looking through the wrappers of torch.func.
+def _positive_and_finite(value: Tensor, message: str) -> bool:
+    """Looks through the wrappers of torch.func; a NaN is neither."""
+    if _cannot_ask(value):
+        torch._assert_async(((value > 0) & (value < math.inf)).all(), message)
+        return True
+    value = torch.func.debug_unwrap(value)
+    return value.numel() == 0 or all(0 < bound.item() < math.inf for bound in torch.aminmax(value))
 
-    A compiled graph has no values to branch on: it asserts when it runs, with ``message`` alone.
-    """
-    if torch.compiler.is_compiling():
-        torch._assert_async(~wrong.any(), message)
-        return False
-    return bool(torch.func.debug_unwrap(wrong).any())
+
+def _cannot_ask(value: Tensor) -> bool:
+    """A graph being traced has no values to branch on, one being captured must not wait: it asserts when it runs."""
+    return torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _dtype(value: Tensor) -> str:
@@ -181,6 +194,6 @@ def positive_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """A positive number, or a tensor of them, in the dtype and on the device of ``like``."""
     if not isinstance(value, Tensor):
         value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.device.type == "cpu" and _any(~((value > 0) & (value < math.inf)), f"{name} must be positive"):
+    if value.device.type == "cpu" and not _positive_and_finite(value, f"{name} must be positive"):
         raise ValueError(f"{name} must be positive and finite, got {torch.func.debug_unwrap(value)}")
     return value
