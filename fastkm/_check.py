@@ -157,7 +157,7 @@ def _positive_and_finite(value: Tensor, message: str) -> bool:
     if _cannot_ask(value):
         torch._assert_async(((value > 0) & (value < math.inf)).all(), message)
         return True
-    value = torch.func.debug_unwrap(value)
+    value = torch.func.debug_unwrap(value).detach()
     return value.numel() == 0 or all(0 < bound.item() < math.inf for bound in torch.aminmax(value))
 
 
