@@ -1,4 +1,4 @@
-"""``python -m fastkm doctor | check | bench | capabilities``."""
+"""``python -m fastkm doctor | check | bench | train | capabilities``."""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ def at_least(least: int):
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m fastkm", description="The memory of the Dynamic Kanerva Machine.")
-    commands = main.add_subparsers(dest="command", required=True, metavar="doctor | check | bench | capabilities")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("doctor", help="what was built, which backends run here, why the others do not")
     commands.add_parser("capabilities", help="what every backend can do, as a Markdown table")
     check = commands.add_parser("check", help="every operation, backend, dtype and preset against float64")
@@ -44,6 +44,22 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     bench.add_argument("--output", default="results", metavar="FOLDER", help="(default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="fewer rounds of timing")
+
+    train = commands.add_parser("train", help="train the generative model on real images; can be killed and resumed")
+    train.add_argument("--data", metavar="PATH", help="mnist, or a folder or zip of PNGs (default: mnist)")
+    train.add_argument("--steps", type=at_least(1), help="(default: 4000)")
+    train.add_argument("--batch", type=at_least(1), help="episodes a step (default: 16)")
+    train.add_argument("--patterns", type=at_least(1), help="patterns an episode, T (default: 32)")
+    train.add_argument("--rows", type=at_least(1), help="rows of the memory, K (default: 32)")
+    train.add_argument("--code-size", type=at_least(1), help="C (default: 100)")
+    train.add_argument("--width", type=at_least(1), help="channels of the first convolution (default: 24)")
+    train.add_argument("--learning-rate", type=float, help="of Adam (default: 1e-3)")
+    train.add_argument("--seed", type=at_least(0), help="(default: 0)")
+    train.add_argument("--backend", help="who computes the memory (default: the first that can)")
+    train.add_argument("--checkpoint", metavar="FILE", help="(default: results/<data>.safetensors)")
+    train.add_argument("--checkpoint-every", type=at_least(0), default=60, metavar="SECONDS", help="(default: 60)")
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    train.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="(default: %(default)s)")
     return main
 
 

@@ -1,6 +1,8 @@
 """What the commands print: tables and progress, with rich where it is installed and plain text where it is not."""
 
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -60,15 +62,26 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 @contextmanager
-def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call at the start of each step: a bar on a terminal, one line a step elsewhere."""
+def progress(title: str, steps: int, done: int = 0, seconds: float = 0) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call with the words for each step: a bar on a terminal, a line a step elsewhere.
+
+    Elsewhere, lines are at least ``seconds`` apart.
+    """
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
         Progress = None  # type: ignore[assignment,misc]
     if Progress is None or not sys.stdout.isatty():
-        done = iter(range(1, steps + 1))
-        yield lambda step: print(f"{title} {next(done)}/{steps}: {step}", flush=True)
+        number, printed = done, -math.inf
+
+        def line(step: str) -> None:
+            nonlocal number, printed
+            number += 1
+            if time.monotonic() - printed >= seconds:
+                printed = time.monotonic()
+                print(f"{title} {number:,}/{steps:,}: {step}", flush=True)
+
+        yield line
         return
     columns = (
         TextColumn(title),
@@ -78,7 +91,7 @@ def progress(title: str, steps: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=steps)
+        task = bar.add_task("", total=steps, completed=done)
 
         def start(step: str) -> None:
             bar.update(task, description=step, advance=1 if bar.tasks[task].description else 0)

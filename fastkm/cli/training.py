@@ -1,0 +1,146 @@
+"""Training the generative model: settings, steps, and a checkpoint that is whole or not there."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastkm
+from fastkm import KanervaMemory
+from fastkm.cli.console import CommandError, extra
+from fastkm.cli.episodes import draw_images
+from fastkm.cli.patterns import Patterns, binary, jitter
+from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
+
+GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
+
+
+class Settings(NamedTuple):
+    """Everything that decides what a training computes."""
+
+    data: str = "mnist"
+    steps: int = 4000
+    batch: int = 16  # episodes a step
+    patterns: int = 32  # T
+    rows: int = 32  # K
+    code_size: int = 100  # C
+    width: int = 24  # channels of the first convolution
+    learning_rate: float = 1e-3  # falls to zero along half a cosine
+    seed: int = 0
+    backend: str | None = None
+
+
+def build_model(settings: Settings, memory: type[KanervaMemory] = KanervaMemory, **options) -> DynamicKanervaMachine:
+    torch.manual_seed(settings.seed)
+    return DynamicKanervaMachine(
+        ConvEncoder(settings.code_size, settings.width),
+        ConvDecoder(settings.code_size, settings.width),
+        memory(settings.code_size, settings.rows, backend=settings.backend, **options),
+    )
+
+
+class Trainer:
+    """Steps that depend on the settings and the number of the step alone, so a resumed training is the same one."""
+
+    def __init__(self, settings: Settings, data: Patterns, model: DynamicKanervaMachine | None = None) -> None:
+        self.settings, self.data = settings, data
+        self.model = build_model(settings) if model is None else model
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
+        self.history: list[list[float]] = []  # the parts of the loss of every step
+
+    @property
+    def step(self) -> int:
+        return len(self.history)
+
+    def episode(self) -> Tensor:
+        """The episodes of the next step [B, T, 1, 28, 28]; afterwards random numbers are those of this step."""
+        s = self.settings
+        generator = torch.Generator().manual_seed(1_000_003 * s.seed + self.step)
+        images = draw_images(self.data.train, s.batch, s.patterns, generator)
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        return binary(jitter(images.flatten(0, 1), generator)).view_as(images)
+
+    def run(self) -> Iterator[EpisodeLoss]:
+        """The steps that are left; yields the loss of each."""
+        while self.step < self.settings.steps:
+            episode = self.episode()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.settings.learning_rate * (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.model.loss(episode)
+            loss.total.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+            self.optimizer.step()
+            self.history.append([part.item() for part in loss])
+            yield loss
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on; ``path`` holds the old checkpoint or the new one, never a part of one."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, tensor in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = tensor
+        tensors["history"] = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(EpisodeLoss._fields))
+        metadata = {
+            "settings": json.dumps(self.settings._asdict()),
+            "data": fingerprint(self.data),
+            "fastkm": fastkm.__version__,
+        }
+        data = extra("safetensors.torch").save({k: x.detach().contiguous() for k, x in tensors.items()}, metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same settings and data."""
+        tensors, settings, data = read_checkpoint(path)
+        for name, ours in self.settings._asdict().items():
+            if ours != getattr(settings, name):
+                raise CommandError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
+        if data != fingerprint(self.data):
+            raise CommandError(f"{path} was trained on other images than {self.data.source}")
+        self.history = tensors.pop("history").tolist()
+        self.model.load_state_dict(part(tensors, "model."))
+        for name, parameter in self.model.named_parameters():
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = state
+
+
+def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
+    """The model of a checkpoint, its settings, and the fingerprint of the images it was trained on."""
+    tensors, settings, data = read_checkpoint(path)
+    model = build_model(settings)
+    model.load_state_dict(part(tensors, "model."))
+    return model.eval(), settings, data
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:
+    safetensors = extra("safetensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        return tensors, Settings(**json.loads(metadata["settings"])), metadata["data"]
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{path} is no checkpoint of `python -m fastkm train` ({error})") from error
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def fingerprint(data: Patterns) -> str:
+    """Of the training images and the held-out ones."""
+    digest = hashlib.sha256(data.train.numpy().tobytes())
+    digest.update(data.test.numpy().tobytes())
+    return digest.hexdigest()

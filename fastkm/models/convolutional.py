@@ -1,0 +1,67 @@
+"""A small convolutional encoder and decoder for binary 28 × 28 images."""
+
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Independent
+
+from fastkm import _check
+
+__all__ = ["ConvDecoder", "ConvEncoder"]
+
+SIDE = 28
+
+
+class ConvEncoder(nn.Module):
+    """Images ``[N, 1, 28, 28]`` to codes ``[N, C]``: three strided convolutions and a linear map.
+
+    Args:
+        code_size: C.
+        width: channels of the first convolution; the second has twice, the third four times as many.
+    """
+
+    def __init__(self, code_size: int, width: int = 24) -> None:
+        super().__init__()
+        _check.count("code_size", code_size)
+        _check.count("width", width)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, width, 4, stride=2, padding=1),  # [N, W, 14, 14]
+            nn.ELU(),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),  # [N, 2W, 7, 7]
+            nn.ELU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),  # [N, 4W, 4, 4]
+            nn.ELU(),
+            nn.Flatten(),
+            nn.Linear(4 * width * 4 * 4, code_size),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
+
+
+class ConvDecoder(nn.Module):
+    """Codes ``[N, C]`` to the distribution of images ``[N, 1, 28, 28]``, an independent Bernoulli a pixel.
+
+    The mirror image of :class:`ConvEncoder`. Its log-likelihood is linear in the pixels, so that it takes grey values
+    in [0, 1] as well.
+
+    Args:
+        code_size: C.
+        width: channels of the last hidden layer, as in :class:`ConvEncoder`.
+    """
+
+    def __init__(self, code_size: int, width: int = 24) -> None:
+        super().__init__()
+        _check.count("code_size", code_size)
+        _check.count("width", width)
+        self.layers = nn.Sequential(
+            nn.Linear(code_size, 4 * width * 4 * 4),
+            nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.ELU(),
+            nn.ConvTranspose2d(4 * width, 2 * width, 3, stride=2, padding=1),  # [N, 2W, 7, 7]
+            nn.ELU(),
+            nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1),  # [N, W, 14, 14]
+            nn.ELU(),
+            nn.ConvTranspose2d(width, 1, 4, stride=2, padding=1),  # [N, 1, 28, 28]
+        )
+
+    def forward(self, codes: Tensor) -> Independent:
+        return Independent(Bernoulli(logits=self.layers(codes), validate_args=False), 3, validate_args=False)

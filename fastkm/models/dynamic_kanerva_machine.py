@@ -1,0 +1,226 @@
+"""The Dynamic Kanerva Machine: an encoder, the memory, a decoder, and the objective that trains them together."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from fastkm import _check
+from fastkm.addressing import solve_addressing
+from fastkm.memory import KanervaMemory
+from fastkm.state import MemoryState
+from fastkm.writing import WriteResult
+
+__all__ = ["DynamicKanervaMachine", "EpisodeLoss", "PatternRead"]
+
+
+class EpisodeLoss(NamedTuple):
+    """What :meth:`DynamicKanervaMachine.loss` returns: nats a pattern, averaged over the episodes, all 0-d."""
+
+    total: Tensor  # reconstruction + kl_weights + kl_memory + autoencoder
+    reconstruction: Tensor  # −E ln p(x | w, M)
+    kl_weights: Tensor  # KL(q(w) ‖ p(w))
+    kl_memory: Tensor  # KL(q(M) ‖ p(M)) / T
+    autoencoder: Tensor  # −ln p(x | e(x)), past the memory
+
+
+class PatternRead(NamedTuple):
+    """What :meth:`DynamicKanervaMachine.attractor_read` returns."""
+
+    patterns: Tensor  # [B, Q, *pattern], the decoder's mean at each query's last iteration
+    weights: Tensor  # [B, Q, K]
+    energy: Tensor  # [B, Q, n], nats; a query that stopped keeps its last energy
+    num_iters: Tensor  # [B, Q], int64, the iterations each query took
+
+
+class DynamicKanervaMachine(nn.Module):
+    """A generative model of episodes of patterns, with a memory between its encoder and its decoder.
+
+    An episode ``x_1 … x_T`` is encoded, ``z_t = e(x_t)``, and written into a memory with prior ``p(M)``; a pattern is
+    then explained by weights of the memory's rows, decoded::
+
+        p(x_t | w_t, M) = d(Mᵀ w_t)    p(w) = N(0, σ0² I)    q(w_t) = N(μ_t, σw² I)    (R Rᵀ + λI) μ_t = R z_t
+
+    Training maximises a bound on the episode's log-likelihood together with the auto-encoder's (:meth:`loss`). After
+    it, the memory cleans up: decode what was read, encode it again, and read again (:meth:`attractor_read`).
+
+    >>> memory = fastkm.KanervaMemory(code_size=100, memory_size=32)
+    >>> model = DynamicKanervaMachine(ConvEncoder(100), ConvDecoder(100), memory)
+    >>> model.loss(images).total.backward()                              # images [B, T, 1, 28, 28]
+    >>> state = model.write(images).state
+    >>> model.attractor_read(corrupted, 8, state=state).patterns         # corrupted [B, Q, 1, 28, 28]
+
+    Args:
+        encoder: any module from patterns ``[N, *pattern]`` to codes ``[N, C]``.
+        decoder: any module from codes ``[N, C]`` to a :class:`torch.distributions.Distribution` over patterns with
+            ``batch_shape [N]`` and ``event_shape pattern``; its ``log_prob`` and its ``mean`` are used.
+        memory: a :class:`fastkm.KanervaMemory` of code size C. Its options ``sample_w`` and ``sample_memory`` are those
+            of its own ``read``: here the training objective always samples w and everything else takes means.
+
+    The mean of q(M) stands for M in every method, as in the released DeepMind code.
+
+    Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, memory: KanervaMemory) -> None:
+        super().__init__()
+        if not isinstance(memory, KanervaMemory):
+            raise TypeError(f"memory must be a KanervaMemory, got {type(memory).__name__}")
+        self.encoder, self.decoder, self.memory = encoder, decoder, memory
+
+    def encode(self, patterns: Tensor) -> Tensor:
+        """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``."""
+        if not isinstance(patterns, Tensor):
+            raise TypeError(f"patterns must be a tensor of shape [B, T, *pattern], got {type(patterns).__name__}")
+        if patterns.dim() < 3 or not patterns.is_floating_point():
+            got = f"{str(patterns.dtype).removeprefix('torch.')} of shape {list(patterns.shape)}"
+            raise ValueError(f"patterns must be floating point of shape [B, T, *pattern], got {got}")
+        codes = self.encoder(patterns.flatten(0, 1))
+        wanted = (patterns.shape[0] * patterns.shape[1], self.memory.code_size)
+        if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
+            got = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
+            raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {got}")
+        return codes.unflatten(0, patterns.shape[:2])
+
+    def decode(self, codes: Tensor) -> Distribution:
+        """The distribution of the patterns behind ``codes [B, T, C]``, with ``batch_shape [B T]``."""
+        decoded = self.decoder(codes.flatten(0, 1))
+        if not isinstance(decoded, Distribution):
+            raise TypeError(f"decoder must return a torch.distributions.Distribution, got {type(decoded).__name__}")
+        return decoded
+
+    def loss(self, episode: Tensor, mask: Tensor | None = None) -> EpisodeLoss:
+        """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
+
+        ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
+
+        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
+        attractor loop is not unrolled. ``mask [B, T]`` leaves patterns out where it is False; T counts the others.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or dtype.
+            torch.linalg.LinAlgError: the memory left what its dtype can hold.
+        """
+        codes = self.encode(episode)
+        written = self.memory.write(codes, mask=mask)
+        negative_log_likelihood, kl_weights = self._conditional(episode, codes, written.state)
+        autoencoder = self._negative_log_likelihood(episode, codes)
+
+        if mask is None:
+            counts = torch.full_like(autoencoder[:, 0], autoencoder.shape[1])
+        else:
+            counts = mask.sum(1).clamp_min(1).to(autoencoder.dtype)
+
+        def a_pattern(nats: Tensor) -> Tensor:
+            """Per pattern [B, T], or per episode [B], to the mean over patterns and episodes."""
+            if nats.dim() == 2:
+                nats = (nats if mask is None else nats.masked_fill(~mask, 0)).sum(1)
+            return (nats / counts).mean()
+
+        parts = [a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state), autoencoder)]
+        return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
+
+    def write(self, episode: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
+        """Write the codes of ``episode [B, T, *pattern]`` into ``state``, or the prior; see :func:`fastkm.write`."""
+        return self.memory.write(self.encode(episode), state, mask)
+
+    @torch.no_grad()
+    def reconstruct(self, cues: Tensor, *, state: MemoryState) -> Tensor:
+        """What one read makes of ``cues [B, Q, *pattern]``: the decoder's mean, of the same shape."""
+        return self.attractor_read(cues, 1, state=state).patterns
+
+    @torch.no_grad()
+    def attractor_read(
+        self, cues: Tensor, num_iters: int, tol: float | None = None, *, state: MemoryState
+    ) -> PatternRead:
+        """Clean ``cues [B, Q, *pattern]`` up by iterating through the whole model.
+
+        ``w_i = (R Rᵀ + λI)⁻¹ R e(x_i)``, ``x_{i+1}`` the mean of ``d(Rᵀ w_i)``, with ``x_1`` the cue. The energy of
+        an iteration is that of the paper's dynamics, in pattern space::
+
+            E(x_i, w_i) = −ln p(x_i | d(Rᵀ w_i)) + KL(N(w_i, σw² I) ‖ N(0, σ0² I))
+
+        which a trained model lowers from step to step. A query stops once the root mean square change of its
+        pattern is at most ``tol``. No gradient is recorded: the loop is not part of training.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, shape or dtype.
+        """
+        _check.count("num_iters", num_iters)
+        if tol is not None:
+            _check.non_negative("tol", tol)
+        x = patterns = cues
+        energies: list[Tensor] = []
+        for i in range(num_iters):
+            new_weights = self._address(self.encode(x), state)
+            decoded = self.decode(new_weights @ state.mean)
+            new_energy = self._nats(decoded, x) + self.memory.kl_weights(new_weights)
+            new_patterns = decoded.mean.unflatten(0, cues.shape[:2])
+            if i == 0:
+                active = torch.ones_like(new_energy, dtype=torch.bool)
+                taken = torch.zeros_like(active, dtype=torch.int64)
+                patterns, weights, energy = new_patterns, new_weights, new_energy
+                moved = torch.full_like(energy, torch.inf)
+            else:
+                moved = (new_patterns - patterns).flatten(2).square().mean(-1).sqrt()
+                patterns = _where(active, new_patterns, patterns)
+                weights, energy = _where(active, new_weights, weights), _where(active, new_energy, energy)
+            taken = taken + active
+            energies.append(energy)
+            if tol is not None:
+                active = active & (moved > tol)
+                if not active.any():
+                    break
+            x = patterns
+        energies += [energy] * (num_iters - len(energies))
+        return PatternRead(patterns, weights, torch.stack(energies, -1), taken)
+
+    @torch.no_grad()
+    def generate(self, num_samples: int, num_iters: int = 1, *, state: MemoryState) -> Tensor:
+        """Patterns ``[B, num_samples, *pattern]`` that the memory dreams up, as the decoder's means.
+
+        The first iteration decodes ``Rᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further ones reads the
+        pattern again, which pulls it towards what is stored.
+        """
+        _check.count("num_samples", num_samples)
+        _check.count("num_iters", num_iters)
+        codes = self.memory.sample_prior_weights(state.mean.shape[0], num_samples) @ state.mean
+        patterns = self.decode(codes).mean.unflatten(0, codes.shape[:2])
+        return patterns if num_iters == 1 else self.attractor_read(patterns, num_iters - 1, state=state).patterns
+
+    @torch.no_grad()
+    def conditional_bound(self, episode: Tensor, num_samples: int = 1) -> Tensor:
+        """The negative conditional bound ``[B]`` of ``episode [B, T, *pattern]``, in nats a pattern: lower is better.
+
+        ``[ Σ_t −E ln p(x_t | w_t, M) + KL(q(w_t) ‖ p(w_t)) ] / T`` with the episode written into the memory; an upper
+        bound on ``−ln p(x_1 … x_T | M) / T`` at the mean of q(M). The expectation is over ``num_samples`` samples of
+        each w. What the papers on this memory report; KL(q(M) ‖ p(M)) is not part of it.
+        """
+        _check.count("num_samples", num_samples)
+        codes = self.encode(episode)
+        state = self.memory.write(codes).state
+        nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]
+        return torch.stack(nats).mean((0, 2))
+
+    def _conditional(self, episode: Tensor, codes: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
+        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T]."""
+        weights = self._address(codes, state)
+        sampled = weights + self.memory.log_weight_stddev.exp() * torch.randn_like(weights)
+        return self._negative_log_likelihood(episode, sampled @ state.mean), self.memory.kl_weights(weights)
+
+    def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
+        # Solving afresh at every turn of a read is nothing beside the encoder and the decoder.
+        return solve_addressing(state.mean, codes, self.memory.ridge, backend=self.memory.backend)
+
+    def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor) -> Tensor:
+        return self._nats(self.decode(codes), patterns)
+
+    def _nats(self, decoded: Distribution, patterns: Tensor) -> Tensor:
+        """−ln p [B, T] of ``patterns [B, T, *pattern]``."""
+        return -decoded.log_prob(patterns.flatten(0, 1)).unflatten(0, patterns.shape[:2])
+
+
+def _where(active: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` for the queries [B, Q] that are still going."""
+    return torch.where(active.reshape(*active.shape, *[1] * (new.dim() - 2)), new, old)
