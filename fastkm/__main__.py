@@ -1,4 +1,4 @@
-"""``python -m fastkm doctor | check | bench | train | capabilities``."""
+"""``python -m fastkm doctor | check | bench | train | demo | study | capabilities``."""
 
 import argparse
 import sys
@@ -59,7 +59,25 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint", metavar="FILE", help="(default: results/<data>.safetensors)")
     train.add_argument("--checkpoint-every", type=at_least(0), default=60, metavar="SECONDS", help="(default: 60)")
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    train.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(), help="(default: %(default)s)")
+
+    demo = commands.add_parser("demo", help="held-out images stored, corrupted and cleaned up, in three pictures")
+    demo.add_argument("--checkpoint", default="results/mnist.safetensors", metavar="FILE",
+                      help="without it a few minutes of training come first (default: %(default)s)")  # fmt: skip
+    demo.add_argument("--output", default="results", metavar="FOLDER", help="(default: %(default)s)")
+
+    study = commands.add_parser("study", help="every figure about the generative model, trainings included")
+    study.add_argument("--data", nargs="+", default=["mnist"], metavar="PATH",
+                       help="one model each: mnist, or a folder or zip of PNGs (default: mnist)")  # fmt: skip
+    study.add_argument("--steps", type=at_least(1), default=4000, help="of each training (default: %(default)s)")
+    study.add_argument(
+        "--ablation-steps", type=at_least(1), default=800, help="of each short training (default: %(default)s)"
+    )
+    study.add_argument("--seconds", type=at_least(1), default=30, help="spent on timing a step (default: %(default)s)")
+    study.add_argument("--output", default="results/study", metavar="FOLDER", help="(default: %(default)s)")
+
+    for command in (train, demo, study):
+        command.add_argument("--threads", type=at_least(1), default=torch.get_num_threads(),
+                             help="threads, pinned (default: %(default)s)")  # fmt: skip
     return main
 
 

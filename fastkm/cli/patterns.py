@@ -5,14 +5,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import pad
 
 from fastkm.cli.images import SIDE, read_digits, read_pngs
 
 HELD_OUT = 5  # one image, or one class of images, in this many
 INK = 0.5  # a pixel brighter than this is on
-# Training images are turned, scaled and moved by up to this much, so that few thousand of them go further.
-ROTATION, SCALE, SHIFT = 0.15, 0.1, 2 / SIDE  # radians, relative, relative to the side
+SHIFT = 2  # pixels that training images are moved by at most, so that few thousand of them go further
 
 
 class Patterns(NamedTuple):
@@ -51,13 +50,11 @@ def binary(images: Tensor) -> Tensor:
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Grey images [N, 1, 28, 28], each turned, scaled and moved at random."""
-    angle, scale, x, y = 2 * torch.rand(4, len(images), generator=generator) - 1
-    angle, scale = ROTATION * angle, 1 + SCALE * scale
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    # A grid reaches from −1 to 1: twice a shift relative to the side.
-    matrix = torch.stack([cos, -sin, 2 * SHIFT * x, sin, cos, 2 * SHIFT * y], -1).unflatten(-1, (2, 3))
-    return grid_sample(images, affine_grid(matrix, list(images.shape), align_corners=False), align_corners=False)
+    """Images [N, 1, 28, 28], each moved by whole pixels at random: strokes stay as they are."""
+    padded = pad(images, (SHIFT, SHIFT, SHIFT, SHIFT))
+    top, left = torch.randint(2 * SHIFT + 1, (2, len(images), 1), generator=generator)
+    rows, columns = top + torch.arange(SIDE), left + torch.arange(SIDE)  # [N, 28]
+    return padded[torch.arange(len(images))[:, None, None], 0, rows[:, :, None], columns[:, None]].unsqueeze(1)
 
 
 # ---- corruptions of binary patterns [..., 1, 28, 28] ---------------------------------------------------------------

@@ -16,7 +16,7 @@ AVERAGED = 50  # steps behind the numbers on the bar
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    path = Path(options.checkpoint or f"results/{Path(options.data or 'mnist').stem}.safetensors")
+    path = Path(options.checkpoint) if options.checkpoint else checkpoint_of(options.data or "mnist", Path("results"))
     given = {name: value for name in Settings._fields if (value := getattr(options, name, None)) is not None}
     if options.resume:
         if not path.exists():
@@ -35,6 +35,10 @@ def run(options: argparse.Namespace) -> int:
     train(trainer, path, options.checkpoint_every)
     print(f"After {trainer.step:,} steps: {describe(trainer)}\nCheckpoint: {path}")
     return 0
+
+
+def checkpoint_of(data: str, folder: Path) -> Path:
+    return folder / f"{Path(data).stem}.safetensors"
 
 
 def train(trainer: Trainer, path: Path, every: float) -> None:

