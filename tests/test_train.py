@@ -85,8 +85,8 @@ def test_interrupted_and_resumed_is_the_same_training(classes, tmp_path):
 
 def test_killed_at_any_moment(classes, tmp_path):
     """A process that saves after every step is killed; what it left behind is whole and goes on to the same end."""
-    command = [sys.executable, "-m", "fastkm", "train", "--data", str(classes), "--checkpoint", str(tmp_path / "killed"),
-               *TINY, "--steps", "30", "--checkpoint-every", "0"]  # fmt: skip
+    options = ["--data", str(classes), "--checkpoint", str(tmp_path / "killed"), "--steps", "30"]
+    command = [sys.executable, "-m", "fastkm", "train", *options, *TINY, "--checkpoint-every", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
     try:
         deadline = time.monotonic() + 60
@@ -187,7 +187,8 @@ def test_corruptions():
     for name, corrupt in CORRUPTIONS.items():
         cue = corrupt(x, torch.Generator().manual_seed(1))
         assert cue.shape == x.shape
-        assert cue.min() >= 0 and cue.max() <= 1, name
+        assert cue.aminmax().min >= 0, name
+        assert cue.aminmax().max <= 1, name
         assert torch.equal(cue, corrupt(x, torch.Generator().manual_seed(1))), name
     assert torch.equal(x, before)
     generator = torch.Generator().manual_seed(2)

@@ -55,10 +55,8 @@ def open_or_train(path: Path, folder: Path) -> tuple[DynamicKanervaMachine, Patt
         print(f"Model: {path}")
         return model, data
     quick = folder / "demo.safetensors"
-    print(
-        f"There is no checkpoint at {path}: training {QUICK.steps:,} steps on MNIST first, a few minutes, kept in {quick}"
-    )
-    print("For a better model: python -m fastkm train")
+    print(f"There is no checkpoint at {path}: training on MNIST for a few minutes first, {QUICK.steps:,} steps")
+    print(f"That is kept in {quick}; for a better model: python -m fastkm train")
     data = load_patterns(QUICK.data)
     trainer = Trainer(QUICK, data)
     if quick.exists():

@@ -127,7 +127,10 @@ def clean_up(trained: list[Trained]) -> Table:
     )
     title = "Mean squared pixel error of held-out images read back from corrupted cues"
     s = trained[0].trainer.settings
-    note = f"{EPISODES} episodes of T = {s.patterns} images, K = {s.rows}, C = {s.code_size}; ± the standard error over episodes."
+    note = (
+        f"{EPISODES} episodes of T = {s.patterns} images, K = {s.rows}, C = {s.code_size}; "
+        "± the standard error over episodes."
+    )
     return Table(title, headers, rows, note)
 
 
@@ -160,9 +163,9 @@ def bound(trained: list[Trained]) -> Table:
         rows.append((one.name, mean_and_error(nats), protocol))
     rows += [(name, f"{value}", "published, Omniglot 28×28, the full data set") for name, value in PUBLISHED.items()]
     note = (
-        "What differs from the published figures: these models saw the few thousand training images named above instead "
-        "of the 24,345 of the usual Omniglot split, in a training of minutes on a CPU; whole classes are held out, which "
-        "the usual split does not do; images are binarised by a threshold; and the networks are small."
+        "What differs from the published figures: these models saw the few thousand images named above instead "
+        "of the 24,345 of the usual Omniglot split, in a training of minutes on a CPU; whole classes are held out, "
+        "which the usual split does not do; images are binarised by a threshold; and the networks are small."
     )
     return Table(
         "Negative conditional bound on held-out images, nats an image", ("model", "bound", "protocol"), rows, note
@@ -185,7 +188,7 @@ def capacity_table(name: str, memory_size: int, rows: list[dict[str, float]]) ->
 
 def step_time(one: Trained, seconds: float) -> Table:
     """A whole training step, and what of it is the memory, with each backend in turn."""
-    settings = one.trainer.settings._replace(steps=10**9)
+    settings = s = one.trainer.settings._replace(steps=10**9)
     trainers = {name: Trainer(settings._replace(backend=name), one.data) for name in ("native", "reference")}
     steps: dict[str, Callable[[], object]] = {name: trainer.run().__next__ for name, trainer in trainers.items()}
     steps["reference again"] = steps["reference"]
@@ -202,12 +205,12 @@ def step_time(one: Trained, seconds: float) -> Table:
     whole, memory = (ms[f"{part}reference"] / ms[f"{part}native"] for part in ("", "memory, "))
     rows.append(("reference / native", f"{whole:.2f}×", f"{memory:.1f}×", ""))
     note = (
-        f"Medians, taken in turn in one run with {torch.get_num_threads()} threads; the same reference step timed twice "
-        f"differs by {abs(ms['reference again'] / ms['reference'] - 1):.1%}. The memory's part: write, address, "
+        f"Medians, taken in turn in one run with {torch.get_num_threads()} threads; the same reference step timed "
+        f"twice differs by {abs(ms['reference again'] / ms['reference'] - 1):.1%}. The memory's part: write, address, "
         "decode, both KLs, and the backward of them, on codes of the same shape."
     )
     return Table(
-        f"A training step at B = {settings.batch}, T = {settings.patterns}, K = {settings.rows}, C = {settings.code_size}",
+        f"A training step at B = {s.batch}, T = {s.patterns}, K = {s.rows}, C = {s.code_size}",
         ("backend", "whole step (ms)", "memory (ms)", "share"), rows, note,
     )  # fmt: skip
 

@@ -61,6 +61,11 @@ class Trainer:
     def step(self) -> int:
         return len(self.history)
 
+    @property
+    def learning_rate(self) -> float:
+        s = self.settings
+        return s.learning_rate * (1 + math.cos(math.pi * self.step / s.steps)) / 2
+
     def episode(self) -> tuple[Tensor, Tensor | None]:
         """The patterns of the next step [B, T, 1, 28, 28] and the cues; later random numbers are those of this step."""
         s = self.settings
@@ -76,9 +81,7 @@ class Trainer:
             begin = time.perf_counter()
             episode, cues = self.episode()
             for group in self.optimizer.param_groups:
-                group["lr"] = (
-                    self.settings.learning_rate * (1 + math.cos(math.pi * self.step / self.settings.steps)) / 2
-                )
+                group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.model.loss(episode, cues=cues)
             loss.total.backward()

@@ -79,8 +79,8 @@ class DynamicKanervaMachine(nn.Module):
         codes = self.encoder(patterns.flatten(0, 1))
         wanted = (patterns.shape[0] * patterns.shape[1], self.memory.code_size)
         if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
-            got = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
-            raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {got}")
+            returned = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
+            raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {returned}")
         return codes.unflatten(0, patterns.shape[:2])
 
     def decode(self, codes: Tensor) -> Distribution:
