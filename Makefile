@@ -8,12 +8,15 @@ TORCH ?= torch==2.13.0
 # Passed on to the command of `make test` and `make bench`: make test ARGS='-k write -x'
 ARGS ?=
 
+# What `make study` trains on.
+DATA ?= mnist
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: help setup bench test lint format readme clean distclean
+.PHONY: help setup bench study test lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -23,6 +26,10 @@ setup: $(VENV)/.installed ## create .venv with the package, its C++ kernels and 
 
 bench: setup ## real images through every backend: checks, timings, a picture
 	$(BIN)/python -m fastkm bench $(ARGS)
+
+study: setup ## train the generative model on DATA='mnist PATH ...' and print every figure about it; an hour
+	$(BIN)/python -m fastkm study --data $(DATA) $(ARGS)
+	$(BIN)/python tools/update_readme.py --study
 
 test: setup ## the tests
 	$(BIN)/python -m pytest $(ARGS)

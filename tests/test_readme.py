@@ -9,7 +9,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def test_python_of_the_readme():
-    use, write_loop, read_loop, layer = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    use, write_loop, read_loop, layer, model = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     torch.manual_seed(0)
     names = {"ridge": 1.0, "noise_var": 1.0, "n": 1}
     exec(use, names)
@@ -25,3 +25,6 @@ def test_python_of_the_readme():
     names |= {"codes": names["patterns"], "cues": names["patterns"]}
     exec(layer, names)
     assert names["memory"].prior_mean.grad.abs().sum() > 0
+
+    exec(model, names)
+    assert names["model"].memory.prior_mean.grad.abs().sum() > 0

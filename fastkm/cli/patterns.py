@@ -60,7 +60,7 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
 # ---- corruptions of binary patterns [..., 1, 28, 28] ---------------------------------------------------------------
 
 
-def salt_and_pepper(patterns: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
+def salt_and_pepper(patterns: Tensor, fraction: float | Tensor, generator: torch.Generator) -> Tensor:
     """This fraction of the pixels becomes on or off with even odds."""
     hit, value = torch.rand(2, *patterns.shape, generator=generator)
     return torch.where(hit < fraction, (value < 0.5).to(patterns.dtype), patterns)
@@ -75,6 +75,14 @@ def occlude(patterns: Tensor, generator: torch.Generator) -> Tensor:
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     hidden = (rows >= top) & (rows < top + height // 2) & (columns >= left) & (columns < left + width // 2)
     return patterns.masked_fill(hidden, 0)
+
+
+def corrupt(patterns: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the patterns [B, T, 1, 28, 28] with up to 30 % salt and pepper, half of them occluded."""
+    batch = patterns.shape[:2]
+    level = 0.3 * torch.rand(*batch, 1, 1, 1, generator=generator)
+    noisy, hidden = salt_and_pepper(patterns, level, generator), occlude(patterns, generator)
+    return torch.where(torch.rand(*batch, 1, 1, 1, generator=generator) < 0.5, noisy, hidden)
 
 
 def gaussian(patterns: Tensor, stddev: float, generator: torch.Generator) -> Tensor:

@@ -16,9 +16,10 @@ import fastkm
 from fastkm import KanervaMemory
 from fastkm.cli.console import CommandError, extra
 from fastkm.cli.episodes import draw_images
-from fastkm.cli.patterns import Patterns, binary, jitter
+from fastkm.cli.patterns import Patterns, binary, corrupt, jitter
 from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
 
+RAMP = (0.1, 0.5)  # of the training, over which corrupted cues come in
 GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
 
 
@@ -32,8 +33,9 @@ class Settings(NamedTuple):
     rows: int = 32  # K
     code_size: int = 100  # C
     width: int = 24  # channels of the first convolution
-    learning_rate: float = 1e-3  # falls to zero along half a cosine
-    corrupt: bool = True  # in the second half, weights are inferred from corrupted patterns more and more often
+    learning_rate: float = 4e-3  # falls to zero along half a cosine
+    reads: int = 10  # of a pattern that was written once
+    corrupt: bool = True  # cues are corrupted, see `Trainer.cues`
     seed: int = 0
     backend: str | None = None
 
@@ -73,7 +75,27 @@ class Trainer:
         images = draw_images(self.data.train, s.batch, s.patterns, generator)
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         patterns = binary(jitter(images.flatten(0, 1), generator)).view_as(images)
-        return patterns, None
+        return patterns, self.cues(patterns, generator) if self.settings.corrupt else None
+
+    def cues(self, patterns: Tensor, generator: torch.Generator) -> Tensor | None:
+        """What the weights are inferred from: a third each of clean patterns, corrupted ones, and reads of those.
+
+        The last are what the model itself makes of corrupted cues, as the attractor loop will meet them; no gradient
+        goes through them. The share of clean patterns starts at one, and reaches a third after some of the training.
+        """
+        begin, end = RAMP
+        progress = (self.step / self.settings.steps - begin) / (end - begin)
+        share = 2 / 3 * min(1.0, max(0.0, progress))
+        if share == 0:
+            return None
+        which = torch.rand(*patterns.shape[:2], 1, 1, 1, generator=generator)
+        corrupted = corrupt(patterns, generator)
+        self.model.eval()
+        with torch.no_grad():
+            state = self.model.write(patterns).state
+        read = binary(self.model.reconstruct(corrupted, state=state))
+        self.model.train()
+        return torch.where(which < share / 2, read, torch.where(which < share, corrupted, patterns))
 
     def run(self) -> Iterator[EpisodeLoss]:
         """The steps that are left; yields the loss of each."""
@@ -83,7 +105,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.model.loss(episode, cues=cues)
+            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()

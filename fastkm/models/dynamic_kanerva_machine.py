@@ -21,7 +21,7 @@ class EpisodeLoss(NamedTuple):
     total: Tensor  # reconstruction + kl_weights + kl_memory + autoencoder
     reconstruction: Tensor  # −E ln p(x | w, M)
     kl_weights: Tensor  # KL(q(w) ‖ p(w))
-    kl_memory: Tensor  # KL(q(M) ‖ p(M)) / T
+    kl_memory: Tensor  # KL(q(M) ‖ p(M)) / (T num_reads)
     autoencoder: Tensor  # −ln p(x | e(x)), past the memory
 
 
@@ -90,7 +90,9 @@ class DynamicKanervaMachine(nn.Module):
             raise TypeError(f"decoder must return a torch.distributions.Distribution, got {type(decoded).__name__}")
         return decoded
 
-    def loss(self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None) -> EpisodeLoss:
+    def loss(
+        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+    ) -> EpisodeLoss:
         """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
@@ -104,11 +106,15 @@ class DynamicKanervaMachine(nn.Module):
             cues: what q(w_t) is inferred from, like ``episode``; None for the patterns themselves, as in the paper.
                 The objective is a bound for any q(w); with corrupted patterns here the memory learns to be addressed
                 by them.
+            num_reads: how often a pattern is read after it was written once. The bound of all these reads, divided by
+                their number, is the one above with KL(q(M) ‖ p(M)) / num_reads: a memory that is read more often is
+                worth writing more into.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
+        _check.count("num_reads", num_reads)
         codes = self.encode(episode)
         written = self.memory.write(codes, mask=mask)
         queries = codes if cues is None else self.encode(cues)
@@ -127,7 +133,7 @@ class DynamicKanervaMachine(nn.Module):
             return (nats / counts).mean()
 
         parts = [
-            a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state), autoencoder)
+            a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state) / num_reads, autoencoder)
         ]
         return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
 
