@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train the generative model on real images; can be killed and resumed")
     train.add_argument("--data", metavar="PATH", help="mnist, or a folder or zip of PNGs (default: mnist)")
-    train.add_argument("--steps", type=at_least(1), help="(default: 4000)")
+    train.add_argument("--steps", type=at_least(1), help="(default: 1600)")
     train.add_argument("--batch", type=at_least(1), help="episodes a step (default: 16)")
     train.add_argument("--patterns", type=at_least(1), help="patterns an episode, T (default: 32)")
     train.add_argument("--rows", type=at_least(1), help="rows of the memory, K (default: 32)")
@@ -69,9 +69,9 @@ def parser() -> argparse.ArgumentParser:
     study = commands.add_parser("study", help="every figure about the generative model, trainings included")
     study.add_argument("--data", nargs="+", default=["mnist"], metavar="PATH",
                        help="one model each: mnist, or a folder or zip of PNGs (default: mnist)")  # fmt: skip
-    study.add_argument("--steps", type=at_least(1), default=4000, help="of each training (default: %(default)s)")
+    study.add_argument("--steps", type=at_least(1), default=1600, help="of each training (default: %(default)s)")
     study.add_argument(
-        "--ablation-steps", type=at_least(1), default=800, help="of each short training (default: %(default)s)"
+        "--ablation-steps", type=at_least(1), default=300, help="of each short training (default: %(default)s)"
     )
     study.add_argument("--seconds", type=at_least(1), default=30, help="spent on timing a step (default: %(default)s)")
     study.add_argument("--output", default="results/study", metavar="FOLDER", help="(default: %(default)s)")

@@ -19,7 +19,8 @@ from fastkm.cli.episodes import draw_images
 from fastkm.cli.patterns import Patterns, binary, corrupt, jitter
 from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
 
-RAMP = (0.1, 0.5)  # of the training, over which corrupted cues come in
+RAMP = (0.05, 0.3)  # of the training, over which corrupted cues come in
+MOST_ITERS = 8  # of the attractor loop, behind a cue
 GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
 
 
@@ -27,7 +28,7 @@ class Settings(NamedTuple):
     """Everything that decides what a training computes."""
 
     data: str = "mnist"
-    steps: int = 4000
+    steps: int = 1600
     batch: int = 16  # episodes a step
     patterns: int = 32  # T
     rows: int = 32  # K
@@ -80,22 +81,23 @@ class Trainer:
     def cues(self, patterns: Tensor, generator: torch.Generator) -> Tensor | None:
         """What the weights are inferred from: a third each of clean patterns, corrupted ones, and reads of those.
 
-        The last are what the model itself makes of corrupted cues, as the attractor loop will meet them; no gradient
-        goes through them. The share of clean patterns starts at one, and reaches a third after some of the training.
+        The last are what the model itself makes of corrupted cues in a few iterations, as the attractor loop will meet
+        them; no gradient goes through them. All cues are clean at first.
         """
         begin, end = RAMP
-        progress = (self.step / self.settings.steps - begin) / (end - begin)
-        share = 2 / 3 * min(1.0, max(0.0, progress))
-        if share == 0:
+        progress = min(1.0, max(0.0, (self.step / self.settings.steps - begin) / (end - begin)))
+        each = round(progress * patterns.shape[1] / 3)
+        if each == 0:
             return None
-        which = torch.rand(*patterns.shape[:2], 1, 1, 1, generator=generator)
-        corrupted = corrupt(patterns, generator)
+        order = torch.randperm(patterns.shape[1], generator=generator)
+        num_iters = int(torch.randint(1, MOST_ITERS + 1, (), generator=generator))
+        corrupted = corrupt(patterns[:, order[: 2 * each]], generator)
         self.model.eval()
         with torch.no_grad():
             state = self.model.write(patterns).state
-        read = binary(self.model.reconstruct(corrupted, state=state))
+        read = self.model.attractor_read(corrupted[:, :each], num_iters, state=state).patterns
         self.model.train()
-        return torch.where(which < share / 2, read, torch.where(which < share, corrupted, patterns))
+        return patterns.index_copy(1, order[: 2 * each], torch.cat([binary(read), corrupted[:, each:]], 1))
 
     def run(self) -> Iterator[EpisodeLoss]:
         """The steps that are left; yields the loss of each."""

@@ -133,7 +133,8 @@ class DynamicKanervaMachine(nn.Module):
             return (nats / counts).mean()
 
         parts = [
-            a_pattern(x) for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state) / num_reads, autoencoder)
+            a_pattern(x)
+            for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state) / num_reads, autoencoder)
         ]
         return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
 
