@@ -163,11 +163,11 @@ def bound(trained: list[Trained]) -> Table:
         rows.append((one.name, mean_and_error(nats), protocol))
     rows += [(name, f"{value}", "published, Omniglot") for name, value in PUBLISHED.items()]
     note = (
-        "What differs from the published figures: these models were trained to be read "
-        f"{trained[0].trainer.settings.reads} times for one write, so a read pays for that part of KL(q(M) ‖ p(M)) only; "
-        "the conditional bound leaves this term out, and a memory that more is written into lowers it (the ablations "
-        "below show by how much). They also saw a few thousand images only, in minutes on a CPU; whole classes are held "
-        "out; and images are binarised by a threshold. The figures are therefore not a ranking."
+        "What differs from the published figures: in training a pattern is read "
+        f"{trained[0].trainer.settings.reads} times for one write, and a read pays that part of KL(q(M) ‖ p(M)). The "
+        "conditional bound leaves this term out, so writing more into the memory lowers it (the ablations below show "
+        "by how much). These models also saw a few thousand images only, in minutes on a CPU; whole classes are held "
+        "out; images are binarised by a threshold. The figures are therefore not a ranking."
     )
     return Table(
         "Negative conditional bound on held-out images, nats an image", ("model", "bound", "protocol"), rows, note
