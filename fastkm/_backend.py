@@ -35,7 +35,7 @@ TRITON = Capability({"cuda": FLOAT32})
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "solve_addressing": {"reference": REFERENCE, "native": NATIVE},
-    "update_posterior": {"reference": REFERENCE, "native": NATIVE},
+    "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE},
     "read": {"reference": REFERENCE, "native": NATIVE},
     "attractor_read": {"reference": REFERENCE},

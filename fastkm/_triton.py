@@ -41,20 +41,18 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 # Largest matrix that one tile of registers holds, and the tiles of a matrix that is larger.
 LARGEST_TILE = 128
 TILE = 64
+WARPS = {16: 1, 32: 4, 64: 4, 128: 8}  # a tile takes at most 64 registers of a thread
 
 
 def square(n: int) -> dict[str, int | bool]:
-    """How a program holds a matrix [n, n]: BLOCK to factor it, all of it where that fits, and TILE for its products.
-
-    A tile takes at most 64 registers of a thread.
-    """
+    """How a program holds a matrix [n, n]: BLOCK to factor it, all of it where that fits, and TILE for its products."""
     single = n <= LARGEST_TILE
     block = max(16, triton.next_power_of_2(n)) if single else TILE
     return {
         "BLOCK": block,
         "SINGLE": single,
         "TILE": min(block, TILE),
-        "num_warps": {16: 1, 32: 2, 64: 4, 128: 8}[block],
+        "num_warps": WARPS[block],
     }
 
 
@@ -66,6 +64,11 @@ def row_stride(n: int) -> int:
 def workspace(like: Tensor, batch: int, size: int) -> Tensor:
     """Memory of their own for the programs of a launch."""
     return like.new_empty(batch, row_stride(size))
+
+
+def strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Of a tensor that may be missing."""
+    return (0,) * axes if x is None else x.stride()
 
 
 def precision_of(index: int) -> str:
@@ -153,22 +156,30 @@ def factor_transposed(tile, pivots, o):
 
 
 @triton.jit
+def tile_product(
+    p_a, s_am, s_ak, p_b, s_bk, s_bn, o_m, o_n, m, n, first, end, PRECISION: tl.constexpr, STEP: tl.constexpr
+):
+    """One tile of A B, summed over [first, end). STEP is what one thread holds of a row of A and a column of B."""
+    total = tl.zeros((o_m.shape[0], o_n.shape[0]), tl.float32)
+    for k in range(first, end, STEP):
+        o_k = k + tl.arange(0, STEP)
+        b_a = load_tile(p_a, o_m, o_k, m, end, s_am, s_ak)
+        b_b = load_tile(p_b, o_k, o_n, end, n, s_bk, s_bn)
+        total = tl.dot(b_a, b_b, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def product(
     p_out, s_om, s_on, p_a, s_am, s_ak, p_b, s_bk, s_bn, m, n, k, alpha,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """out = alpha A B, or out += alpha A B, tile by tile; A [m, k], B [k, n], out [m, n] apart from both."""
     for i_m in range(0, m, BLOCK_M):
         o_m = i_m + tl.arange(0, BLOCK_M)
         for i_n in range(0, n, BLOCK_N):
             o_n = i_n + tl.arange(0, BLOCK_N)
-            total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i_k in range(0, k, BLOCK_K):
-                o_k = i_k + tl.arange(0, BLOCK_K)
-                b_a = load_tile(p_a, o_m, o_k, m, k, s_am, s_ak)
-                b_b = load_tile(p_b, o_k, o_n, k, n, s_bk, s_bn)
-                total = tl.dot(b_a, b_b, total, input_precision=PRECISION)
-            total = alpha * total
+            total = tile_product(p_a, s_am, s_ak, p_b, s_bk, s_bn, o_m, o_n, m, n, 0, k, PRECISION, STEP) * alpha
             if ADD:
                 total += load_tile(p_out, o_m, o_n, m, n, s_om, s_on)
             store_tile(p_out, total, o_m, o_n, m, n, s_om, s_on)
@@ -198,6 +209,19 @@ def load_symmetric(p_to, ld, p_from, s_row, s_col, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fill_both_triangles(p_to, p_from, n, ld, TILE: tl.constexpr):
+    """Mirror the lower triangle of a matrix [n, n]."""
+    for i in range(0, n, TILE):
+        o_i = i + tl.arange(0, TILE)
+        for j in range(0, n, TILE):
+            o_j = j + tl.arange(0, TILE)
+            here = load_tile(p_from, o_i, o_j, n, n, ld, 1)
+            mirrored = load_tile(p_from, o_i, o_j, n, n, 1, ld)
+            store_tile(p_to, tl.where(o_i[:, None] >= o_j[None, :], here, mirrored), o_i, o_j, n, n, ld, 1)
+    tl.debug_barrier()
+
+
+@triton.jit
 def factor(p_a, p_inverse, n, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
     """Cholesky factor of A [n, n] and its inverse, block row by block row.
 
@@ -219,29 +243,27 @@ def factor(p_a, p_inverse, n, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
         store_tile(p_a, factor_transposed(tile, pivots, o), o_j, o_j, n, n, ld, 1)
         if not SINGLE:
             # This block row of L⁻¹ and of Lᵀ.
+            end = tl.minimum(j + BLOCK, n)
+            tl.debug_barrier()
             for k in range(0, n, BLOCK):
-                o_k = k + o
-                if k < j:
-                    y = tl.dot(inverse, load_tile(p_inverse, o_j, o_k, n, n, ld, 1), input_precision="ieee")
+                if k != j:
+                    o_k = k + o
+                    p = p_inverse if k < j else p_a
+                    y = tile_product(p_inverse, ld, 1, p, ld, 1, o_j, o_k, n, n, j, end, "ieee", 16)
                     tl.debug_barrier()
-                    store_tile(p_inverse, y, o_j, o_k, n, n, ld, 1)
-                if k > j:
-                    y = tl.dot(inverse, load_tile(p_a, o_j, o_k, n, n, ld, 1), input_precision="ieee")
-                    tl.debug_barrier()
-                    store_tile(p_a, y, o_j, o_k, n, n, ld, 1)
-                    store_tile(p_inverse, tl.zeros((BLOCK, BLOCK), tl.float32), o_j, o_k, n, n, ld, 1)
+                    store_tile(p, y, o_j, o_k, n, n, ld, 1)
+                    if k > j:
+                        store_tile(p_inverse, tl.zeros((BLOCK, BLOCK), tl.float32), o_j, o_k, n, n, ld, 1)
             tl.debug_barrier()
             # What it means for the rows below.
             for i in range(j + BLOCK, n, BLOCK):
                 o_i = i + o
-                lower = load_tile(p_a, o_i, o_j, n, n, 1, ld)
                 for k in range(0, n, BLOCK):
                     o_k = k + o
                     p = p_inverse if k <= j else p_a
-                    right = load_tile(p, o_j, o_k, n, n, ld, 1)
                     before = load_tile(p, o_i, o_k, tl.where(k == j, 0, n), n, ld, 1)
-                    after = before - tl.dot(lower, right, input_precision="ieee")
-                    store_tile(p, after, o_i, o_k, n, n, ld, 1)
+                    taken = tile_product(p_a, 1, ld, p, ld, 1, o_i, o_k, n, n, j, end, "ieee", 16)
+                    store_tile(p, before - taken, o_i, o_k, n, n, ld, 1)
             tl.debug_barrier()
     tl.debug_barrier()
     return log_det, good
