@@ -38,22 +38,14 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 
 # ---------------------------------------------------------------------------------------------------------- launching
 
-# Largest matrix that one tile of registers holds, and the tiles of a matrix that is larger.
-LARGEST_TILE = 128
-TILE = 64
-WARPS = {16: 1, 32: 4, 64: 4, 128: 8}  # a tile takes at most 64 registers of a thread
+# Matrices in working memory are factored and multiplied in tiles of this size: 8 numbers of each a thread, which leaves
+# registers for both operands of a product.
+BLOCK = 32
 
 
 def square(n: int) -> dict[str, int | bool]:
-    """How a program holds a matrix [n, n]: BLOCK to factor it, all of it where that fits, and TILE for its products."""
-    single = n <= LARGEST_TILE
-    block = max(16, triton.next_power_of_2(n)) if single else TILE
-    return {
-        "BLOCK": block,
-        "SINGLE": single,
-        "TILE": min(block, TILE),
-        "num_warps": WARPS[block],
-    }
+    """How a program treats matrices of which it factors one [n, n]; what it factors in one piece needs no blocks."""
+    return {"BLOCK": BLOCK, "SINGLE": n <= BLOCK, "num_warps": 4, "num_stages": 1}
 
 
 def row_stride(n: int) -> int:
@@ -75,7 +67,24 @@ def precision_of(index: int) -> str:
     return PRECISIONS[index]
 
 
+def rows_aligned(*matrices: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and ends at one, so that it can be read 128 bits at a time."""
+    return all(
+        x.shape[-1] % 4 == 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in x.stride()[:-1])
+        for x in matrices
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- tiles
+
+
+@triton.jit
+def fours(x, ALIGNED: tl.constexpr):
+    """Tell the compiler that a size or stride is a multiple of four, as ``rows_aligned`` found."""
+    if ALIGNED:
+        return x // 4 * 4
+    else:
+        return x
 
 
 @triton.jit
@@ -209,12 +218,12 @@ def load_symmetric(p_to, ld, p_from, s_row, s_col, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def fill_both_triangles(p_to, p_from, n, ld, TILE: tl.constexpr):
+def fill_both_triangles(p_to, p_from, n, ld, BLOCK: tl.constexpr):
     """Mirror the lower triangle of a matrix [n, n]."""
-    for i in range(0, n, TILE):
-        o_i = i + tl.arange(0, TILE)
-        for j in range(0, n, TILE):
-            o_j = j + tl.arange(0, TILE)
+    for i in range(0, n, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for j in range(0, n, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
             here = load_tile(p_from, o_i, o_j, n, n, ld, 1)
             mirrored = load_tile(p_from, o_i, o_j, n, n, 1, ld)
             store_tile(p_to, tl.where(o_i[:, None] >= o_j[None, :], here, mirrored), o_i, o_j, n, n, ld, 1)

@@ -30,7 +30,7 @@ def factor_covariance(p_lower, p_inverse, ld, p_cov, s_row, s_col, n, BLOCK: tl.
 # Bytes moved: K² in; the working memory (2 K²) stays in the cache of its multiprocessor.
 @triton.jit
 def logdet_kernel(
-    p_cov, s_cb, s_cr, s_cc, p_result, p_info, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr, TILE: tl.constexpr,
+    p_cov, s_cb, s_cr, s_cc, p_result, p_info, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(0).to(tl.int64)
     p_lower = p_work + i_b * s_work
@@ -41,7 +41,7 @@ def logdet_kernel(
 
 @triton.jit
 def logdet_backward_kernel(
-    p_cov, s_cb, s_cr, s_cc, p_grad, s_gb, p_to_cov, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr, TILE: tl.constexpr,
+    p_cov, s_cb, s_cr, s_cc, p_grad, s_gb, p_to_cov, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Ū = g U⁻¹"""
     i_b = tl.program_id(0).to(tl.int64)
@@ -50,7 +50,7 @@ def logdet_backward_kernel(
     _, status = factor_covariance(p_lower, p_inverse, ld, p_cov + i_b * s_cb, s_cr, s_cc, K, BLOCK, SINGLE)
     g = tl.where(status == 0, tl.load(p_grad + i_b * s_gb), float("nan"))
     p_to_cov += i_b * K * K
-    product(p_to_cov, K, 1, p_inverse, 1, ld, p_inverse, ld, 1, K, K, K, g, False, "ieee", TILE, TILE, 16)
+    product(p_to_cov, K, 1, p_inverse, 1, ld, p_inverse, ld, 1, K, K, K, g, False, "ieee", BLOCK, BLOCK, 16)
 
 
 # Bytes moved: 2 (K² + KC) in, each once.
@@ -59,7 +59,7 @@ def kl_memory_kernel(
     p_mean, s_mb, s_mr, s_mc, p_cov, s_cb, s_cr, s_cc,
     p_prior_mean, s_pb, s_pr, s_pc, p_prior_cov, s_qb, s_qr, s_qc,
     p_result, p_info, p_work, s_work, K, C, ld,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ."""
     i_b = tl.program_id(0).to(tl.int64)
@@ -74,13 +74,13 @@ def kl_memory_kernel(
     p_prior_mean += i_b * s_pb
 
     spread, shift = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
-    for i in range(0, K, TILE):
-        o_i = i + tl.arange(0, TILE)
+    for i in range(0, K, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
         # The spread: rows i of L0⁻¹ L, whose blocks right of the diagonal are zero.
-        for j in range(0, i + TILE, BLOCK):
-            o_j = j + tl.arange(0, TILE)
-            total = tl.zeros((TILE, TILE), tl.float32)
-            for k in range(j, i + TILE, 16):
+        for j in range(0, i + BLOCK, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for k in range(j, i + BLOCK, 16):
                 o_k = k + tl.arange(0, 16)
                 b_inverse = load_tile(p_inverse, o_i, o_k, K, K, ld, 1)
                 b_lower = load_tile(p_lower, o_k, o_j, K, K, 1, ld)
@@ -88,10 +88,10 @@ def kl_memory_kernel(
                 total = tl.dot(b_inverse, b_lower, total, input_precision="ieee")
             spread += tl.sum(tl.sum(total * total, 1).to(tl.float64), 0)
         # The shift: rows i of L0⁻¹ (R − R0).
-        for c in range(0, C, BLOCK_C):
-            o_c = c + tl.arange(0, BLOCK_C)
-            total = tl.zeros((TILE, BLOCK_C), tl.float32)
-            for k in range(0, i + TILE, 16):
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
+            total = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for k in range(0, i + BLOCK, 16):
                 o_k = k + tl.arange(0, 16)
                 b_inverse = load_tile(p_inverse, o_i, o_k, K, K, ld, 1)
                 b_gap = load_tile(p_mean, o_k, o_c, K, C, s_mr, s_mc)
@@ -109,7 +109,7 @@ def kl_memory_backward_kernel(
     p_mean, s_mb, s_mr, s_mc, p_cov, s_cb, s_cr, s_cc,
     p_prior_mean, s_pb, s_pr, s_pc, p_prior_cov, s_qb, s_qr, s_qc, p_grad, s_gb,
     p_to_mean, p_to_cov, p_to_prior_mean, p_to_prior_cov, p_work, s_work, K, C, ld,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """With E = U0⁻¹Δ and P = U0⁻¹ (U0 − U):  R̄ = g E = −R̄0,  Ū = −½ g C P U⁻¹,  Ū0 = ½ g (C P U0⁻¹ − E Eᵀ).
 
@@ -139,15 +139,15 @@ def kl_memory_backward_kernel(
     p_to_prior_cov += i_b * K * K
 
     # Δ and U0 − U, of which the divergence reads the lower triangle.
-    for i in range(0, K, TILE):
-        o_i = i + tl.arange(0, TILE)
-        for c in range(0, C, BLOCK_C):
-            o_c = c + tl.arange(0, BLOCK_C)
+    for i in range(0, K, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
             b_gap = load_tile(p_mean, o_i, o_c, K, C, s_mr, s_mc)
             b_gap -= load_tile(p_prior_mean, o_i, o_c, K, C, s_pr, s_pc)
             store_tile(p_to_prior_mean, b_gap, o_i, o_c, K, C, C, 1)
-        for j in range(0, i + TILE, BLOCK):
-            o_j = j + tl.arange(0, TILE)
+        for j in range(0, i + BLOCK, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
             b_gap = load_tile(p_prior_cov, o_i, o_j, K, K, s_qr, s_qc) - load_tile(p_cov, o_i, o_j, K, K, s_cr, s_cc)
             m_lower = o_i[:, None] >= o_j[None, :]
             at = o_i.to(tl.int64)[:, None] * ld + o_j[None, :]
@@ -157,29 +157,29 @@ def kl_memory_backward_kernel(
     tl.debug_barrier()
 
     # P, by both halves of the solve with U0.
-    product(p_prior, ld, 1, p_prior_inverse, ld, 1, p_lower, ld, 1, K, K, K, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_relative, ld, 1, p_prior_inverse, 1, ld, p_prior, ld, 1, K, K, K, 1.0, False, "ieee", TILE, TILE, 16)
+    product(p_prior, ld, 1, p_prior_inverse, ld, 1, p_lower, ld, 1, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_relative, ld, 1, p_prior_inverse, 1, ld, p_prior, ld, 1, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
 
     # The means.
     product(p_solved, C, 1, p_prior_inverse, ld, 1, p_to_prior_mean, C, 1, K, C, K, 1.0, False, "ieee",
-            TILE, BLOCK_C, 16)  # fmt: skip
-    product(p_to_mean, C, 1, p_prior_inverse, 1, ld, p_solved, C, 1, K, C, K, g, False, "ieee", TILE, BLOCK_C, 16)
+            BLOCK, BLOCK, 16)  # fmt: skip
+    product(p_to_mean, C, 1, p_prior_inverse, 1, ld, p_solved, C, 1, K, C, K, g, False, "ieee", BLOCK, BLOCK, 16)
     product(p_to_prior_mean, C, 1, p_prior_inverse, 1, ld, p_solved, C, 1, K, C, K, -1.0, False, "ieee",
-            TILE, BLOCK_C, 16)  # fmt: skip
+            BLOCK, BLOCK, 16)  # fmt: skip
 
     # The covariances.
     half = 0.5 * g
-    product(p_lower, ld, 1, p_relative, ld, 1, p_inverse, 1, ld, K, K, K, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_to_cov, K, 1, p_lower, ld, 1, p_inverse, ld, 1, K, K, K, -half * C, False, "ieee", TILE, TILE, 16)
-    product(p_lower, ld, 1, p_relative, ld, 1, p_prior_inverse, 1, ld, K, K, K, 1.0, False, "ieee", TILE, TILE, 16)
+    product(p_lower, ld, 1, p_relative, ld, 1, p_inverse, 1, ld, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_to_cov, K, 1, p_lower, ld, 1, p_inverse, ld, 1, K, K, K, -half * C, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_lower, ld, 1, p_relative, ld, 1, p_prior_inverse, 1, ld, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
     product(p_to_prior_cov, K, 1, p_lower, ld, 1, p_prior_inverse, ld, 1, K, K, K, half * C, False, "ieee",
-            TILE, TILE, 16)  # fmt: skip
+            BLOCK, BLOCK, 16)  # fmt: skip
     product(p_to_prior_cov, K, 1, p_to_prior_mean, C, 1, p_to_prior_mean, 1, C, K, K, C, -half, True, "ieee",
-            TILE, TILE, 16)  # fmt: skip
-    for i in range(0, K, TILE):
-        o_i = i + tl.arange(0, TILE)
-        for c in range(0, C, BLOCK_C):
-            o_c = c + tl.arange(0, BLOCK_C)
+            BLOCK, BLOCK, 16)  # fmt: skip
+    for i in range(0, K, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
             b = load_tile(p_to_mean, o_i, o_c, K, C, C, 1)
             store_tile(p_to_prior_mean, -b, o_i, o_c, K, C, C, 1)
 
@@ -210,7 +210,7 @@ def kl_memory_launcher(mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov:
     if B:
         work = workspace(mean, B, 3 * K * ld)
         inputs = [y for x in (mean, cov, prior_mean, prior_cov) for y in (x, *x.stride())]
-        kl_memory_kernel[(B,)](*inputs, kl, info, work, work.stride(0), K, C, ld, BLOCK_C=32, **square(K))
+        kl_memory_kernel[(B,)](*inputs, kl, info, work, work.stride(0), K, C, ld, **square(K))
     return kl, info
 
 
@@ -220,7 +220,7 @@ def kl_memory_backward(mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov:
     if B:
         work = workspace(mean, B, 5 * K * ld + K * C)
         inputs = [y for x in (mean, cov, prior_mean, prior_cov, grad_kl) for y in (x, *x.stride())]
-        kl_memory_backward_kernel[(B,)](*inputs, *grads, work, work.stride(0), K, C, ld, BLOCK_C=32, **square(K))
+        kl_memory_backward_kernel[(B,)](*inputs, *grads, work, work.stride(0), K, C, ld, **square(K))
     return tuple(grads)
 
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from fastkm._autograd import differentiable
 from fastkm._triton import (
+    BLOCK,
     EPS,
     IS_ASYMMETRIC,
     IS_INDEFINITE,
-    LARGEST_TILE,
     SQRT_EPS,
-    TILE,
     diagonal,
     eliminate,
     factor,
     fill_both_triangles,
+    fours,
     implements,
     inverse_of_factor,
     load_symmetric,
@@ -32,6 +32,7 @@ from fastkm._triton import (
     precision_of,
     product,
     row_stride,
+    rows_aligned,
     square,
     store_tile,
     strides,
@@ -152,9 +153,11 @@ def update_kernel(
     p_noise, s_nb, s_nt, p_mask, s_kb, s_kt, p_new_mean, p_new_cov, p_s, p_kl, p_log_evidence, p_info,
     p_gain, p_energy, p_ticket, K, C, T, tiles,
     MASKED: tl.constexpr, FACTOR: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The whole update of a memory; SPLIT: its factor phase only, or with FACTOR off one tile of its apply phase."""
+    C, s_mb, s_mr = fours(C, ALIGNED), fours(s_mb, ALIGNED), fours(s_mr, ALIGNED)
+    s_zb, s_zt = fours(s_zb, ALIGNED), fours(s_zt, ALIGNED)
     i = tl.program_id(0)
     i_tile = 0
     if SPLIT and not FACTOR:
@@ -198,7 +201,7 @@ def update_kernel(
 def factor_kernel(
     p_cov, s_ub, s_ur, s_uc, p_weights, s_wb, s_wt, s_wk, p_noise, s_nb, s_nt, p_mask, s_kb, s_kt,
     p_new_cov, p_s, p_info, p_gain, p_inverse, K, T,
-    MASKED: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Chunk by chunk:  V = W U,  S = V Wᵀ + diag σ² = L Lᵀ,  G = L⁻¹ V,  U ← U − GᵀG."""
     i_b = tl.program_id(0).to(tl.int64)
@@ -210,7 +213,7 @@ def factor_kernel(
     p_s += i_b * T
     p_gain += i_b * T * K
     p_inverse += i_b * tl.cdiv(T, CHUNK) * CHUNK * CHUNK
-    status = load_symmetric(p_new_cov, K, p_cov, s_ur, s_uc, K, TILE)
+    status = load_symmetric(p_new_cov, K, p_cov, s_ur, s_uc, K, BLOCK)
     o = tl.arange(0, CHUNK)
     for first in range(0, T, CHUNK):
         o_t = first + o
@@ -221,9 +224,9 @@ def factor_kernel(
 
         # V, kept where G will be, and S.
         predictive = tl.where(o[:, None] == o[None, :], noise[:, None], 0.0)
-        for k in range(0, K, TILE):
-            o_k = k + tl.arange(0, TILE)
-            projected = tl.zeros((CHUNK, TILE), tl.float32)
+        for k in range(0, K, BLOCK):
+            o_k = k + tl.arange(0, BLOCK)
+            projected = tl.zeros((CHUNK, BLOCK), tl.float32)
             for j in range(0, K, CHUNK):
                 o_j = j + tl.arange(0, CHUNK)
                 b_weights = load_patterns(p_weights, o_t, o_j, seen, K, s_wt, s_wk)
@@ -248,14 +251,14 @@ def factor_kernel(
         store_tile(p_inverse + first * CHUNK, inverse, o, o, CHUNK, CHUNK, CHUNK, 1)
 
         # G, and what it takes from U.
-        for k in range(0, K, TILE):
-            o_k = k + tl.arange(0, TILE)
+        for k in range(0, K, BLOCK):
+            o_k = k + tl.arange(0, BLOCK)
             b_projected = load_tile(p_g, o, o_k, T - first, K, K, 1)
             gain = tl.dot(inverse, b_projected, input_precision="ieee")
             tl.debug_barrier()
             store_tile(p_g, gain, o, o_k, T - first, K, K, 1)
         tl.debug_barrier()
-        product(p_new_cov, K, 1, p_g, 1, K, p_g, K, 1, K, K, count, -1.0, True, "ieee", TILE, TILE, CHUNK)
+        product(p_new_cov, K, 1, p_g, 1, K, p_g, K, 1, K, K, count, -1.0, True, "ieee", BLOCK, BLOCK, CHUNK)
     tl.store(p_info + i_b, status)
 
 
@@ -266,9 +269,12 @@ def apply_kernel(
     p_mean, s_mb, s_mr, s_mc, p_weights, s_wb, s_wt, s_wk, p_values, s_zb, s_zt, s_zc,
     p_noise, s_nb, s_nt, p_mask, s_kb, s_kt, p_new_mean, p_s, p_kl, p_log_evidence,
     p_gain, p_inverse, p_energy, p_ticket, K, C, T, tiles,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One tile of C, chunk by chunk:  E = L⁻¹ (Z − W R),  R ← R + GᵀE."""
+    C, s_mb, s_mr = fours(C, ALIGNED), fours(s_mb, ALIGNED), fours(s_mr, ALIGNED)
+    s_zb, s_zt = fours(s_zb, ALIGNED), fours(s_zt, ALIGNED)
     i_tile = tl.program_id(0) % tiles
     i_b = (tl.program_id(0) // tiles).to(tl.int64)
     p_weights += i_b * s_wb
@@ -324,25 +330,25 @@ def cotangent(p, s_b, s_t, i_b, o_t, m_t, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def copy_or_zero(p_to, s_to, p_from, s_row, s_col, n_row, n_col, GIVEN: tl.constexpr, TILE: tl.constexpr):
-    for i in range(0, n_row, TILE):
-        o_i = i + tl.arange(0, TILE)
-        for j in range(0, n_col, TILE):
-            o_j = j + tl.arange(0, TILE)
-            b = tl.zeros((TILE, TILE), tl.float32)
+def copy_or_zero(p_to, s_to, p_from, s_row, s_col, n_row, n_col, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
+    for i in range(0, n_row, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for j in range(0, n_col, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
+            b = tl.zeros((BLOCK, BLOCK), tl.float32)
             if GIVEN:
                 b = load_tile(p_from, o_i, o_j, n_row, n_col, s_row, s_col)
             store_tile(p_to, b, o_i, o_j, n_row, n_col, s_to, 1)
 
 
 @triton.jit
-def copy_patterns(p_to, p_from, s_t, s, size, p_mask, s_kt, T, MASKED: tl.constexpr, TILE: tl.constexpr):
+def copy_patterns(p_to, p_from, s_t, s, size, p_mask, s_kt, T, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """Weights or values in float32, zero where hidden."""
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         seen = seen_by(p_mask, s_kt, o_t, T, MASKED)
-        for j in range(0, size, TILE):
-            o_j = j + tl.arange(0, TILE)
+        for j in range(0, size, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
             b = load_patterns(p_from, o_t, o_j, seen, size, s_t, s)
             store_tile(p_to, b, o_t, o_j, T, size, size, 1)
 
@@ -357,7 +363,7 @@ def update_backward_kernel(
     p_to_mean, p_to_cov, p_to_weights, p_to_values, p_to_noise, p_work, s_work, K, C, T, ld,
     MASKED: tl.constexpr, WITH_MEAN: tl.constexpr, WITH_COV: tl.constexpr, WITH_S: tl.constexpr, WITH_KL: tl.constexpr,
     WITH_EVIDENCE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """All patterns as one chunk. With bars for cotangents and primes for what is after the update:
 
@@ -386,40 +392,40 @@ def update_backward_kernel(
     p_v_bar = p_g + T * K
     p_e = p_v_bar + T * K
     p_z_bar = p_e + T * C
-    copy_patterns(p_w, p_weights + i_b * s_wb, s_wt, s_wk, K, p_mask, s_kt, T, MASKED, TILE)
-    copy_patterns(p_z_bar, p_values + i_b * s_zb, s_zt, s_zc, C, p_mask, s_kt, T, MASKED, TILE)
-    copy_or_zero(p_to_mean, C, p_grad_mean + i_b * s_gmb, s_gmr, s_gmc, K, C, WITH_MEAN, TILE)
+    copy_patterns(p_w, p_weights + i_b * s_wb, s_wt, s_wk, K, p_mask, s_kt, T, MASKED, BLOCK)
+    copy_patterns(p_z_bar, p_values + i_b * s_zb, s_zt, s_zc, C, p_mask, s_kt, T, MASKED, BLOCK)
+    copy_or_zero(p_to_mean, C, p_grad_mean + i_b * s_gmb, s_gmr, s_gmc, K, C, WITH_MEAN, BLOCK)
     tl.debug_barrier()
 
     # The update again: V, S, L, G and E.
-    product(p_v, K, 1, p_w, K, 1, p_cov, s_ur, s_uc, T, K, K, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_lower, ld, 1, p_v, K, 1, p_w, 1, K, T, T, K, 1.0, False, "ieee", TILE, TILE, 16)
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    product(p_v, K, 1, p_w, K, 1, p_cov, s_ur, s_uc, T, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_lower, ld, 1, p_v, K, 1, p_w, 1, K, T, T, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         m_t = o_t < T
         at = p_lower + o_t.to(tl.int64) * (ld + 1)
         noise = tl.load(p_noise + o_t.to(tl.int64) * s_nt, mask=m_t, other=0.0)
         tl.store(at, tl.load(at, mask=m_t, other=0.0) + noise, mask=m_t)
     tl.debug_barrier()
     factor(p_lower, p_inverse, T, ld, BLOCK, SINGLE)
-    product(p_g, K, 1, p_inverse, ld, 1, p_v, K, 1, T, K, T, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_z_bar, C, 1, p_w, K, 1, p_mean, s_mr, s_mc, T, C, K, -1.0, True, PRECISION, TILE, TILE, 16)
-    product(p_e, C, 1, p_inverse, ld, 1, p_z_bar, C, 1, T, C, T, 1.0, False, "ieee", TILE, TILE, 16)
+    product(p_g, K, 1, p_inverse, ld, 1, p_v, K, 1, T, K, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_z_bar, C, 1, p_w, K, 1, p_mean, s_mr, s_mc, T, C, K, -1.0, True, PRECISION, BLOCK, BLOCK, 16)
+    product(p_e, C, 1, p_inverse, ld, 1, p_z_bar, C, 1, T, C, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
 
     # Through the state: Ḡ in W̄'s place and Ē in Z̄'s.
-    product(p_v_bar, K, 1, p_e, C, 1, p_to_mean, 1, C, T, K, C, 1.0, False, PRECISION, TILE, TILE, 16)
+    product(p_v_bar, K, 1, p_e, C, 1, p_to_mean, 1, C, T, K, C, 1.0, False, PRECISION, BLOCK, BLOCK, 16)
     if WITH_COV:
         p_gu = p_grad_cov + i_b * s_gub
-        product(p_v_bar, K, 1, p_g, K, 1, p_gu, s_gur, s_guc, T, K, K, -1.0, True, "ieee", TILE, TILE, 16)
-        product(p_v_bar, K, 1, p_g, K, 1, p_gu, s_guc, s_gur, T, K, K, -1.0, True, "ieee", TILE, TILE, 16)
-    product(p_to_values, C, 1, p_g, K, 1, p_to_mean, C, 1, T, C, K, 1.0, False, PRECISION, TILE, TILE, 16)
+        product(p_v_bar, K, 1, p_g, K, 1, p_gu, s_gur, s_guc, T, K, K, -1.0, True, "ieee", BLOCK, BLOCK, 16)
+        product(p_v_bar, K, 1, p_g, K, 1, p_gu, s_guc, s_gur, T, K, K, -1.0, True, "ieee", BLOCK, BLOCK, 16)
+    product(p_to_values, C, 1, p_g, K, 1, p_to_mean, C, 1, T, C, K, 1.0, False, PRECISION, BLOCK, BLOCK, 16)
 
     # Through what is told of each pattern, whose cotangents of L_tt² wait in the first row of x.
     evidence = 0.0
     if WITH_EVIDENCE:
         evidence = tl.load(p_grad_evidence + i_b * s_geb)
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         m_t = o_t < T
         seen = seen_by(p_mask, s_kt, o_t, T, MASKED)
         noise = tl.load(p_noise + o_t.to(tl.int64) * s_nt, mask=m_t, other=1.0)
@@ -430,9 +436,9 @@ def update_backward_kernel(
         kl_bar = tl.where(seen, cotangent(p_grad_kl, s_gkb, s_gkt, i_b, o_t, m_t, WITH_KL), 0.0)
         evidence_bar = tl.where(seen, evidence, 0.0)
         energy_bar = 0.5 * (kl_bar * (1 - noise / s) - evidence_bar)
-        energy = tl.zeros((TILE,), tl.float32)
-        for c in range(0, C, TILE):
-            o_c = c + tl.arange(0, TILE)
+        energy = tl.zeros((BLOCK,), tl.float32)
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
             e = load_tile(p_e, o_t, o_c, T, C, C, 1)
             energy += tl.sum(e * e, 1)
             e_bar = load_tile(p_to_values, o_t, o_c, T, C, C, 1) + 2 * energy_bar[:, None] * e
@@ -445,16 +451,16 @@ def update_backward_kernel(
     tl.debug_barrier()
 
     # Through the whitening: V̄, in the weights' gradient for now, and Z̄.
-    product(p_to_weights, K, 1, p_inverse, 1, ld, p_v_bar, K, 1, T, K, T, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_z_bar, C, 1, p_inverse, 1, ld, p_to_values, C, 1, T, C, T, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_y, ld, 1, p_to_weights, K, 1, p_g, 1, K, T, T, K, -1.0, False, "ieee", TILE, TILE, 16)
-    product(p_y, ld, 1, p_z_bar, C, 1, p_e, 1, C, T, T, C, -1.0, True, PRECISION, TILE, TILE, 16)
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    product(p_to_weights, K, 1, p_inverse, 1, ld, p_v_bar, K, 1, T, K, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_z_bar, C, 1, p_inverse, 1, ld, p_to_values, C, 1, T, C, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_y, ld, 1, p_to_weights, K, 1, p_g, 1, K, T, T, K, -1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_y, ld, 1, p_z_bar, C, 1, p_e, 1, C, T, T, C, -1.0, True, PRECISION, BLOCK, BLOCK, 16)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         pivot_bar = tl.load(p_x + o_t, mask=o_t < T, other=0.0)
         root = tl.load(p_lower + o_t.to(tl.int64) * (ld + 1), mask=o_t < T, other=1.0)
-        for j in range(0, T, TILE):
-            o_j = j + tl.arange(0, TILE)
+        for j in range(0, T, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
             l_bar = load_tile(p_y, o_t, o_j, T, T, ld, 1)
             l_bar = tl.where(o_t[:, None] >= o_j[None, :], l_bar, 0.0)
             l_bar += tl.where(o_t[:, None] == o_j[None, :], (2 * root * pivot_bar)[:, None], 0.0)
@@ -465,12 +471,12 @@ def update_backward_kernel(
     tl.debug_barrier()
 
     # Through the Cholesky factor: the lower triangle of Lᵀ L̄, halved and mirrored, between L⁻ᵀ and L⁻¹.
-    product(p_x, ld, 1, p_lower, ld, 1, p_y, ld, 1, T, T, T, 0.5, False, "ieee", TILE, TILE, 16)
-    fill_both_triangles(p_y, p_x, T, ld, TILE)
-    product(p_x, ld, 1, p_inverse, 1, ld, p_y, ld, 1, T, T, T, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_y, ld, 1, p_x, ld, 1, p_inverse, ld, 1, T, T, T, 1.0, False, "ieee", TILE, TILE, 16)
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    product(p_x, ld, 1, p_lower, ld, 1, p_y, ld, 1, T, T, T, 0.5, False, "ieee", BLOCK, BLOCK, 16)
+    fill_both_triangles(p_y, p_x, T, ld, BLOCK)
+    product(p_x, ld, 1, p_inverse, 1, ld, p_y, ld, 1, T, T, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_y, ld, 1, p_x, ld, 1, p_inverse, ld, 1, T, T, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         m_t = o_t < T
         s_bar = tl.load(p_y + o_t.to(tl.int64) * (ld + 1), mask=m_t, other=0.0)
         told = tl.load(p_to_noise + o_t, mask=m_t, other=0.0)
@@ -479,33 +485,37 @@ def update_backward_kernel(
         tl.store(p_to_noise + o_t, tl.where(seen, told + s_bar, s_direct), mask=m_t)
 
     # Down to the arguments.
-    product(p_to_weights, K, 1, p_y, ld, 1, p_w, K, 1, T, K, T, 1.0, True, "ieee", TILE, TILE, 16)
-    copy_or_zero(p_v_bar, K, p_to_weights, K, 1, T, K, True, TILE)
+    product(p_to_weights, K, 1, p_y, ld, 1, p_w, K, 1, T, K, T, 1.0, True, "ieee", BLOCK, BLOCK, 16)
+    copy_or_zero(p_v_bar, K, p_to_weights, K, 1, T, K, True, BLOCK)
     tl.debug_barrier()
-    product(p_to_weights, K, 1, p_y, ld, 1, p_v, K, 1, T, K, T, 1.0, False, "ieee", TILE, TILE, 16)
-    product(p_to_weights, K, 1, p_z_bar, C, 1, p_mean, s_mc, s_mr, T, K, C, -1.0, True, PRECISION, TILE, TILE, 16)
-    product(p_to_weights, K, 1, p_v_bar, K, 1, p_cov, s_ur, s_uc, T, K, K, 1.0, True, "ieee", TILE, TILE, 16)
-    product(p_to_mean, C, 1, p_w, 1, K, p_z_bar, C, 1, K, C, T, -1.0, True, PRECISION, TILE, TILE, 16)
-    copy_or_zero(p_to_cov, K, p_grad_cov + i_b * s_gub, s_gur, s_guc, K, K, WITH_COV, TILE)
+    product(p_to_weights, K, 1, p_y, ld, 1, p_v, K, 1, T, K, T, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(p_to_weights, K, 1, p_z_bar, C, 1, p_mean, s_mc, s_mr, T, K, C, -1.0, True, PRECISION, BLOCK, BLOCK, 16)
+    product(p_to_weights, K, 1, p_v_bar, K, 1, p_cov, s_ur, s_uc, T, K, K, 1.0, True, "ieee", BLOCK, BLOCK, 16)
+    product(p_to_mean, C, 1, p_w, 1, K, p_z_bar, C, 1, K, C, T, -1.0, True, PRECISION, BLOCK, BLOCK, 16)
+    copy_or_zero(p_to_cov, K, p_grad_cov + i_b * s_gub, s_gur, s_guc, K, K, WITH_COV, BLOCK)
     tl.debug_barrier()
-    product(p_to_cov, K, 1, p_w, 1, K, p_v_bar, K, 1, K, K, T, 0.5, True, "ieee", TILE, TILE, 16)
-    product(p_to_cov, K, 1, p_v_bar, 1, K, p_w, K, 1, K, K, T, 0.5, True, "ieee", TILE, TILE, 16)
+    product(p_to_cov, K, 1, p_w, 1, K, p_v_bar, K, 1, K, K, T, 0.5, True, "ieee", BLOCK, BLOCK, 16)
+    product(p_to_cov, K, 1, p_v_bar, 1, K, p_w, K, 1, K, K, T, 0.5, True, "ieee", BLOCK, BLOCK, 16)
 
     # A masked pattern has no say, so nothing flows back to it.
-    for t in range(0, T, TILE):
-        o_t = t + tl.arange(0, TILE)
+    for t in range(0, T, BLOCK):
+        o_t = t + tl.arange(0, BLOCK)
         seen = seen_by(p_mask, s_kt, o_t, T, MASKED)
-        for k in range(0, K, TILE):
-            o_k = k + tl.arange(0, TILE)
+        for k in range(0, K, BLOCK):
+            o_k = k + tl.arange(0, BLOCK)
             b = tl.where(seen[:, None], load_tile(p_to_weights, o_t, o_k, T, K, K, 1), 0.0)
             store_tile(p_to_weights, b, o_t, o_k, T, K, K, 1)
-        for c in range(0, C, TILE):
-            o_c = c + tl.arange(0, TILE)
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
             b = tl.where(seen[:, None], load_tile(p_z_bar, o_t, o_c, T, C, C, 1), 0.0)
             store_tile(p_to_values, b, o_t, o_c, T, C, C, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- launchers
+
+# The largest covariance that the registers of one program hold, and the warps that makes.
+LARGEST_TILE = 128
+WARPS = {16: 1, 32: 4, 64: 4, 128: 8}
 
 # Fewer memories than this do not fill a chip, so their columns are spread over it.
 FEW_MEMORIES = 64
@@ -526,35 +536,33 @@ def update_posterior_launcher(
     outputs = new_mean, new_cov, s, kl, log_evidence, info
     if not B:
         return outputs
-    shared = {"MASKED": mask is not None, "CHUNK": CHUNK}
+    shared = {"MASKED": mask is not None, "ALIGNED": rows_aligned(mean, values), "CHUNK": CHUNK}
     seen = (noise_var if mask is None else mask.view(torch.uint8), *strides(mask, 2))
     of_mean, of_cov = (mean, *mean.stride()), (cov, *cov.stride())
     patterns = (weights, *weights.stride(), values, *values.stride(), noise_var, *noise_var.stride(), *seen)
     gain = mean.new_empty(B, T, K)
     ticket = torch.zeros(B, dtype=torch.int32, device=mean.device)
     if in_registers(K, rounding):
-        blocks = square(K)
-        size = {"BLOCK": blocks["BLOCK"], "BLOCK_C": 32, "num_warps": blocks["num_warps"], **shared}
+        block = max(16, triton.next_power_of_2(K))
+        size = {"BLOCK": block, "BLOCK_C": 32, "num_warps": WARPS[block], "num_stages": 1, **shared}
         tiles = max(1, triton.cdiv(C, size["BLOCK_C"]))
         energy = mean.new_empty(B, tiles, T)
         split = B < FEW_MEMORIES and tiles > 1
         for phase in (True, False) if split else (True,):
             update_kernel[(B if phase else B * tiles,)](
                 *of_mean, *of_cov, *patterns, *outputs, gain, energy, ticket, K, C, T, tiles,
-                FACTOR=phase, SPLIT=split, num_stages=1, **size,
+                FACTOR=phase, SPLIT=split, **size,
             )  # fmt: skip
         return outputs
-    tile = square(K)["TILE"]
-    BLOCK_C = 32
-    tiles = max(1, triton.cdiv(C, BLOCK_C))
+    tiles = max(1, triton.cdiv(C, BLOCK))
     energy, inverse = mean.new_empty(B, tiles, T), mean.new_empty(B, triton.cdiv(T, CHUNK), CHUNK, CHUNK)
     factor_kernel[(B,)](
         *of_cov, weights, *weights.stride(), noise_var, *noise_var.stride(), *seen,
-        new_cov, s, info, gain, inverse, K, T, TILE=tile, num_warps=4, num_stages=1, **shared,
+        new_cov, s, info, gain, inverse, K, T, MASKED=mask is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     apply_kernel[(B * tiles,)](
         *of_mean, *patterns, new_mean, s, kl, log_evidence, gain, inverse, energy, ticket, K, C, T, tiles,
-        PRECISION=rounding, BLOCK_K=min(tile, 32), BLOCK_C=BLOCK_C, num_warps=4, num_stages=1, **shared,
+        PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, num_warps=4, num_stages=1, **shared,
     )  # fmt: skip
     return outputs
 
@@ -580,7 +588,7 @@ def update_posterior_backward(
     given = dict(zip(("WITH_MEAN", "WITH_COV", "WITH_S", "WITH_KL", "WITH_EVIDENCE"), (x is not None for x in grads)))
     update_backward_kernel[(B,)](
         *inputs, *seen, *cotangents, *to, work, work.stride(0), K, C, T, ld,
-        MASKED=mask is not None, PRECISION=precision_of(precision), **given, **square(T), num_stages=1,
+        MASKED=mask is not None, PRECISION=precision_of(precision), **given, **square(T),
     )  # fmt: skip
     return tuple(to)
 
