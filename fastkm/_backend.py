@@ -34,10 +34,10 @@ TRITON = Capability({"cuda": FLOAT32})
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "solve_addressing": {"reference": REFERENCE, "native": NATIVE},
+    "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE},
-    "read": {"reference": REFERENCE, "native": NATIVE},
+    "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
