@@ -36,7 +36,7 @@ TRITON = Capability({"cuda": FLOAT32})
 CAPABILITIES: dict[str, dict[str, Capability]] = {
     "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "write": {"reference": REFERENCE, "native": NATIVE},
+    "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

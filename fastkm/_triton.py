@@ -161,6 +161,23 @@ def factor_transposed(tile, pivots, o):
     return tl.where(o[:, None] <= o[None, :], tile, 0.0) / tl.sqrt(pivots)[:, None]
 
 
+@triton.jit
+def invert_lower(tile, n):
+    """Inverse of a lower triangular tile, row by row in place; rows from ``n`` on become identity."""
+    SIZE: tl.constexpr = tile.shape[0]
+    o = tl.arange(0, SIZE)
+    tile = tl.where((o >= n)[:, None] & (o[:, None] == o[None, :]), 1.0, tile)
+    for j in range(n):
+        m_row, m_column, m_below = (o == j)[:, None], (o == j)[None, :], (o > j)[:, None]
+        row = tl.sum(tl.where(m_row, tile, 0.0), 0)
+        pivot = tl.sum(tl.where(o == j, row, 0.0), 0)
+        row = tl.where(o == j, 1.0, tl.where(o < j, row, 0.0)) / pivot
+        multiplier = tl.sum(tl.where(m_column & m_below, tile, 0.0), 1)
+        tile = tl.where(m_column & m_below, 0.0, tile) - multiplier[:, None] * row[None, :]
+        tile = tl.where(m_row, row[None, :], tile)
+    return tile
+
+
 # ----------------------------------------------------------------------------------------- algebra in working memory
 
 

@@ -27,6 +27,7 @@ from fastkm._triton import (
     fours,
     implements,
     inverse_of_factor,
+    invert_lower,
     load_symmetric,
     load_tile,
     precision_of,
@@ -200,7 +201,7 @@ def update_kernel(
 @triton.jit
 def factor_kernel(
     p_cov, s_ub, s_ur, s_uc, p_weights, s_wb, s_wt, s_wk, p_noise, s_nb, s_nt, p_mask, s_kb, s_kt,
-    p_new_cov, p_s, p_info, p_gain, p_inverse, K, T,
+    p_new_cov, p_s, p_info, p_gain, K, T,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Chunk by chunk:  V = W U,  S = V Wᵀ + diag σ² = L Lᵀ,  G = L⁻¹ V,  U ← U − GᵀG."""
@@ -212,7 +213,6 @@ def factor_kernel(
     p_new_cov += i_b * K * K
     p_s += i_b * T
     p_gain += i_b * T * K
-    p_inverse += i_b * tl.cdiv(T, CHUNK) * CHUNK * CHUNK
     status = load_symmetric(p_new_cov, K, p_cov, s_ur, s_uc, K, BLOCK)
     o = tl.arange(0, CHUNK)
     for first in range(0, T, CHUNK):
@@ -248,7 +248,6 @@ def factor_kernel(
         pivots = diagonal(tile, o)
         inverse = inverse_of_factor(tile, pivots, o)
         tl.store(p_s + o_t, pivots, mask=m_t)
-        store_tile(p_inverse + first * CHUNK, inverse, o, o, CHUNK, CHUNK, CHUNK, 1)
 
         # G, and what it takes from U.
         for k in range(0, K, BLOCK):
@@ -268,11 +267,14 @@ def factor_kernel(
 def apply_kernel(
     p_mean, s_mb, s_mr, s_mc, p_weights, s_wb, s_wt, s_wk, p_values, s_zb, s_zt, s_zc,
     p_noise, s_nb, s_nt, p_mask, s_kb, s_kt, p_new_mean, p_s, p_kl, p_log_evidence,
-    p_gain, p_inverse, p_energy, p_ticket, K, C, T, tiles,
+    p_gain, p_energy, p_ticket, K, C, T, tiles,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of C, chunk by chunk:  E = L⁻¹ (Z − W R),  R ← R + GᵀE."""
+    """One tile of C, chunk by chunk:  E = L⁻¹ (Z − W R),  R ← R + GᵀE.
+
+    L stands in what the factor phase left: L_tt² = s_t, and W Gᵀ is L below its diagonal.
+    """
     C, s_mb, s_mr = fours(C, ALIGNED), fours(s_mb, ALIGNED), fours(s_mr, ALIGNED)
     s_zb, s_zt = fours(s_zb, ALIGNED), fours(s_zt, ALIGNED)
     i_tile = tl.program_id(0) % tiles
@@ -285,7 +287,6 @@ def apply_kernel(
     p_s += i_b * T
     p_gain += i_b * T * K
     p_energy += i_b * tiles * T
-    p_inverse += i_b * tl.cdiv(T, CHUNK) * CHUNK * CHUNK
     o, o_c = tl.arange(0, CHUNK), i_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     for k in range(0, K, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
@@ -295,14 +296,18 @@ def apply_kernel(
         o_t = first + o
         seen = seen_by(p_mask, s_kt, o_t, T, MASKED)
         tl.debug_barrier()
-        predicted = tl.zeros((CHUNK, BLOCK_C), tl.float32)
+        lower, predicted = tl.zeros((CHUNK, CHUNK), tl.float32), tl.zeros((CHUNK, BLOCK_C), tl.float32)
         for k in range(0, K, BLOCK_K):
             o_k = k + tl.arange(0, BLOCK_K)
             b_weights = load_patterns(p_weights, o_t, o_k, seen, K, s_wt, s_wk)
             b_mean = load_tile(p_new_mean, o_k, o_c, K, C, C, 1)
             predicted = tl.dot(b_weights, b_mean, predicted, input_precision=PRECISION)
+            b_gain = load_tile(p_gain, o_k, o_t, K, T, 1, K)
+            lower = tl.dot(b_weights, b_gain, lower, input_precision="ieee")
         error = load_patterns(p_values, o_t, o_c, seen, C, s_zt, s_zc) - predicted
-        inverse = load_tile(p_inverse + first * CHUNK, o, o, CHUNK, CHUNK, CHUNK, 1)
+        root = tl.sqrt(tl.load(p_s + o_t, mask=o_t < T, other=1.0))
+        lower = tl.where(o[:, None] == o[None, :], root[:, None], tl.where(o[:, None] > o[None, :], lower, 0.0))
+        inverse = invert_lower(lower, tl.minimum(CHUNK, T - first))
         error = tl.dot(inverse, error, input_precision="ieee")
         tl.store(p_energy + i_tile * T + o_t, tl.sum(error * error, 1), mask=o_t < T)
         for k in range(0, K, BLOCK_K):
@@ -555,13 +560,13 @@ def update_posterior_launcher(
             )  # fmt: skip
         return outputs
     tiles = max(1, triton.cdiv(C, BLOCK))
-    energy, inverse = mean.new_empty(B, tiles, T), mean.new_empty(B, triton.cdiv(T, CHUNK), CHUNK, CHUNK)
+    energy = mean.new_empty(B, tiles, T)
     factor_kernel[(B,)](
         *of_cov, weights, *weights.stride(), noise_var, *noise_var.stride(), *seen,
-        new_cov, s, info, gain, inverse, K, T, MASKED=mask is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, num_stages=1,
+        new_cov, s, info, gain, K, T, MASKED=mask is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, num_stages=1,
     )  # fmt: skip
     apply_kernel[(B * tiles,)](
-        *of_mean, *patterns, new_mean, s, kl, log_evidence, gain, inverse, energy, ticket, K, C, T, tiles,
+        *of_mean, *patterns, new_mean, s, kl, log_evidence, gain, energy, ticket, K, C, T, tiles,
         PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, num_warps=4, num_stages=1, **shared,
     )  # fmt: skip
     return outputs

@@ -17,6 +17,7 @@ from fastkm._triton import (
     factor,
     fours,
     implements,
+    invert_lower,
     load_tile,
     precision_of,
     product,
@@ -130,23 +131,6 @@ def factor_kernel(
             b = load_tile(p_upper, o_i, o_j, K, K, 1, ld)
             store_tile(p_factor, tl.where(o_i[:, None] >= o_j[None, :], b, 0.0), o_i, o_j, K, K, K, 1)
     tl.store(p_info + i_b, tl.where(good, 0, IS_INDEFINITE))
-
-
-@triton.jit
-def invert_lower(tile, n):
-    """Inverse of a lower triangular tile, row by row in place; rows from ``n`` on become identity."""
-    SIZE: tl.constexpr = tile.shape[0]
-    o = tl.arange(0, SIZE)
-    tile = tl.where((o >= n)[:, None] & (o[:, None] == o[None, :]), 1.0, tile)
-    for j in range(n):
-        m_row, m_column, m_below = (o == j)[:, None], (o == j)[None, :], (o > j)[:, None]
-        row = tl.sum(tl.where(m_row, tile, 0.0), 0)
-        pivot = tl.sum(tl.where(o == j, row, 0.0), 0)
-        row = tl.where(o == j, 1.0, tl.where(o < j, row, 0.0)) / pivot
-        multiplier = tl.sum(tl.where(m_column & m_below, tile, 0.0), 1)
-        tile = tl.where(m_column & m_below, 0.0, tile) - multiplier[:, None] * row[None, :]
-        tile = tl.where(m_row, row[None, :], tile)
-    return tile
 
 
 # Bytes moved: queries in and weights out once; mean and factor once a tile of queries, from the second-level cache.
