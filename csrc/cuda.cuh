@@ -37,6 +37,11 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   return nullptr;
 }
 
+inline const char* fill_zero_bytes(void* at, int64_t bytes, void*) {
+  std::memset(at, 0, static_cast<size_t>(bytes));
+  return nullptr;
+}
+
 inline uint32_t to_tf32(float x) {  // to nearest, ties away from zero
   return (__float_as_uint(x) + 0x1000u) & 0xFFFFE000u;
 }
@@ -73,9 +78,18 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, i
   const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
   cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
   if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments...);
-    error = cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline const char* fill_zero_bytes(void* at, int64_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -37,7 +37,7 @@ struct alignas(16) Block {
   double sum[kWarps];
   float part[kWarps][3];
   int status;
-  bool factored;
+  bool positive, last;
 };
 
 // Buffers of a block, most used first: in shared memory as long as they fit, the rest in its part of the workspace.
@@ -244,6 +244,22 @@ __device__ inline void store_rows(const Batch<float>& to, int64_t b, int rows, i
 __device__ inline void copy(float* to, const float* from, int64_t count) {
   for (int64_t i = threadIdx.x; i < count; i += kThreads) to[i] = from[i];
   __syncthreads();
+}
+
+// ---- blocks that share a piece of work -----------------------------------------------------------------------------
+
+// Whether this block is the last of `count` to come here, on one ticket that starts at zero. What the others wrote
+// before is then visible to it. No float is ever added by two blocks at once: the last one adds, in a fixed order.
+__device__ inline bool last_to_arrive(unsigned* ticket, unsigned count, Block& block) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    block.last = atomicAdd(ticket, 1) == count - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return block.last;
 }
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
@@ -520,7 +536,7 @@ __device__ inline void factor_root(const float* from, int64_t ld, int size, Bloc
     const float floor = floors && j < size ? floors[j] : 0.f;
     const bool holds = floors && j < size ? pivot >= floor - slack[j] : pivot > 0;
     if (!(holds && pivot - pivot == 0)) {
-      if (lane == 0) block.factored = false;
+      if (lane == 0) block.positive = false;
       pivot = 1;
     } else if (pivot < floor) {
       pivot = floor;
@@ -585,10 +601,10 @@ __device__ void apply_root(const float* root, int count, float* x, int ld, int c
   __syncthreads();
 }
 
-// A = L Lᵀ in place, from the lower triangle. `factored` says whether every pivot was positive; if not, the factor is
+// A = L Lᵀ in place, from the lower triangle. `positive` says whether every pivot was positive; if not, the factor is
 // finite but meaningless.
 __device__ inline void cholesky(const Square& a, Block& block) {
-  if (threadIdx.x == 0) block.factored = true;
+  if (threadIdx.x == 0) block.positive = true;
   __syncthreads();
   for (int first = 0; first < a.size; first += kRoot) {
     const int count = min(kRoot, a.size - first), after = first + count, below = a.size - after;

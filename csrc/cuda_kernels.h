@@ -13,6 +13,14 @@ struct Context {
   float* (*allocate)(Context&, int64_t floats) = nullptr;
 };
 
+const char* update_posterior(const PosteriorArgs<float>&, int64_t B, Context&);
+const char* update_posterior_backward(const PosteriorArgs<float>&, const PosteriorGrads<float>&, int64_t B, Context&);
+const char* write(const WritingArgs<float>&, int64_t B, Context&);
+const char* write_backward(const WritingArgs<float>&, const WritingGrads<float>&, int64_t B, Context&);
+const char* read(const ReadingArgs<float>&, int64_t B, Context&);
+const char* read_backward(const ReadingArgs<float>&, const ReadingGrads<float>&, int64_t B, Context&);
+const char* factor_addressing(const ReadingArgs<float>&, const Batch<float>& factor, int64_t B, Context&);
+const char* solve_factored(const ReadingArgs<float>&, const Batch<const float>& factor, int64_t B, Context&);
 const char* kl_memory(const MatrixNormalArgs<float>&, int64_t B, Context&);
 const char* logdet(const MatrixNormalArgs<float>&, int64_t B, Context&);
 const char* kl_memory_backward(const MatrixNormalArgs<float>&, const MatrixNormalGrads<float>&, int64_t B, Context&);

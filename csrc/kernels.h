@@ -1,6 +1,6 @@
 // What the CPU kernels compute, and the table through which a processor's best build of them is reached.
 //
-// No torch here: a binding (<family>_cpu.cpp) fills the arguments and calls through the table, a kernel
+// No torch here: a binding (<family>_binding.cpp) fills the arguments and calls through the table, a kernel
 // (<family>_kernel.h) does the mathematics for a range of memories. Letters as in fastkm/state.py: B memories,
 // T patterns, Q queries, K rows, C columns.
 #pragma once

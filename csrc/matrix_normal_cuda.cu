@@ -44,7 +44,7 @@ __device__ int load_and_factor(const Square& square, const Batch<const float>& c
   check_symmetry(square.data, square.size, square.width, block);
   const int symmetric = block.status;
   cholesky(square, block);
-  const int status = symmetric != kGood ? symmetric : block.factored ? kGood : kNotPositiveDefinite;
+  const int status = symmetric != kGood ? symmetric : block.positive ? kGood : kNotPositiveDefinite;
   __syncthreads();
   return status;
 }

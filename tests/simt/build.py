@@ -27,7 +27,9 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
     folder = ROOT / "build" / "simt" / sanitizer
     include = Path(torch.__file__).with_name("include")
     if sources is None:
-        sources = sorted([*(ROOT / "csrc").glob("*_cuda.cu"), *(ROOT / "csrc").glob("*_binding.cpp")])
+        kernels = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+        families = {path.name.removesuffix("_cuda.cu") for path in kernels}
+        sources = [*kernels, *(ROOT / "csrc" / f"{f}_binding.cpp" for f in sorted(families) if (ROOT / "csrc" / f"{f}_binding.cpp").exists())]
     name = "fastkm_simt.so" if target == "library" else sources[0].stem
     lines = [
         "rule compile",
