@@ -9,9 +9,11 @@
 
 #ifdef FASTKM_SIMT
 #include "simt.h"
+#define FASTKM_OUT_OF_LINE
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#define FASTKM_OUT_OF_LINE __noinline__  // keeps its registers to itself
 #endif
 
 namespace fastkm {

@@ -337,7 +337,7 @@ struct Tile {
 
   __device__ void add(const float* a, int lda, const float* b, int ldb) {
     const int column = threadIdx.x % kWide * 4, row = threadIdx.x / kWide * kEach;
-#pragma unroll
+#pragma unroll 8
     for (int k = 0; k < kSlice; ++k) {
       const float4 right = *reinterpret_cast<const float4*>(b + k * ldb + column);
 #pragma unroll
@@ -524,8 +524,8 @@ __device__ inline void check_symmetry(const float* m, int size, int width, Block
 
 // L and L⁻¹ of a 16 × 16 block, completed by the identity, into `lower` and `root`, by one warp: lane i holds row i. A
 // pivot has to be positive; or, with `floors`, above its floor less the slack, and it is raised to its floor.
-__device__ inline void factor_root(const float* from, int64_t ld, int size, Block& block, const float* floors = nullptr,
-                                   const float* slack = nullptr) {
+__device__ FASTKM_OUT_OF_LINE inline void factor_root(const float* from, int64_t ld, int size, Block& block,
+                                                      const float* floors = nullptr, const float* slack = nullptr) {
   const int lane = threadIdx.x % 32, i = lane % kRoot;
   float row[kRoot];
 #pragma unroll
