@@ -140,6 +140,11 @@ struct Codes {
   int64_t outer, inner;
   int64_t type;  // Element
 
+  // Go on to a later row.
+  __device__ void skip(int64_t rows) {
+    const int64_t bytes = rows * outer * (type == kFloat32 ? 4 : 2);
+    data = static_cast<const char*>(data) + bytes;
+  }
   __device__ static float widened(unsigned bits, bool bfloat) {
     return bfloat ? __uint_as_float(bits << 16) : half_to_float(static_cast<uint16_t>(bits));
   }

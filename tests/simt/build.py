@@ -28,7 +28,7 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
     include = Path(torch.__file__).with_name("include")
     if sources is None:
         kernels = sorted((ROOT / "csrc").glob("*_cuda.cu"))
-        families = {path.name.removesuffix("_cuda.cu") for path in kernels}
+        families = {path.name.removesuffix("_cuda.cu").removesuffix("_backward") for path in kernels}
         sources = [*kernels, *(ROOT / "csrc" / f"{f}_binding.cpp" for f in sorted(families) if (ROOT / "csrc" / f"{f}_binding.cpp").exists())]
     name = "fastkm_simt.so" if target == "library" else sources[0].stem
     lines = [
