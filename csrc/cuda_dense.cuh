@@ -36,6 +36,7 @@ struct alignas(16) Block {
   float lower[kRoot][kRoot + 1], root[kRoot][kRoot + 1];  // a diagonal block of L, and its inverse
   double sum[kWarps];
   float part[kWarps][3];
+  int64_t precision;  // of products with codes
   int status;
   bool positive, last;
 };
@@ -332,17 +333,21 @@ struct SliceLoader {
   }
 };
 
+// How a product is compiled: for exact float32, for tensor cores (refined or not, as the block's precision says), or for
+// both, where a kernel is too large to be compiled twice.
+enum Rounding { kExact, kTensor, kEither };
+
 // What one thread holds of a tile, and how slices [kSlice, kRows] and [kSlice, kColumns] are added to it: on the cores
 // that every float32 goes through, or on tensor cores. `store(row, column, values)` gets neighbouring columns together.
-template <int kPrecision, int kRows, int kColumns>
+template <int kRows, int kColumns>
 struct Tile {
   static constexpr int kWide = kColumns / 4, kDeep = kThreads / kWide, kEach = kRows / kDeep;
   static_assert(kEach * kDeep == kRows, "the threads cover the tile");
   float sum[kEach][4] = {};
 
-  __device__ void add(const float* a, int lda, const float* b, int ldb) {
+  __device__ void add(const float* a, int lda, const float* b, int ldb, const Block&) {
     const int column = threadIdx.x % kWide * 4, row = threadIdx.x / kWide * kEach;
-#pragma unroll 8
+#pragma unroll 4
     for (int k = 0; k < kSlice; ++k) {
       const float4 right = *reinterpret_cast<const float4*>(b + k * ldb + column);
 #pragma unroll
@@ -362,36 +367,44 @@ struct Tile {
   }
 };
 
-template <int kPrecision, int kRows, int kColumns>
+template <int kRows, int kColumns>
 struct TensorTile {
   static constexpr int kDown = kRows / 16, kAcross = kWarps / kDown, kEach = kColumns / kAcross / 8;
   static_assert(kDown * kAcross == kWarps && kEach * kAcross * 8 == kColumns, "the warps cover the tile");
   float sum[kEach][4] = {};
 
-  // The part of x that tf32 holds, and of the rest the part that it holds.
-  __device__ static void split(float x, uint32_t& high, uint32_t& low) {
-    high = to_tf32(x);
-    if (kPrecision == kTf32x3) low = to_tf32(x - __uint_as_float(high));
-  }
+  // The part of x that tf32 holds; and of the rest the part that it holds.
+  __device__ static uint32_t low_part(float x, uint32_t high) { return to_tf32(x - __uint_as_float(high)); }
 
-  __device__ void add(const float* a, int lda, const float* b, int ldb) {
+  __device__ void add(const float* a, int lda, const float* b, int ldb, const Block& block) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = lane / 4, member = lane % 4;
     const int row = warp % kDown * 16 + group, column = warp / kDown * kEach * 8 + group;
-#pragma unroll
+    const bool refined = block.precision == kTf32x3;
+#pragma unroll 1
     for (int k = 0; k < kSlice; k += 8) {
-      uint32_t left[4], left_low[4];
+      float left[4];
+      uint32_t left_high[4], left_low[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) split(a[(k + member + n / 2 * 4) * lda + row + n % 2 * 8], left[n], left_low[n]);
+      for (int n = 0; n < 4; ++n) {
+        left[n] = a[(k + member + n / 2 * 4) * lda + row + n % 2 * 8];
+        left_high[n] = to_tf32(left[n]);
+        left_low[n] = low_part(left[n], left_high[n]);
+      }
 #pragma unroll
       for (int j = 0; j < kEach; ++j) {
-        uint32_t right[2], right_low[2];
+        float right[2];
+        uint32_t right_high[2];
 #pragma unroll
-        for (int n = 0; n < 2; ++n) split(b[(k + member + n * 4) * ldb + column + 8 * j], right[n], right_low[n]);
-        if (kPrecision == kTf32x3) {
-          mma_tf32(sum[j], left_low, right);
-          mma_tf32(sum[j], left, right_low);
+        for (int n = 0; n < 2; ++n) {
+          right[n] = b[(k + member + n * 4) * ldb + column + 8 * j];
+          right_high[n] = to_tf32(right[n]);
         }
-        mma_tf32(sum[j], left, right);
+        if (refined) {
+          const uint32_t right_low[2] = {low_part(right[0], right_high[0]), low_part(right[1], right_high[1])};
+          mma_tf32(sum[j], left_low, right_high);
+          mma_tf32(sum[j], left_high, right_low);
+        }
+        mma_tf32(sum[j], left_high, right_high);
       }
     }
   }
@@ -409,24 +422,24 @@ struct TensorTile {
   }
 };
 
-template <int kPrecision, int kRows, int kColumns>
+template <Rounding kRounding, int kRows, int kColumns>
 struct TileOf {
-  using Type = TensorTile<kPrecision, kRows, kColumns>;
+  using Type = Tile<kRows, kColumns>;
 };
 template <int kRows, int kColumns>
-struct TileOf<kIeee, kRows, kColumns> {
-  using Type = Tile<kIeee, kRows, kColumns>;
+struct TileOf<kTensor, kRows, kColumns> {
+  using Type = TensorTile<kRows, kColumns>;
 };
 
-// One tile of C = A Bᵀ in the sense of sides: C(i, j) = Σ A(i, k) B(j, k) for rows from i0 and columns from j0 on,
-// given to `store` a few neighbouring columns at a time; rows are inside, columns may reach past `columns`. A slice is
-// fetched while the one before it is multiplied. Ends without a barrier; the stage is free after the next one.
-template <int kPrecision, int kRows, int kColumns, class A, class B, class Store>
-__device__ void product_tile(int i0, int j0, int rows, int columns, int length, const A& a, const B& b, float* stage,
+// One tile of C = A Bᵀ in the sense of sides: C(i, j) = Σ A(i, k) B(j, k) for rows from i0 and columns from j0 on, given
+// to `store` a few neighbouring columns at a time; rows are inside, columns may reach past `columns`. A slice is fetched
+// while the one before it is multiplied. Ends without a barrier; the stage is free after the next one.
+template <Rounding kRounding, int kRows, int kColumns, class A, class B, class Store>
+__device__ __forceinline__ void product_tile(int i0, int j0, int rows, int columns, int length, const A& a, const B& b, Block& block,
                              const Store& store) {
   constexpr int kLdA = SliceLoader<kRows>::kLd, kLdB = SliceLoader<kColumns>::kLd;
-  float *stage_a = stage, *stage_b = stage + kSlice * kLdA;
-  typename TileOf<kPrecision, kRows, kColumns>::Type tile;
+  float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
+  typename TileOf<kRounding, kRows, kColumns>::Type tile;
   SliceLoader<kRows> left;
   SliceLoader<kColumns> right;
   left.fetch(a, i0, rows, 0, length);
@@ -440,7 +453,7 @@ __device__ void product_tile(int i0, int j0, int rows, int columns, int length, 
       left.fetch(a, i0, rows, k + kSlice, length);
       right.fetch(b, j0, columns, k + kSlice, length);
     }
-    tile.add(stage_a, kLdA, stage_b, kLdB);
+    tile.add(stage_a, kLdA, stage_b, kLdB, block);
   }
   tile.store([&](int i, int j, const auto& values) {
     if (i0 + i < rows && j0 + j < columns) store(i0 + i, j0 + j, values);
@@ -448,13 +461,20 @@ __device__ void product_tile(int i0, int j0, int rows, int columns, int length, 
 }
 
 // All of C. With `lower`, tiles wholly above the diagonal are left out.
-template <int kPrecision, int kRows, int kColumns, class A, class B, class Store>
-__device__ void product(int rows, int columns, int length, const A& a, const B& b, float* stage, bool lower,
+template <Rounding kRounding, int kRows, int kColumns, class A, class B, class Store>
+__device__ __forceinline__ void product(int rows, int columns, int length, const A& a, const B& b, Block& block, bool lower,
                         const Store& store) {
-  for (int i0 = 0; i0 < rows; i0 += kRows)
-    for (int j0 = 0; j0 < columns && !(lower && j0 > i0 + kRows - 1); j0 += kColumns)
-      product_tile<kPrecision, kRows, kColumns>(i0, j0, rows, columns, length, a, b, stage, store);
-  __syncthreads();
+  if constexpr (kRounding == kEither) {
+    if (block.precision == kIeee)
+      product<kExact, kRows, kColumns>(rows, columns, length, a, b, block, lower, store);
+    else
+      product<kTensor, kRows, kColumns>(rows, columns, length, a, b, block, lower, store);
+  } else {
+    for (int i0 = 0; i0 < rows; i0 += kRows)
+      for (int j0 = 0; j0 < columns && !(lower && j0 > i0 + kRows - 1); j0 += kColumns)
+        product_tile<kRounding, kRows, kColumns>(i0, j0, rows, columns, length, a, b, block, store);
+    __syncthreads();
+  }
 }
 
 // M += factor · Σ_t (x_t y_tᵀ), rows of x and y [count, ·] `ld` apart, the part [first, end)² of M, whose rows are `ld`

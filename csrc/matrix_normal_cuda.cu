@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         *element(grads.to_prior_mean, b, row, first + column) = -entry;
       }
       const Side pull{block.tile, kColumns, 1};
-      product<kIeee, 64, 64>(K, K, count, pull, pull, block.stage, true, [&](int i, int j, const auto& sums) {
+      product<kExact, 64, 64>(K, K, count, pull, pull, block, true, [&](int i, int j, const auto& sums) {
         float* const at = gap + int64_t(i) * width + j;
         put_sum(at, at, 1, -1, sums, K - j);
       });

@@ -117,9 +117,9 @@ __device__ void factor(Update& block, const PosteriorArgs<float>& args, int64_t 
 
     // V = W U, of which the padding is that of U, and S.
     const Side weights{block.weights, width, 1}, projected{block.projected, width, 1};
-    product<kIeee, 16, 128>(kChunk, width, K, weights, Side{block.cov, width, 1}, block.stage, false,
+    product<kExact, 16, 128>(kChunk, width, K, weights, Side{block.cov, width, 1}, block, false,
                             [&](int i, int j, const auto& sums) { put(block.projected + i * width + j, sums, width - j); });
-    product<kIeee, 16, 128>(kChunk, kChunk, K, projected, weights, block.stage, false,
+    product<kExact, 16, 128>(kChunk, kChunk, K, projected, weights, block, false,
                             [&](int i, int j, const auto& sums) { put(block.predictive[i] + j, sums, kChunk - j); });
     if (threadIdx.x < kChunk) {
       float& variance = block.predictive[threadIdx.x][threadIdx.x];
@@ -157,12 +157,12 @@ __device__ void factor(Update& block, const PosteriorArgs<float>& args, int64_t 
 //
 // Bytes: of R and Z each entry is read once and of the new mean each is written once, the least possible; W and G are
 // read once a tile, from the second tile on from the cache.
-template <int kPrecision, int kColumns>
+template <Rounding kRounding, int kColumns>
 __device__ void apply(Update& block, const PosteriorArgs<float>& args, int64_t b, int tile) {
   const Factored& from = block.at;
   constexpr int kLd = kColumns + kStagePadding, kAcross = kColumns / 4;
-  using Whitening = typename TileOf<kPrecision, 16, kColumns>::Type;
-  using Moving = typename TileOf<kPrecision, 32, kColumns>::Type;
+  using Whitening = typename TileOf<kRounding, 16, kColumns>::Type;
+  using Moving = typename TileOf<kRounding, 32, kColumns>::Type;
   const int K = block.K, column0 = tile * kColumns, columns = min(kColumns, block.C - column0);
   const Codes all_weights = codes_of(args.weights, args.weights_type, b);
   const Codes all_values = codes_of(args.values, args.values_type, b);
@@ -197,7 +197,7 @@ __device__ void apply(Update& block, const PosteriorArgs<float>& args, int64_t b
     // E = L⁻¹ (Z − W R)
     Whitening whitening;
     for (int k = 0; k < block.rows; k += kSlice)
-      whitening.add(block.by_row + k * kLdWeights, kLdWeights, block.tile + k * kLd, kLd);
+      whitening.add(block.by_row + k * kLdWeights, kLdWeights, block.tile + k * kLd, kLd, block);
     whitening.store([&](int t, int column, const auto& sums) {
       float* const at = block.error + t * kLd + column;
       put_sum(at, at, 1, -1, sums, kColumns);
@@ -212,7 +212,7 @@ __device__ void apply(Update& block, const PosteriorArgs<float>& args, int64_t b
     // R ← R + Gᵀ E
     for (int row0 = 0; row0 < block.rows; row0 += 32) {
       Moving moving;
-      moving.add(block.gain + row0, block.ld_gain, block.error, kLd);
+      moving.add(block.gain + row0, block.ld_gain, block.error, kLd, block);
       moving.store([&](int row, int column, const auto& sums) {
         float* const at = block.tile + (row0 + row) * kLd + column;
         put_sum(at, at, 1, 1, sums, kColumns);
@@ -248,12 +248,13 @@ __device__ void report(Update& block, const PosteriorArgs<float>& args, int64_t 
   __syncthreads();
 }
 
-template <int kPrecision, int kColumns>
+template <Rounding kRounding, int kColumns>
 __global__ void __launch_bounds__(kThreads, 2) update_kernel(PosteriorArgs<float> args, int64_t B, Plan plan) {
   Update& block = *reinterpret_cast<Update*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Update>(plan.workspace);
     lay_out<kColumns>(block, space, args, plan);
+    block.precision = args.precision;
   }
   __syncthreads();
   for (int64_t item = blockIdx.x; item < B * plan.blocks_each; item += gridDim.x) {
@@ -268,32 +269,30 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(PosteriorArgs<float
     __syncthreads();
     if (!plan.apply) continue;
     for (int64_t tile = share; tile < plan.tiles; tile += plan.blocks_each)
-      apply<kPrecision, kColumns>(block, args, b, static_cast<int>(tile));
+      apply<kRounding, kColumns>(block, args, b, static_cast<int>(tile));
     if (last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_each), block))
       report(block, args, b, plan.tiles);
     __syncthreads();
   }
 }
 
-template <int kPrecision, int kColumns>
+template <Rounding kRounding, int kColumns>
 const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
   plan.workspace = measure<Update>(
       device, [&](Update& head, Space& space) { lay_out<kColumns>(head, space, args, plan); });
   const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(update_kernel<kPrecision, kColumns>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream,
+  return launch(update_kernel<kRounding, kColumns>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream,
                 args, B, plan);
 }
 
 template <int kColumns>
 const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, const Plan& plan,
                   cuda::Context& context) {
-  switch (plan.apply ? args.precision : kIeee) {
-    case kTf32: return start<kTf32, kColumns>(device, args, B, plan, context);
-    case kTf32x3: return start<kTf32x3, kColumns>(device, args, B, plan, context);
-    default: return start<kIeee, kColumns>(device, args, B, plan, context);
-  }
+  const bool exact = !plan.apply || args.precision == kIeee;
+  return exact ? start<kExact, kColumns>(device, args, B, plan, context)
+               : start<kTensor, kColumns>(device, args, B, plan, context);
 }
 
 }  // namespace

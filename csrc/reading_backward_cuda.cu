@@ -55,10 +55,10 @@ __host__ __device__ void lay_out(Reverse& block, Space& space, const ReadingArgs
 }
 
 // m [K, ·] += sign · x yᵀ over the queries of a tile.
-template <int kPrecision, class Other>
+template <Rounding kRounding, class Other>
 __device__ void accumulate(Reverse& block, float* m, int columns, int ld, float sign, const float* x,
                            const Other& other, int count) {
-  product<kPrecision, 64, 64>(block.K, columns, count, Side{x, kLdQueries, 1}, other, block.stage, false,
+  product<kRounding, 64, 64>(block.K, columns, count, Side{x, kLdQueries, 1}, other, block, false,
                               [&](int i, int j, const auto& sums) {
                                 float* const at = m + int64_t(i) * ld + j;
                                 put_sum(at, at, 1, sign, sums, columns - j);
@@ -79,7 +79,6 @@ __device__ void subtract_ridge(Reverse& block, double product) {
   if (threadIdx.x == 0) *reinterpret_cast<double*>(block.sums.ridge) -= product;
 }
 
-template <int kPrecision>
 __device__ void tile_backward(Reverse& block, const ReadingArgs<float>& args, const ReadingGrads<float>& grads,
                               int64_t b, int64_t first, int count) {
   const int K = block.K, C = block.C, width = block.width, columns = round_up(count, 4);
@@ -90,7 +89,7 @@ __device__ void tile_backward(Reverse& block, const ReadingArgs<float>& args, co
   float* const solved = block.solved;
 
   // Read again: w₁ = A⁻¹ x with x = R z or G R z, then yᵢ = A⁻¹ wᵢ and wᵢ₊₁ = wᵢ − λ yᵢ.
-  project<kPrecision>(block, args, b, first, count, args.squared_gram ? block.target : block.solutions);
+  project<kEither>(block, args, b, first, count, args.squared_gram ? block.target : block.solutions);
   if (args.squared_gram) multiply_gram(block, block.target, block.solutions, count);
   solve(block.square, block.solutions, kLdQueries, columns);
   copy(block.weights, block.solutions, used);
@@ -110,11 +109,11 @@ __device__ void tile_backward(Reverse& block, const ReadingArgs<float>& args, co
   __syncthreads();
   if (grads.values.data) {
     const Side values{element(grads.values, b, first), grads.values.stride[1], grads.values.stride[2]};
-    product<kPrecision, 64, 64>(K, count, C, mean, values, block.stage, false, [&](int k, int q, const auto& sums) {
+    product<kEither, 64, 64>(K, count, C, mean, values, block, false, [&](int k, int q, const auto& sums) {
       float* const at = cotangent + k * kLdQueries + q;
       put_sum(at, at, 1, 1, sums, kQueries - q);
     });
-    accumulate<kPrecision>(block, block.sums.mean, C, block.columns, 1, block.weights, transposed(values), count);
+    accumulate<kEither>(block, block.sums.mean, C, block.columns, 1, block.weights, transposed(values), count);
   }
 
   // Back through the iterations: u = λ A⁻¹ w̄, Ā += u yᵀ, w̄ ← w̄ − u. The trace of Ā belongs to λ̄ as well, and
@@ -128,23 +127,23 @@ __device__ void tile_backward(Reverse& block, const ReadingArgs<float>& args, co
       cotangent[i] -= solved[i];
     }
     __syncthreads();
-    accumulate<kIeee>(block, block.sums.solved, K, width, 1, solved, Side{y, kLdQueries, 1}, count);
+    accumulate<kExact>(block, block.sums.solved, K, width, 1, solved, Side{y, kLdQueries, 1}, count);
     subtract_ridge(block, inner_product(block, cotangent, y, count));
   }
 
   // Back through the address: v = A⁻¹ w̄ = x̄, Ā −= v w₁ᵀ.
   solve(block.square, cotangent, kLdQueries, columns);
-  accumulate<kIeee>(block, block.sums.solved, K, width, -1, cotangent, Side{block.solutions, kLdQueries, 1}, count);
+  accumulate<kExact>(block, block.sums.solved, K, width, -1, cotangent, Side{block.solutions, kLdQueries, 1}, count);
   subtract_ridge(block, inner_product(block, cotangent, block.solutions, count));
   if (args.squared_gram) {
-    accumulate<kIeee>(block, block.sums.target, K, width, 1, cotangent, Side{block.target, kLdQueries, 1}, count);
+    accumulate<kExact>(block, block.sums.target, K, width, 1, cotangent, Side{block.target, kLdQueries, 1}, count);
     multiply_gram(block, cotangent, solved, count);
   }
   const float* const projected = args.squared_gram ? solved : cotangent;  // cotangent of R z
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
-  accumulate<kPrecision>(block, block.sums.mean, C, block.columns, 1, projected, transposed(queries), count);
-  product<kPrecision, 64, 64>(count, C, K, Side{projected, 1, kLdQueries}, transposed(mean), block.stage, false,
+  accumulate<kEither>(block, block.sums.mean, C, block.columns, 1, projected, transposed(queries), count);
+  product<kEither, 64, 64>(count, C, K, Side{projected, 1, kLdQueries}, transposed(mean), block, false,
                               [&](int q, int c, const auto& sums) {
                                 put(element(grads.to_queries, b, first + q, c), sums, C - c);
                               });
@@ -194,7 +193,7 @@ __device__ void gram_backward(Reverse& block, const ReadingArgs<float>& args, co
   const Sums& sums = block.sums;
   add_transpose(sums.solved, K, width);
   if (args.squared_gram) {
-    product<kIeee, 64, 64>(K, K, K, Side{sums.solved, width, 1}, Side{block.gram, width, 1}, block.stage, false,
+    product<kExact, 64, 64>(K, K, K, Side{sums.solved, width, 1}, Side{block.gram, width, 1}, block, false,
                            [&](int i, int j, const auto& values) {
                              float* const at = sums.target + int64_t(i) * width + j;
                              put_sum(at, at, 1, 1, values, K - j);
@@ -202,7 +201,7 @@ __device__ void gram_backward(Reverse& block, const ReadingArgs<float>& args, co
     add_transpose(sums.target, K, width);
   }
   const Side gram{args.squared_gram ? sums.target : sums.solved, width, 1};
-  product<kIeee, 64, 64>(K, C, K, gram, transposed(side_of(args.mean, b)), block.stage, false,
+  product<kExact, 64, 64>(K, C, K, gram, transposed(side_of(args.mean, b)), block, false,
                          [&](int i, int j, const auto& values) {
                            put_sum(element(grads.to_mean, b, i, j), sums.mean + int64_t(i) * block.columns + j, 1, 1,
                                    values, C - j);
@@ -212,13 +211,13 @@ __device__ void gram_backward(Reverse& block, const ReadingArgs<float>& args, co
 
 // Bytes: queries and cotangents are read once and theirs written once, the least possible; of a memory, R is read for
 // its Gram matrix, twice a tile (from the cache after the first) and once for Ḡ R.
-template <int kPrecision>
 __global__ void __launch_bounds__(kThreads, 1)
     read_backward_kernel(ReadingArgs<float> args, ReadingGrads<float> grads, int64_t B, Plan plan) {
   Reverse& block = *reinterpret_cast<Reverse*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Reverse>(plan.workspace);
     lay_out(block, space, args, plan);
+    block.precision = args.precision;
   }
   __syncthreads();
   const int64_t area = int64_t(block.width) * block.width;
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (args.squared_gram) fill_zero(block.sums.target, area);
     __syncthreads();
     for (int64_t first = share * kQueries; first < args.Q; first += plan.blocks_each * kQueries)
-      tile_backward<kPrecision>(block, args, grads, b, first,
+      tile_backward(block, args, grads, b, first,
                                 static_cast<int>(min(int64_t(kQueries), args.Q - first)));
     if (plan.blocks_each == 1 ||
         last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_each), block)) {
@@ -250,7 +249,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int kPrecision>
 const char* start(const Device& device, const ReadingArgs<float>& args, const ReadingGrads<float>& grads, int64_t B,
                   Plan plan, cuda::Context& context) {
   plan.workspace =
@@ -260,7 +258,7 @@ const char* start(const Device& device, const ReadingArgs<float>& args, const Re
   const int64_t blocks = plan.blocks_each > 1 ? items : min(items, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(read_backward_kernel<kPrecision>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args,
+  return launch(read_backward_kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args,
                 grads, B, plan);
 }
 
@@ -276,7 +274,7 @@ const char* cuda::read_backward(const ReadingArgs<float>& args, const ReadingGra
   plan.blocks_each = 1;
   if (args.K > kFusedRows) {
     plan.factors = allocate_factors(context, args, B);
-    if (const char* error = start<kIeee>(device, args, grads, B, plan, context)) return error;
+    if (const char* error = start(device, args, grads, B, plan, context)) return error;
     plan.factor = false;
   }
   plan.answer = true;
@@ -286,11 +284,7 @@ const char* cuda::read_backward(const ReadingArgs<float>& args, const ReadingGra
     if (const char* error = fill_zero_bytes(plan.tickets, B * static_cast<int64_t>(sizeof(unsigned)), context.stream))
       return error;
   }
-  switch (args.precision) {
-    case kTf32: return start<kTf32>(device, args, grads, B, plan, context);
-    case kTf32x3: return start<kTf32x3>(device, args, grads, B, plan, context);
-    default: return start<kIeee>(device, args, grads, B, plan, context);
-  }
+  return start(device, args, grads, B, plan, context);
 }
 
 }  // namespace fastkm

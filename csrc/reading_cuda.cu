@@ -34,12 +34,12 @@ __host__ __device__ void lay_out(Reader& block, Space& space, const ReadingArgs<
 //
 // Bytes: queries are read once, weights and values written once, the least possible; R is read twice a tile, from the
 // second tile on from the cache.
-template <int kPrecision>
+template <Rounding kRounding>
 __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b, int64_t first, int count) {
   const int K = block.K, columns = round_up(count, 4);
   float* x = block.x;
   float* y = block.y;
-  project<kPrecision>(block, args, b, first, count, x);
+  project<kRounding>(block, args, b, first, count, x);
   if (args.squared_gram) {
     multiply_gram(block, x, y, count);
     float* const target = y;
@@ -55,19 +55,20 @@ __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b,
   for (int n = threadIdx.x; n < count * K; n += kThreads)
     *element(args.weights, b, first + n / K, n % K) = x[n % K * kLdQueries + n / K];
   if (!args.values.data) return;
-  product<kPrecision, 64, 64>(count, block.C, K, Side{x, 1, kLdQueries}, transposed(side_of(args.mean, b)), block.stage,
+  product<kRounding, 64, 64>(count, block.C, K, Side{x, 1, kLdQueries}, transposed(side_of(args.mean, b)), block,
                               false, [&](int q, int c, const auto& sums) {
                                 put(element(args.values, b, first + q, c), sums, block.C - c);
                               });
 }
 
 // Bytes of the factor phase: R is read once for its Gram matrix, the least possible.
-template <int kPrecision>
+template <Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, 2) read_kernel(ReadingArgs<float> args, int64_t B, Plan plan) {
   Reader& block = *reinterpret_cast<Reader*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Reader>(plan.workspace);
     lay_out(block, space, args, plan);
+    block.precision = args.precision;
   }
   __syncthreads();
   for (int64_t item = blockIdx.x; item < B * plan.blocks_each; item += gridDim.x) {
@@ -87,19 +88,19 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(ReadingArgs<float> ar
     }
     if (plan.answer)
       for (int64_t first = share * kQueries; first < args.Q; first += plan.blocks_each * kQueries)
-        answer<kPrecision>(block, args, b, first, static_cast<int>(min(int64_t(kQueries), args.Q - first)));
+        answer<kRounding>(block, args, b, first, static_cast<int>(min(int64_t(kQueries), args.Q - first)));
     __syncthreads();
   }
 }
 
-template <int kPrecision>
+template <Rounding kRounding>
 const char* start(const Device& device, const ReadingArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
   plan.workspace =
       measure<Reader>(device, [&](Reader& head, Space& space) { lay_out(head, space, args, plan); });
   const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(read_kernel<kPrecision>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
+  return launch(read_kernel<kRounding>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
 }
 
 const char* run(const ReadingArgs<float>& args, const Batch<const float>& given, int64_t B, cuda::Context& context) {
@@ -112,16 +113,13 @@ const char* run(const ReadingArgs<float>& args, const Batch<const float>& given,
   plan.blocks_each = 1;
   if (args.K > kFusedRows) {
     plan.factors = allocate_factors(context, args, B);
-    if (const char* error = start<kIeee>(device, args, B, plan, context)) return error;
+    if (const char* error = start<kExact>(device, args, B, plan, context)) return error;
     plan.factor = false;
   }
   plan.answer = true;
   plan.blocks_each = max(int64_t(1), min(tiles, 2 * device.multiprocessors / B));
-  switch (args.precision) {
-    case kTf32: return start<kTf32>(device, args, B, plan, context);
-    case kTf32x3: return start<kTf32x3>(device, args, B, plan, context);
-    default: return start<kIeee>(device, args, B, plan, context);
-  }
+  return args.precision == kIeee ? start<kExact>(device, args, B, plan, context)
+                                 : start<kTensor>(device, args, B, plan, context);
 }
 
 }  // namespace
@@ -142,7 +140,7 @@ const char* cuda::factor_addressing(const ReadingArgs<float>& args, const Batch<
   plan.factor = true;
   plan.blocks_each = 1;
   plan.to_factor = factor;
-  return start<kIeee>(current_device(), args, B, plan, context);
+  return start<kExact>(current_device(), args, B, plan, context);
 }
 
 }  // namespace fastkm

@@ -58,7 +58,7 @@ __device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>&
     gram[outside * width + inside] = gram[inside * width + outside] = 0;
     a.data[outside * width + inside] = a.data[inside * width + outside] = 0;
   }
-  product<kIeee, 64, 64>(K, K, block.C, mean, mean, block.stage, true, [&](int i, int j, const auto& sums) {
+  product<kExact, 64, 64>(K, K, block.C, mean, mean, block, true, [&](int i, int j, const auto& sums) {
     int n = 0;
     for (float sum : sums) {
       const int column = j + n++;
@@ -67,7 +67,7 @@ __device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>&
   });
   if (args.squared_gram) {
     const Side side{gram, width, 1};
-    product<kIeee, 64, 64>(K, K, K, side, side, block.stage, true, [&](int i, int j, const auto& sums) {
+    product<kExact, 64, 64>(K, K, K, side, side, block, true, [&](int i, int j, const auto& sums) {
       put(a.data + int64_t(i) * width + j, sums, K - j);
     });
   }
@@ -103,18 +103,18 @@ __device__ inline void take_given(Addressed& block, const Side& lower) {
 }
 
 // x [K, count] = R Zᵀ for queries from `first` on.
-template <int kPrecision>
+template <Rounding kRounding>
 __device__ void project(Addressed& block, const ReadingArgs<float>& args, int64_t b, int64_t first, int count,
                         float* x) {
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
-  product<kPrecision, 64, 64>(block.K, count, block.C, side_of(args.mean, b), queries, block.stage, false,
+  product<kRounding, 64, 64>(block.K, count, block.C, side_of(args.mean, b), queries, block, false,
                               [&](int k, int q, const auto& sums) { put(x + k * kLdQueries + q, sums, kQueries - q); });
 }
 
 // y = G x
 __device__ inline void multiply_gram(Addressed& block, const float* x, float* y, int count) {
-  product<kIeee, 64, 64>(block.K, count, block.K, Side{block.gram, block.width, 1}, Side{x, 1, kLdQueries}, block.stage,
+  product<kExact, 64, 64>(block.K, count, block.K, Side{block.gram, block.width, 1}, Side{x, 1, kLdQueries}, block,
                          false, [&](int k, int q, const auto& sums) { put(y + k * kLdQueries + q, sums, kQueries - q); });
 }
 
