@@ -508,14 +508,14 @@ __device__ void add_outer_part(float* m, int first, int end, int ld, float facto
   }
 }
 
-__device__ inline void add_outer(float* m, int width, float factor, int count, const float* x, const float* y) {
+__device__ FASTKM_OUT_OF_LINE inline void add_outer(float* m, int width, float factor, int count, const float* x, const float* y) {
   add_outer_part<false>(m, 0, width, width, factor, count, x, y);
 }
 
 // ---- symmetric matrices --------------------------------------------------------------------------------------------
 
 // Not symmetric, by more than rounding explains; or not finite, which no positive definite matrix is. Into the status.
-__device__ inline void check_symmetry(const float* m, int size, int width, Block& block) {
+__device__ FASTKM_OUT_OF_LINE inline void check_symmetry(const float* m, int size, int width, Block& block) {
   float scale = 0, gap = 0, total = 0;
   for (int64_t n = threadIdx.x; n < int64_t(size) * size; n += kThreads) {
     const int64_t i = n / size, j = n % size;

@@ -44,7 +44,7 @@ __device__ inline float dot4(float4 x, float4 y) { return x.x * y.x + x.y * y.y 
 
 // y = M x for the rows of M; both are padded with zeros to `width`, a multiple of four. A few lanes share a row, and
 // four rows are summed at once: each exchange halves the sums a lane still holds.
-__device__ inline void multiply(const float* m, int64_t ld, int rows, int width, const float* x, float* y) {
+__device__ FASTKM_OUT_OF_LINE inline void multiply(const float* m, int64_t ld, int rows, int width, const float* x, float* y) {
   int lanes = 4;
   while (lanes < 32 && 4 * lanes < width) lanes *= 2;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kThreads / lanes;
