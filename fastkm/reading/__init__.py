@@ -13,7 +13,11 @@ from fastkm.state import MemoryState
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
-_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.read), "native": native.read}
+_RUN: dict[str, Callable] = {
+    "reference": _backend.exact(reference.read),
+    "native": native.read,
+    "triton": _backend.on_first_use("fastkm.reading.triton", "read"),
+}
 
 
 class ReadResult(NamedTuple):
