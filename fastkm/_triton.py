@@ -43,9 +43,19 @@ def implements(name: str) -> Callable[[Callable], Callable]:
 BLOCK = 32
 
 
+# Registers a thread may take, by warps a program has. Left to itself the assembler saves registers by spilling a few.
+REGISTERS = {1: 128, 4: 168, 8: 240, 16: 128}
+
+
+def warps(number: int) -> dict[str, int]:
+    """Options of a launch. Loads are not pipelined: what one program stores it loads again soon after."""
+    options = {"num_warps": number, "num_stages": 1}
+    return options if torch.version.hip else {**options, "maxnreg": REGISTERS[number]}
+
+
 def square(n: int) -> dict[str, int | bool]:
     """How a program treats matrices of which it factors one [n, n]; what it factors in one piece needs no blocks."""
-    return {"BLOCK": BLOCK, "SINGLE": n <= BLOCK, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK": BLOCK, "SINGLE": n <= BLOCK, **warps(4)}
 
 
 def row_stride(n: int) -> int:

@@ -37,6 +37,7 @@ from fastkm._triton import (
     square,
     store_tile,
     strides,
+    warps,
     workspace,
 )
 
@@ -549,7 +550,7 @@ def update_posterior_launcher(
     ticket = torch.zeros(B, dtype=torch.int32, device=mean.device)
     if in_registers(K, rounding):
         block = max(16, triton.next_power_of_2(K))
-        size = {"BLOCK": block, "BLOCK_C": 32, "num_warps": WARPS[block], "num_stages": 1, **shared}
+        size = {"BLOCK": block, "BLOCK_C": BLOCK, **warps(WARPS[block]), **shared}
         tiles = max(1, triton.cdiv(C, size["BLOCK_C"]))
         energy = mean.new_empty(B, tiles, T)
         split = B < FEW_MEMORIES and tiles > 1
@@ -563,11 +564,11 @@ def update_posterior_launcher(
     energy = mean.new_empty(B, tiles, T)
     factor_kernel[(B,)](
         *of_cov, weights, *weights.stride(), noise_var, *noise_var.stride(), *seen,
-        new_cov, s, info, gain, K, T, MASKED=mask is not None, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=4, num_stages=1,
+        new_cov, s, info, gain, K, T, MASKED=mask is not None, CHUNK=CHUNK, BLOCK=BLOCK, **warps(4),
     )  # fmt: skip
     apply_kernel[(B * tiles,)](
         *of_mean, *patterns, new_mean, s, kl, log_evidence, gain, energy, ticket, K, C, T, tiles,
-        PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, num_warps=4, num_stages=1, **shared,
+        PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, **warps(4), **shared,
     )  # fmt: skip
     return outputs
 

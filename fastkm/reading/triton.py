@@ -27,6 +27,7 @@ from fastkm._triton import (
     store_tile,
     strides,
     tile_product,
+    warps,
     workspace,
 )
 
@@ -388,7 +389,7 @@ def solve_factored(mean: Tensor, factor: Tensor, queries: Tensor) -> Tensor:
         solve_factored_kernel[(B * tiles,)](
             mean, *mean.stride(), factor, *factor.stride(), queries, *queries.stride(), weights,
             scratch, scratch.stride(0), K, C, Q, ld, tiles,
-            ALIGNED=rows_aligned(mean, queries), BLOCK=BLOCK, num_warps=4, num_stages=1,
+            ALIGNED=rows_aligned(mean, queries), BLOCK=BLOCK, **warps(4),
         )  # fmt: skip
     return weights
 

@@ -30,6 +30,7 @@ from fastkm._triton import (
     square,
     store_tile,
     strides,
+    warps,
     workspace,
 )
 from fastkm.posterior.triton import (
@@ -630,14 +631,14 @@ def write_launcher(mean, cov, values, noise_var, ridge, num_opt_iters, squared_g
         *of_mean, cov, *cov.stride(), *of_values, *noise, *seen, ridge, *ridge.stride(),
         new_mean, new_cov, weights, s, kl, log_evidence, info, gain, energy, work, work.stride(0),
         K, C, T, ld, tiles, num_opt_iters, AFRESH=afresh, APPLY=fused, SQUARED=squared_gram,
-        **shared, **sizes(K), **{**square(K), "num_warps": 4 if K <= 64 or afresh else 16},
+        **shared, **sizes(K), **{**square(K), **warps(4 if K <= 64 or afresh else 16)},
     )  # fmt: skip
     if not fused:
         ticket = torch.zeros(B, dtype=torch.int32, device=mean.device)
         apply_kernel[(B * tiles,)](
             *of_mean, weights, *weights.stride(), *of_values, *noise, *seen, new_mean, s, kl, log_evidence,
             gain, energy, ticket, K, C, T, tiles,
-            PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, num_warps=4, num_stages=1, **shared,
+            PRECISION=rounding, BLOCK_K=BLOCK, BLOCK_C=BLOCK, **warps(4), **shared,
         )  # fmt: skip
     return outputs
 

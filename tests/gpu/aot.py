@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 TARGETS = {
@@ -77,10 +79,8 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
     """The launches of ``call``, each different one once, as they would be made on ``target``."""
     launches: dict[str, Launch] = {}
     grids = []
-    compile_, run = JITFunction._do_compile, JITFunction.run
-    from triton.runtime.driver import driver
-
-    before = driver._active
+    compile_, run, before, hip = JITFunction._do_compile, JITFunction.run, driver._active, torch.version.hip
+    torch.version.hip = "6" if target.startswith("gfx") else None
     driver.set_active(_Driver(TARGETS[target], list(TARGETS).index(target)))
 
     def remember_grid(self, *arguments, grid, warmup, **options):
@@ -96,7 +96,7 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
         call()
     finally:
         JITFunction._do_compile, JITFunction.run = compile_, run
-        driver._active = before
+        driver._active, torch.version.hip = before, hip
     return list(launches.values())
 
 
@@ -132,7 +132,7 @@ def _nvidia(compiled, target: str, warps: int) -> Built:
         shared=shared,
         spills=count["LDL"] + count["STL"],
         occupancy=blocks * threads / THREADS[target],
-        tensor_cores=sum(n for name, n in count.items() if name.endswith("HMMA") or name.endswith("HGMMA") or name.endswith("MMA") and name.startswith("UTC")),
+        tensor_cores=sum(n for name, n in count.items() if name.endswith("MMA") and name != "FMMA"),
         wide_loads=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in instructions),
         loads=count["LDG"] + count["LDGSTS"],
         float_atomics=sum(

@@ -3,6 +3,7 @@
 ==============  =====================================================================================
 interpreter     the Triton kernels in Triton's interpreter, with the corrections of ``interpreter.py``
 ttsem           the IR that Triton's frontend makes of them, executed by ttsem: bounds, races, values
+aot             nobody: every Triton kernel is compiled for GPUs that are not there (``test_aot.py``)
 gpu             both backends on a real device
 ==============  =====================================================================================
 

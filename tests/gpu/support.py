@@ -40,13 +40,13 @@ class Kernels(NamedTuple):
             return outputs(operation, p, backend, **options)
         return {name: x.cpu() for name, x in outputs(operation, self.put(p), self.backend, **options).items()}
 
-    def judge(self, operation: str, p: Problem, truth: dict[str, Tensor], **options) -> None:
+    def judge(self, operation: str, p: Problem, truth: dict[str, Tensor], *, draws: int = 3, **options) -> None:
         """At most twice as wrong as the reference in float32."""
 
         def run(p, backend):
             return Outputs(self.call(operation, p, backend, **options))
 
-        oracle.judge(run, p, truth, self.backend, draws=3)
+        oracle.judge(run, p, truth, self.backend, draws=draws)
 
     def judge_gradient(self, operation: str, p: Problem, **options) -> None:
         """The same for gradients, whose truth is the reference's in float64."""

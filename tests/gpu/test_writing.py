@@ -31,8 +31,8 @@ def test_each_pattern_is_addressed_then_stored(kernels, shape, way, masked):
 
 
 def test_a_long_episode_stays_accurate(kernels):
-    p = problem(4, 70, 0, 17, 9, torch.float32)
-    kernels.judge("write", p, truth(p))
+    p = problem(8, 70, 0, 17, 9, torch.float32)
+    kernels.judge("write", p, truth(p), draws=8)
 
 
 @pytest.mark.parametrize(
