@@ -29,7 +29,7 @@ class Capability(NamedTuple):
 
 
 REFERENCE = Capability()
-NATIVE = Capability({"cpu": DTYPES})
+NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
 TRITON = Capability({"cuda": FLOAT32})
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
