@@ -52,7 +52,7 @@ def compile_cuda(nvcc: str, compiler: str, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     headers = max(os.path.getmtime(path) for path in [__file__, *glob("csrc/*.h"), *glob("csrc/*.cuh")])
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
-    targets += ["-gencode=arch=compute_{0},code=compute_{0}".format(CUDA_ARCHITECTURES[-1])]
+    targets += [f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
 
     def compiled(source: str) -> str:
         made = folder / f"{Path(source).stem}.o"

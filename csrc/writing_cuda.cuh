@@ -287,8 +287,8 @@ __device__ void search(Chunk& chunk) {
 
 // ---- around the search ---------------------------------------------------------------------------------------------
 
-// The inner products a search starts from: A = R Rᵀ + λI, which is factored and so always float32, X = Z Rᵀ, Q = Z Zᵀ,
-// with λ as given.
+// The inner products a search starts from: A = R Rᵀ + λI, X = Z Rᵀ, Q = Z Zᵀ, with λ as given. They are what is solved,
+// so they are always float32.
 __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
   const Side mean = chunk.mean;
   const Side values{chunk.values, chunk.columns, 1};
@@ -303,9 +303,9 @@ __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
       gram[int64_t(column) * width + i] = sum + (i == column ? ridge : 0);
     }
   });
-  product<kEither, 16, 128>(chunk.count, K, chunk.C, values, mean, chunk, false,
+  product<kExact, 16, 128>(chunk.count, K, chunk.C, values, mean, chunk, false,
                                [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); });
-  product<kEither, 16, 128>(chunk.count, chunk.count, chunk.C, values, values, chunk, false,
+  product<kExact, 16, 128>(chunk.count, chunk.count, chunk.C, values, values, chunk, false,
                                [&](int i, int j, const auto& sums) {
                                  put(chunk.inner[i] + j, sums, chunk.count - j);
                                });

@@ -29,8 +29,9 @@ class Capability(NamedTuple):
 
 
 REFERENCE = Capability()
-NATIVE = Capability({"cpu": DTYPES})
+NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
 TRITON = Capability({"cuda": FLOAT32})
+ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -38,7 +39,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "attractor_read": {"reference": REFERENCE},
+    "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

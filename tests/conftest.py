@@ -11,7 +11,7 @@ settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("fastkm")
 
 DTYPES = (torch.float32, torch.float64)
-KERNELS = ("interpreter", "ttsem", "aot", "gpu")
+KERNELS = ("simt", "interpreter", "ttsem", "aot", "gpu")
 
 
 def pytest_addoption(parser):

@@ -30,6 +30,7 @@ from fastkm._triton import (
     warps,
     workspace,
 )
+from fastkm.reading import reference
 
 
 @triton.jit
@@ -418,4 +419,9 @@ solve_addressing = differentiable(
     _operators.read_backward.default,
     # A solve is a read of one iteration whose values nobody took.
     lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, 0, None, grad),
+)
+
+
+attractor_read = reference.without_gradient(
+    torch.ops.fastkm_triton.factor_addressing.default, torch.ops.fastkm_triton.solve_factored.default
 )

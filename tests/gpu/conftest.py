@@ -1,6 +1,7 @@
 """Who computes in the tests of the GPU kernels: ``--kernels`` names one of the rungs, each in a process of its own.
 
 ==============  =====================================================================================
+simt            the CUDA kernels compiled for the host, one fiber per CUDA thread (``tests/simt``)
 interpreter     the Triton kernels in Triton's interpreter, with the corrections of ``interpreter.py``
 ttsem           the IR that Triton's frontend makes of them, executed by ttsem: bounds, races, values
 aot             nobody: every Triton kernel is compiled for GPUs that are not there (``test_aot.py``)
@@ -20,7 +21,7 @@ from fastkm import _backend
 from fastkm._backend import FLOAT32, Capability
 from gpu.support import Kernels
 
-BACKENDS = {"interpreter": ("triton",), "ttsem": ("triton",), "gpu": ("native", "triton")}
+BACKENDS = {"simt": ("native",), "interpreter": ("triton",), "ttsem": ("triton",), "gpu": ("native", "triton")}
 
 
 def pytest_configure(config):
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(config, items):
         if "kernels" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
             if chosen is None:
-                item.add_marker(pytest.mark.skip(reason="needs --kernels=interpreter, ttsem or gpu"))
+                item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
 
 
 def pytest_generate_tests(metafunc):
@@ -54,6 +55,14 @@ def spans_of(record, names, exchanged):
     return [(base, base + record.pre[name].nbytes) for name, base in record.bases.items() if name in names]
 
 
+@pytest.fixture(scope="session")
+def cuda_on_the_host():
+    """``torch.ops.fastkm`` runs CUDA kernels, on the CPU; they live as long as what is returned here."""
+    from simt.build import install
+
+    return install()
+
+
 @pytest.fixture
 def kernels(request, monkeypatch):
     rung, backend = request.config.getoption("--kernels"), request.param
@@ -62,6 +71,9 @@ def kernels(request, monkeypatch):
         for operation, table in _backend.CAPABILITIES.items():
             if backend in table:
                 monkeypatch.setitem(_backend.CAPABILITIES[operation], backend, Capability({device: FLOAT32}))
+    if rung == "simt":
+        request.getfixturevalue("cuda_on_the_host")
+        monkeypatch.setattr(_backend, "accepted", lambda backend, memory, *inputs: inputs)
     deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

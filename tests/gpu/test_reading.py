@@ -97,3 +97,20 @@ def test_empty_axes(kernels, shape):
     expected = kernels.call("read", p, "reference")
     for name, x in kernels.call("read", p).items():
         oracle.assert_close(x, expected[name].double(), name)
+
+
+@pytest.mark.parametrize("tol", [None, 0.3])
+@pytest.mark.parametrize("weight_var", [0.0, 0.2])
+def test_attractor_read_factors_once_and_iterates(kernels, weight_var, tol):
+    p = problem(3, 1, 18, 24, 40, torch.float32)
+    truth = kernels.call(
+        "attractor_read", map_tensors(p, lambda x: x.double()), "reference", weight_var=weight_var, tol=tol
+    )
+    kernels.judge("attractor_read", p, truth, weight_var=weight_var, tol=tol)
+
+
+def test_attractor_read_has_no_gradient_and_says_so(kernels):
+    p = kernels.put(problem(2, 1, 3, 4, 5, torch.float32))
+    scale = torch.ones((), device=kernels.device, requires_grad=True)
+    with pytest.raises(fastkm.BackendUnavailableError, match="what clean returned requires a gradient"):
+        oracle.call("attractor_read", p, kernels.backend, clean=lambda x: x * scale)

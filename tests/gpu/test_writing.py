@@ -63,7 +63,7 @@ def test_two_segments_are_the_whole(kernels, way):
 
 
 def test_tf32_rounds_the_update_and_not_the_weights(kernels):
-    p = problem(2, 17, 0, 20, 70, torch.float32)
+    p = problem(2, 16, 0, 20, 70, torch.float32)  # as many as every kernel searches for at once
     exact, close, coarse = (kernels.call("write", p, precision=x) for x in ("ieee", "tf32x3", "tf32"))
     assert torch.equal(exact["weights"], coarse["weights"])
     assert oracle.error(close["mean"], exact["mean"]) / oracle.largest(exact["mean"]) < 2e-5

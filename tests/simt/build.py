@@ -6,6 +6,7 @@ lets ``torch.ops.fastkm`` call it for CPU tensors, so that the public functions 
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,13 +28,12 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
     folder = ROOT / "build" / "simt" / sanitizer
     include = Path(torch.__file__).with_name("include")
     if sources is None:
-        kernels = sorted((ROOT / "csrc").glob("*_cuda.cu"))
-        families = {path.name.removesuffix("_cuda.cu").removesuffix("_backward") for path in kernels}
-        sources = [*kernels, *(ROOT / "csrc" / f"{f}_binding.cpp" for f in sorted(families) if (ROOT / "csrc" / f"{f}_binding.cpp").exists())]
+        sources = sorted([*(ROOT / "csrc").glob("*_cuda.cu"), *(ROOT / "csrc").glob("*_binding.cpp")])
     name = "fastkm_simt.so" if target == "library" else sources[0].stem
     lines = [
         "rule compile",
-        f"  command = g++ {FLAGS} -DFASTKM_SIMT $how -I{ROOT}/csrc -I{ROOT}/tests/simt -x c++ -MMD -MF $out.d -c $in -o $out",
+        f"  command = g++ {FLAGS} -DFASTKM_SIMT $how -I{ROOT}/csrc -I{ROOT}/tests/simt -MMD -MF $out.d"
+        " -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -73,7 +73,9 @@ def install(sanitizer: str = "plain") -> list[torch.library.Library]:
     for name in names:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkm_simt::{name}", "CPU"):
             kernel = getattr(torch.ops.fastkm_simt, name).default
-            replaced.impl(name, kernel, "CPU", allow_override=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it overrides, as it is meant to
+                replaced.impl(name, kernel, "CPU", allow_override=True)
     return [own, replaced]
 
 
