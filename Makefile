@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
 
-.PHONY: help setup bench study test lint format readme clean distclean
+.PHONY: help setup bench study gpu kernels test lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,12 @@ bench: setup ## real images through every backend: checks, timings, a picture
 study: setup ## train the generative model on DATA='mnist PATH ...' and print every figure about it; an hour
 	$(BIN)/python -m fastkm study --data $(DATA) $(ARGS)
 	$(BIN)/python tools/update_readme.py --study
+
+gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhere what can be done without one
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs nvcc, minutes
+	$(BIN)/python tools/kernel_table.py
 
 test: setup ## the tests
 	$(BIN)/python -m pytest $(ARGS)
