@@ -47,10 +47,10 @@ BLOCK = 32
 REGISTERS = {1: 128, 4: 168, 8: 240, 16: 128}
 
 
-def warps(number: int) -> dict[str, int]:
+def warps(number: int, registers: int | None = None) -> dict[str, int]:
     """Options of a launch. Loads are not pipelined: what one program stores it loads again soon after."""
     options = {"num_warps": number, "num_stages": 1}
-    return options if torch.version.hip else {**options, "maxnreg": REGISTERS[number]}
+    return options if torch.version.hip else {**options, "maxnreg": registers or REGISTERS[number]}
 
 
 def square(n: int) -> dict[str, int | bool]:
@@ -80,7 +80,10 @@ def precision_of(index: int) -> str:
 def rows_aligned(*matrices: Tensor) -> bool:
     """Whether every row starts at a multiple of 16 bytes and ends at one, so that it can be read 128 bits at a time."""
     return all(
-        x.shape[-1] % 4 == 0 and x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 4 == 0 for s in x.stride()[:-1])
+        x.shape[-1] % 4 == 0
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s % 4 == 0 for s in x.stride()[:-1])
         for x in matrices
     )
 

@@ -588,10 +588,12 @@ def update_posterior_backward(
     seen = (noise_var if mask is None else mask.view(torch.uint8), *strides(mask, 2))
     axes = (3, 3, 2, 2, 1)
     grads = (grad_mean, grad_cov, grad_innovation_var, grad_kl, grad_log_evidence)
-    cotangents = [
-        y for x, n in zip(grads, axes, strict=True) for y in (noise_var if x is None else x, *strides(x, n))
-    ]
-    given = dict(zip(("WITH_MEAN", "WITH_COV", "WITH_S", "WITH_KL", "WITH_EVIDENCE"), (x is not None for x in grads)))
+    cotangents = [y for x, n in zip(grads, axes, strict=True) for y in (noise_var if x is None else x, *strides(x, n))]
+    given = dict(
+        zip(
+            ("WITH_MEAN", "WITH_COV", "WITH_S", "WITH_KL", "WITH_EVIDENCE"), (x is not None for x in grads), strict=True
+        )
+    )
     update_backward_kernel[(B,)](
         *inputs, *seen, *cotangents, *to, work, work.stride(0), K, C, T, ld,
         MASKED=mask is not None, PRECISION=precision_of(precision), **given, **square(T),

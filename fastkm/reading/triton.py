@@ -60,8 +60,9 @@ def solve(p_to, s_to, p_x, s_x, p_inverse, p_work, count, K, ld, alpha, ADD: tl.
     product(p_to, s_to, 1, p_work, ld, 1, p_inverse, ld, 1, count, K, K, alpha, ADD, "ieee", BLOCK, BLOCK, 16)
 
 
-# Bytes moved: mean and queries in, values and weights out, once each; the factor (2 K²) and a tile's weights stay in the
-# cache. With a launch for each phase the factor goes out once and in again from the second-level cache for every tile.
+# Bytes moved: mean and queries in, values and weights out, once each; the factor (2 K²) and a tile's weights stay in
+# the cache. With a launch for each phase the factor goes out once and in again for every tile, from the
+# second-level cache.
 @triton.jit
 def read_kernel(
     p_mean, s_mb, s_mr, s_mc, p_queries, s_qb, s_qr, s_qc, p_ridge, s_lb, p_values, p_weights, p_info,
@@ -293,7 +294,7 @@ def read_backward_kernel(
                     BLOCK, BLOCK, 16)  # fmt: skip
 
         # Back through the iterations, and last through the address, which is one with v in place of −u.
-        for back in range(0, num_iters):
+        for back in range(num_iters):
             n = num_iters - 1 - back
             p_n = p_solutions + tl.cast(n, tl.int64) * ROWS * ld
             scale = tl.where(n == 0, tl.where(good, -1.0, float("nan")), ridge)

@@ -1,23 +1,20 @@
 """Triton kernels of write.
 
-The weights are found in Gram space: with G = R Rᵀ, X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T, in one program a
-memory. As it conditions the covariance on every pattern it finds, it is the factor phase of the update too; what is left
-is the apply phase of ``fastkm/posterior/triton.py``. Up to ``LARGEST_TILE`` rows both are one launch, in which the
+The weights are found in Gram space: with G = R Rᵀ, X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T, in one program
+a memory. As it conditions the covariance on every pattern it finds, it is the factor phase of the update too; what is
+left is the apply phase of ``fastkm/posterior/triton.py``. Up to ``LARGEST_TILE`` rows both are one launch, in which the
 inverse of G + λI, that matrix and the covariance stay in registers.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastkm._autograd import differentiable
 from fastkm._triton import (
     BLOCK,
     EPS,
-    IS_ASYMMETRIC,
     IS_INDEFINITE,
-    SQRT_EPS,
     factor,
     fours,
     implements,
@@ -110,7 +107,7 @@ def move_gram(p_gram, ld, p_c, p_r, d, sign, n, BLOCK: tl.constexpr):
     add_symmetric_outer(p_gram, ld, d * sign, p_c, p_c, n, BLOCK)
 
 
-# ---------------------------------------------------------------------------------------------------- the search, forward
+# -------------------------------------------------------------------------------------------------- the search, forward
 
 
 @triton.jit
@@ -146,28 +143,36 @@ def advance_cross(
 @triton.jit
 def search_in_registers(
     p_gram, p_lower, p_inverse, p_cross, p_inner, p_cov, s_ur, s_uc, p_noise, s_nt, ridge,
-    p_new_cov, p_weights, p_s, p_gain, K, T, ld, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    p_new_cov, p_weights, p_s, p_gain, p_vectors, K, T, ld,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     """One solve a pattern, and no factorisation after the first.
 
     With w exact, R δ = λ w, so A = G + λI changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ and its inverse H by Woodbury:
     H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. What H has lost to rounding,
-    one step of refinement against A gives back to w. Expects G + λI in ``p_gram`` and H in ``p_lower``.
+    one step of refinement against A gives back to w. Expects G + λI in ``p_gram`` and H in ``p_lower``; A and U
+    stay in memory unless HOLD says that the registers have room for them beside H.
     """
     o = tl.arange(0, SIZE)
     inverse = load_tile(p_lower, o, o, K, K, ld, 1)
-    system = load_tile(p_gram, o, o, K, K, ld, 1)
-    cov = load_tile(p_cov, o, o, K, K, s_ur, s_uc)
-    mirrored = load_tile(p_cov, o, o, K, K, s_uc, s_ur)
-    gap, scale = tl.max(tl.abs(cov - mirrored)), tl.max(tl.abs(cov))
-    finite = tl.min((tl.abs(cov) < float("inf")).to(tl.int32))
-    status = tl.where(finite == 0, IS_INDEFINITE, tl.where(gap > scale * SQRT_EPS, IS_ASYMMETRIC, 0))
+    p_w, p_c, p_product = p_vectors, p_vectors + ld, p_vectors + 2 * ld
+    status = load_symmetric(p_new_cov, K, p_cov, s_ur, s_uc, K, BLOCK)
+    if HOLD:
+        system = load_tile(p_gram, o, o, K, K, ld, 1)
+        cov = load_tile(p_new_cov, o, o, K, K, K, 1)
+        tl.debug_barrier()
     for t in range(T):
         x = load_vector(p_cross + tl.cast(t, tl.int64) * ld, o, K)
         w = tl.sum(inverse * x[:, None], 0)
-        residual = x - tl.sum(system * w[:, None], 0)
+        if HOLD:  # noqa: SIM108  decided when the kernel is compiled
+            residual = x - tl.sum(system * w[:, None], 0)
+        else:
+            residual = x - multiply(p_product, p_gram, ld, 1, w, K, ROWS)
         w += tl.sum(inverse * residual[:, None], 0)
-        a = tl.sum(cov * w[:, None], 0)
+        if HOLD:  # noqa: SIM108
+            a = tl.sum(cov * w[:, None], 0)
+        else:
+            a = multiply(p_product, p_new_cov, K, 1, w, K, ROWS)
         noise = tl.load(p_noise + tl.cast(t, tl.int64) * s_nt)
         s = tl.sum(w * a, 0) + noise
         slack = (tl.sum(tl.abs(w * a), 0) + noise) * (4.0 * EPS) * (K + T)
@@ -183,23 +188,32 @@ def search_in_registers(
         determinant = n11 * n22 - n12 * n12
         e, f = (n22 * p - n12 * q) / determinant, (n11 * q - n12 * p) / determinant
         inverse -= p[:, None] * e[None, :] + q[:, None] * f[None, :]
-        along_c = ridge * w + d * c
-        system += c[:, None] * along_c[None, :] + (ridge * w)[:, None] * c[None, :]
-        cov -= gain[:, None] * gain[None, :]
+        if HOLD:
+            along_c = ridge * w + d * c
+            system += c[:, None] * along_c[None, :] + (ridge * w)[:, None] * c[None, :]
+            cov -= gain[:, None] * gain[None, :]
+        else:
+            keep_vector(p_w, w, o, K)
+            keep_vector(p_c, c, o, K)
+            add_symmetric_outer(p_gram, ld, 2 * ridge, p_c, p_w, K, BLOCK)
+            add_symmetric_outer(p_gram, ld, d, p_c, p_c, K, BLOCK)
+            keep_vector(p_w, gain, o, K)
+            add_symmetric_outer(p_new_cov, K, -1.0, p_w, p_w, K, BLOCK)
 
         tl.store(p_weights + tl.cast(t, tl.int64) * K + o, w, mask=o < K)
         tl.store(p_gain + tl.cast(t, tl.int64) * K + o, gain, mask=o < K)
         tl.store(p_s + t, s)
         advance_cross(p_cross, p_inner, p_cross, t, w, c, K, T, ld, False, SIZE, 16)
-    store_tile(p_new_cov, cov, o, o, K, K, K, 1)
+    if HOLD:
+        store_tile(p_new_cov, cov, o, o, K, K, K, 1)
     tl.debug_barrier()
     return status
 
 
 @triton.jit
 def prepare(
-    p_gram, p_c, p_r, d, along, x, p_moved, p_lower, p_inverse, p_work, ridge, again, K, ld,
-    SQUARED: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr, ROWS: tl.constexpr,
+    p_gram, p_c, p_r, d, along, x, p_moved, p_lower, p_inverse, ridge, again, K, ld,
+    SQUARED: tl.constexpr, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Factor what the next attempt solves with, and return its right-hand side before G, x.
 
@@ -226,13 +240,13 @@ def prepare(
 
 @triton.jit
 def attempt(p_gram, p_cov, p_work, x, w, inner, noise, K, ld, ROWS: tl.constexpr):
-    """What weights w would write: a = U w, s, c = a/s, g = G w, r = R δ, δ·z and δ·δ."""
+    """What weights w would write: a = U w, s, c = a/s, r = R δ = x − G w, δ·z and δ·δ."""
     a = multiply(p_work, p_cov, ld, 1, w, K, ROWS)
     g = multiply(p_work, p_gram, ld, 1, w, K, ROWS)
     s = tl.maximum(tl.sum(w * a, 0) + noise, noise)
     along = inner - tl.sum(w * x, 0)
     d = along - tl.sum(w * x, 0) + tl.sum(w * g, 0)
-    return a, s, a / s, g, x - g, along, d
+    return a, s, a / s, x - g, along, d
 
 
 @triton.jit
@@ -252,13 +266,13 @@ def search_afresh(
         d, along, s = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
         w, a, c = tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32), tl.zeros((SIZE,), tl.float32)
         for n in range(num_opt_iters):
-            target, good = prepare(p_gram, p_c, p_r, d, along, x, p_moved, p_lower, p_inverse, p_work, ridge, n > 0,
-                                   K, ld, SQUARED, BLOCK, SINGLE, ROWS)  # fmt: skip
+            target, good = prepare(p_gram, p_c, p_r, d, along, x, p_moved, p_lower, p_inverse, ridge, n > 0,
+                                   K, ld, SQUARED, BLOCK, SINGLE)  # fmt: skip
             status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
             if SQUARED:
                 target = multiply(p_work, p_moved, ld, 1, target, K, ROWS)
             w = solve_vector(p_work, p_inverse, ld, target, K, ROWS)
-            a, s, c, g, r, along, d = attempt(p_gram, p_cov, p_work, x, w, inner, noise, K, ld, ROWS)
+            a, s, c, r, along, d = attempt(p_gram, p_cov, p_work, x, w, inner, noise, K, ld, ROWS)
             holds = (s < float("inf")) & (tl.sum(w * a, 0) >= -tl.sum(tl.abs(w * a), 0) * (4.0 * EPS) * (K + T))
             status = tl.where((status == 0) & (holds == 0), IS_INDEFINITE, status)
             keep_vector(p_c, c, o, K)
@@ -274,8 +288,8 @@ def search_afresh(
     return status
 
 
-# Bytes moved: mean, cov, values and noise in, mean, cov, weights, variances and divergences out, once each, and the mean
-# and values again from the cache for the apply phase. Working memory: 3 K² + T (2 K + T + C).
+# Bytes moved: mean, cov, values and noise in, mean, cov, weights, variances and divergences out, once each, and the
+# mean and values again from the cache for the apply phase. Working memory: 3 K² + T (2 K + T + C).
 @triton.jit
 def write_kernel(
     p_mean, s_mb, s_mr, s_mc, p_cov, s_ub, s_ur, s_uc, p_values, s_zb, s_zt, s_zc,
@@ -305,7 +319,7 @@ def write_kernel(
     p_cross = p_inverse + K * ld
     p_inner = p_cross + T * ld
     p_z = p_inner + T * T
-    p_moved = p_z + T * C  # the rest only where every solve factors afresh
+    p_moved = p_z + T * C  # the rest, but for three vectors, only where every solve factors afresh
     p_row_cov = p_moved + K * ld
     p_vectors = p_row_cov + K * ld
     inner_products(p_mean, s_mr, s_mc, p_values, s_zt, s_zc, p_mask, s_kt, p_z, p_gram, p_cross, p_inner,
@@ -328,7 +342,7 @@ def write_kernel(
         tl.debug_barrier()
         status = search_in_registers(
             p_gram, p_lower, p_inverse, p_cross, p_inner, p_cov, s_ur, s_uc, p_noise, s_nt, ridge,
-            p_new_cov, p_weights, p_s, p_gain, K, T, ld, BLOCK, SIZE,
+            p_new_cov, p_weights, p_s, p_gain, p_moved, K, T, ld, BLOCK, SIZE, ROWS, SIZE <= 64,
         )  # fmt: skip
         status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
     tl.store(p_info + i_b, status)
@@ -438,7 +452,7 @@ def search_backward_kernel(
         w = tl.load(p_weights + tl.cast(t, tl.int64) * s_wt + o * s_wk, mask=o < K, other=0.0)
         noise = tl.load(p_noise + tl.cast(t, tl.int64) * s_nt)
         inner = tl.load(p_inner + tl.cast(t, tl.int64) * (T + 1))
-        a, s, c, g, r, along, d = attempt(p_gram, p_row_cov, p_vector, x, w, inner, noise, K, ld, ROWS)
+        a, s, c, r, along, d = attempt(p_gram, p_row_cov, p_vector, x, w, inner, noise, K, ld, ROWS)
         tl.store(p_d + t, d)
         keep_vector(p_a + row, a, o, K)
         keep_vector(p_c + row, c, o, K)
@@ -466,14 +480,14 @@ def search_backward_kernel(
             for n in range(num_opt_iters):
                 if n + 1 < num_opt_iters:
                     p_before = p_made + (n - 1) * (3 * ld + 16)
-                    target, _ = prepare(p_gram, p_before + ld, p_before + 2 * ld, moved_d, along, x, p_moved, p_lower,
-                                        p_inverse, p_vector, ridge, n > 0, K, ld, SQUARED, BLOCK, SINGLE, ROWS)  # fmt: skip
+                    target, _ = prepare(p_gram, p_before + ld, p_before + 2 * ld, moved_d, along, x, p_moved,
+                                        p_lower, p_inverse, ridge, n > 0, K, ld, SQUARED, BLOCK, SINGLE)  # fmt: skip
                     if SQUARED:
                         target = multiply(p_vector, p_moved, ld, 1, target, K, ROWS)
                     tried = solve_vector(p_vector, p_inverse, ld, target, K, ROWS)
                 else:
                     tried = w
-                a, s, c, g, r, along, moved_d = attempt(p_gram, p_row_cov, p_vector, x, tried, inner, noise, K, ld, ROWS)
+                a, s, c, r, along, moved_d = attempt(p_gram, p_row_cov, p_vector, x, tried, inner, noise, K, ld, ROWS)
                 p_now = p_made + n * (3 * ld + 16)
                 keep_vector(p_now, tried, o, K)
                 keep_vector(p_now + ld, c, o, K)
@@ -533,8 +547,7 @@ def search_backward_kernel(
                 if n > 0:
                     before_along, before_d = tl.load(p_before + 3 * ld + 1), tl.load(p_before + 3 * ld + 2)
                 target, good = prepare(p_gram, p_before + ld, p_before + 2 * ld, before_d, before_along, x, p_moved,
-                                       p_lower, p_inverse, p_vector, ridge, n > 0, K, ld, SQUARED, BLOCK, SINGLE,
-                                       ROWS)  # fmt: skip
+                                       p_lower, p_inverse, ridge, n > 0, K, ld, SQUARED, BLOCK, SINGLE)  # fmt: skip
                 v = solve_vector(p_vector, p_inverse, ld, w_bar, K, ROWS)
                 v = tl.where(good, v, float("nan"))
                 to_ridge -= tl.sum(v * w, 0)
@@ -606,7 +619,11 @@ def in_registers(rows: int, num_opt_iters: int, squared_gram: bool) -> bool:
 def sizes(rows: int) -> dict[str, int]:
     """A vector of ``rows``, and the rows of a matrix that are multiplied with it at once."""
     size = max(16, triton.next_power_of_2(rows))
-    return {"SIZE": size, "ROWS": max(1, 4096 // size) if size > 64 else 16}
+    return {"SIZE": size, "ROWS": min(16, 2048 // size)}
+
+
+def search_warps(rows: int) -> dict[str, int]:
+    return warps(4 if rows <= 32 else 8, 255)
 
 
 @implements("write")
@@ -631,7 +648,7 @@ def write_launcher(mean, cov, values, noise_var, ridge, num_opt_iters, squared_g
         *of_mean, cov, *cov.stride(), *of_values, *noise, *seen, ridge, *ridge.stride(),
         new_mean, new_cov, weights, s, kl, log_evidence, info, gain, energy, work, work.stride(0),
         K, C, T, ld, tiles, num_opt_iters, AFRESH=afresh, APPLY=fused, SQUARED=squared_gram,
-        **shared, **sizes(K), **{**square(K), **warps(4 if K <= 64 or afresh else 16)},
+        **shared, **sizes(K), **{**square(K), **search_warps(K)},
     )  # fmt: skip
     if not fused:
         ticket = torch.zeros(B, dtype=torch.int32, device=mean.device)
@@ -664,7 +681,7 @@ def write_backward(
             to_weights, weights if grad_weights is None else grad_weights, *strides(grad_weights, 3),
             to_mean, to_cov, to_values, to_noise, to_ridge, work, work.stride(0), K, C, T, ld, num_opt_iters,
             MASKED=mask is not None, WITH_WEIGHTS=grad_weights is not None, SQUARED=squared_gram,
-            **square(K), **sizes(K),
+            **{**square(K), **search_warps(K)}, **sizes(K),
         )  # fmt: skip
     return to_mean, to_cov, to_values, to_noise, to_ridge
 

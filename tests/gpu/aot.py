@@ -114,7 +114,9 @@ def _nvidia(compiled, target: str, warps: int) -> Built:
         file.flush()
 
         def tool(name, *options):
-            return subprocess.run([TOOLS / name, *options, file.name], capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                [TOOLS / name, *options, file.name], capture_output=True, text=True, check=True
+            ).stdout
 
         usage, text = tool("cuobjdump", "-res-usage"), tool("nvdisasm", "-c")
     registers = int(re.search(r"REG:(\d+)", usage)[1])

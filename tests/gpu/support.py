@@ -60,7 +60,6 @@ class Kernels(NamedTuple):
             bound = 2 * (worst + 4 * torch.finfo(torch.float32).eps * scale)
             assert wrong <= bound, f"{name}: error {wrong:.3g} exceeds {bound:.3g}"
 
-
     def _own_gradients(self, operation: str, p: Problem, given: dict[str, Tensor], seed: int, **options):
         """The reference's in float32 with the rows of the memory in another order: one draw of its rounding."""
         rows = p.state.mean.shape[1]

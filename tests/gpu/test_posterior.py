@@ -4,10 +4,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gpu.support import SHAPES
 from oracle import batched, map_tensors, poisoned, problem
 
 from fastkm import update_posterior
+from gpu.support import SHAPES
 
 PRECISIONS = ["ieee", "tf32x3"]  # one pattern after the other, and the block form
 

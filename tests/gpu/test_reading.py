@@ -5,10 +5,10 @@ import functools
 import oracle
 import pytest
 import torch
-from gpu.support import SHAPES
 from oracle import batched, map_tensors, poisoned, problem
 
 import fastkm
+from gpu.support import SHAPES
 
 # Queries over tiles, of few memories.
 SHAPES = [*SHAPES[1:3], (2, 1, 67, 40, 70)]

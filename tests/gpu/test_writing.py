@@ -6,10 +6,10 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from gpu.support import SHAPES
 from oracle import batched, map_tensors, poisoned, problem
 
 from fastkm import write
+from gpu.support import SHAPES
 
 WAYS = [{}, {"num_opt_iters": 2}, {"method": "deepmind"}]
 
