@@ -1,5 +1,5 @@
-// Bugs of the kinds a GPU hides, one at a time, for the checkers to find: planted BUG, by its number on the command line.
-// 0 is the same code without one.
+// Bugs of the kinds a GPU hides, one at a time, for the checkers to find: planted BUG, by its number on the command
+// line. 0 is the same code without one.
 #include <cstdio>
 #include <cstdlib>
 

@@ -116,8 +116,8 @@ void run(int64_t B, int64_t T, int64_t Q, int64_t K, int64_t C, bool masked, int
 
   Array prior_mean(B, K, C), prior_cov(B, K, K), distance(B), to_prior_mean(B, K, C), to_prior_cov(B, K, K);
   prior_mean.draw(0.3f), prior_cov.diagonal(2);
-  MatrixNormalArgs<float> normal{K,           C, mean.read(), cov.read(), prior_mean.read(), prior_cov.read(), distance.data,
-                                 info.data()};
+  MatrixNormalArgs<float> normal{
+      K, C, mean.read(), cov.read(), prior_mean.read(), prior_cov.read(), distance.data, info.data()};
   expect("kl_memory", cuda::kl_memory(normal, B, context), {&distance});
   MatrixNormalGrads<float> normal_grads{
       {ridge.data, {1, 0, 0}}, to_mean.batch(), to_cov.batch(), to_prior_mean.batch(), to_prior_cov.batch()};
