@@ -15,6 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
+FORMATTED := $(SOURCES) $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
 .PHONY: help setup bench study gpu kernels test lint format readme clean distclean
 
@@ -44,12 +45,12 @@ lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(SOURCES),$(BIN)/clang-format --dry-run -Werror $(SOURCES))
+	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
 
 format: setup ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
 
 readme: bench ## fill the tables of README.md from the code and a run of the benchmark
 	$(BIN)/python tools/update_readme.py

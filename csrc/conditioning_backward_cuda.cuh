@@ -10,11 +10,11 @@ namespace fastkm {
 namespace {
 
 struct Conditioned : Chunk {
-  float *w_bar;                      // [count, width], cotangent of w
+  float* w_bar;                      // [count, width], cotangent of w
   float *given, *gain;               // rows [count, width]: cotangent of V = W U, and G = L⁻¹ V
-  float *cov_bar;                    // [width, width]
+  float* cov_bar;                    // [width, width]
   float *delta, *values_bar;         // [count, columns]
-  float *state;                      // R [K, columns], working copy
+  float* state;                      // R [K, columns], working copy
   float *all_c, *all_delta, *all_s;  // of every pattern
 
   float noise_bar[kChunk], pivot_bar[kChunk], energy_bar[kChunk];
@@ -59,10 +59,10 @@ __device__ void move_state(Conditioned& chunk, const float* delta, float factor)
     chunk.gain[n] = chunk.c[n] * sqrtf(chunk.s[n / chunk.width]);
   __syncthreads();
   product<kEither, 64, 64>(chunk.K, chunk.C, chunk.count, Side{chunk.c, 1, chunk.width}, Side{delta, 1, chunk.columns},
-                              chunk, false, [&](int i, int j, const auto& sums) {
-                                float* const at = chunk.state + int64_t(i) * chunk.columns + j;
-                                put_sum(at, at, 1, factor, sums, chunk.C - j);
-                              });
+                           chunk, false, [&](int i, int j, const auto& sums) {
+                             float* const at = chunk.state + int64_t(i) * chunk.columns + j;
+                             put_sum(at, at, 1, factor, sums, chunk.C - j);
+                           });
   add_outer(chunk.cov, chunk.width, -factor, chunk.count, chunk.gain, chunk.gain);
   __syncthreads();
 }
@@ -116,7 +116,8 @@ __device__ inline float value_or_zero(const Batch<const float>& from, int64_t b,
   return from.data ? *element(from, b, t) : 0;
 }
 
-// From the cotangents of a pattern's s, KL and log-likelihood to those of its pivot s, energy ‖E_t‖² and σ², a warp a pattern.
+// From the cotangents of a pattern's s, KL and log-likelihood to those of its pivot s, energy ‖E_t‖² and σ², a warp a
+// pattern.
 __device__ void pattern_cotangents(Conditioned& chunk, const PosteriorGrads<float>& grads, int64_t b, int64_t first) {
   const int lane = threadIdx.x % 32;
   for (int t = threadIdx.x / 32; t < chunk.count; t += kWarps) {
@@ -133,8 +134,7 @@ __device__ void pattern_cotangents(Conditioned& chunk, const PosteriorGrads<floa
     chunk.pivot_bar[t] = chunk.energy_bar[t] = 0;
     chunk.noise_bar[t] = of_s;
     if (!chunk.seen[t]) continue;
-    const float of_pivot =
-        of_s + 0.5f * (of_kl * (C * (s - noise) + energy * noise) / (s * s) - of_evidence * C / s);
+    const float of_pivot = of_s + 0.5f * (of_kl * (C * (s - noise) + energy * noise) / (s * s) - of_evidence * C / s);
     if (s > noise) chunk.pivot_bar[t] = of_pivot;
     chunk.energy_bar[t] = 0.5f * (of_kl * (1 - noise / s) - of_evidence);
     chunk.noise_bar[t] = (s > noise ? 0 : of_pivot) + 0.5f * of_kl * (C * (1 / s - 1 / noise) - energy / s);
@@ -144,8 +144,8 @@ __device__ void pattern_cotangents(Conditioned& chunk, const PosteriorGrads<floa
 
 // S̄ from the cotangent of its factor, both of one chunk: S̄ = L⁻ᵀ Φ(Lᵀ L̄) L⁻¹, symmetric, and S̄ L beside it.
 __device__ void factor_backward(Conditioned& chunk) {
-  float(&bar)[kChunk][kChunk] = chunk.square[0], (&halved)[kChunk][kChunk] = chunk.square[1];
-  float(&by_root)[kChunk][kChunk] = chunk.square[2];
+  float (&bar)[kChunk][kChunk] = chunk.square[0], (&halved)[kChunk][kChunk] = chunk.square[1];
+  float (&by_root)[kChunk][kChunk] = chunk.square[2];
   const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk, count = chunk.count;
   static_assert(kThreads == kChunk * kChunk, "a thread an entry");
   const bool inside = i < count && j < count;
@@ -193,16 +193,15 @@ __device__ void condition_backward(Conditioned& chunk, const Side& mean_bar, con
 
   // Through the state.
   product<kEither, 16, 128>(count, K, C, Side{chunk.delta, columns, 1}, mean_bar, chunk, false,
-                               [&](int i, int j, const auto& sums) { put(chunk.row(chunk.given, i) + j, sums, K - j); });
+                            [&](int i, int j, const auto& sums) { put(chunk.row(chunk.given, i) + j, sums, K - j); });
   product<kExact, 16, 128>(count, K, K, Side{chunk.gain, width, 1}, Side{chunk.cov_bar, width, 1}, chunk, false,
-                          [&](int i, int j, const auto& sums) {
-                            float* const at = chunk.row(chunk.given, i) + j;
-                            put_sum(at, at, 1, -2, sums, K - j);
-                          });
-  product<kEither, 16, 128>(count, C, K, Side{chunk.gain, width, 1}, Side{mean_bar.data, mean_bar.inner, mean_bar.outer},
-                               chunk, false, [&](int i, int j, const auto& sums) {
-                                 put(chunk.values_bar + i * columns + j, sums, C - j);
-                               });
+                           [&](int i, int j, const auto& sums) {
+                             float* const at = chunk.row(chunk.given, i) + j;
+                             put_sum(at, at, 1, -2, sums, K - j);
+                           });
+  product<kEither, 16, 128>(
+      count, C, K, Side{chunk.gain, width, 1}, Side{mean_bar.data, mean_bar.inner, mean_bar.outer}, chunk, false,
+      [&](int i, int j, const auto& sums) { put(chunk.values_bar + i * columns + j, sums, C - j); });
 
   // Through the whitening.
   solve_transposed(chunk, chunk.given, width, K, nullptr);
@@ -229,15 +228,15 @@ __device__ void condition_backward(Conditioned& chunk, const Side& mean_bar, con
   }
   __syncthreads();
   product<kExact, 16, 128>(count, K, K, Side{chunk.given, width, 1}, Side{chunk.cov, width, 1}, chunk, false,
-                          [&](int i, int j, const auto& sums) {
-                            float* const at = chunk.row(chunk.w_bar, i) + j;
-                            put_sum(at, at, 1, 1, sums, K - j);
-                          });
+                           [&](int i, int j, const auto& sums) {
+                             float* const at = chunk.row(chunk.w_bar, i) + j;
+                             put_sum(at, at, 1, 1, sums, K - j);
+                           });
   product<kEither, 16, 128>(count, K, C, Side{chunk.values_bar, columns, 1}, Side{chunk.state, columns, 1}, chunk,
-                               false, [&](int i, int j, const auto& sums) {
-                                 float* const at = chunk.row(chunk.w_bar, i) + j;
-                                 put_sum(at, at, 1, -1, sums, K - j);
-                               });
+                            false, [&](int i, int j, const auto& sums) {
+                              float* const at = chunk.row(chunk.w_bar, i) + j;
+                              put_sum(at, at, 1, -1, sums, K - j);
+                            });
 }
 
 // Back to the state before a chunk, with what conditioning on it left.

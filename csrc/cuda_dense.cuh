@@ -333,8 +333,8 @@ struct SliceLoader {
   }
 };
 
-// How a product is compiled: for exact float32, for tensor cores (refined or not, as the block's precision says), or for
-// both, where a kernel is too large to be compiled twice.
+// How a product is compiled: for exact float32, for tensor cores (refined or not, as the block's precision says), or
+// for both, where a kernel is too large to be compiled twice.
 enum Rounding { kExact, kTensor, kEither };
 
 // What one thread holds of a tile, and how slices [kSlice, kRows] and [kSlice, kColumns] are added to it: on the cores
@@ -431,12 +431,12 @@ struct TileOf<kTensor, kRows, kColumns> {
   using Type = TensorTile<kRows, kColumns>;
 };
 
-// One tile of C = A Bᵀ in the sense of sides: C(i, j) = Σ A(i, k) B(j, k) for rows from i0 and columns from j0 on, given
-// to `store` a few neighbouring columns at a time; rows are inside, columns may reach past `columns`. A slice is fetched
-// while the one before it is multiplied. Ends without a barrier; the stage is free after the next one.
+// One tile of C = A Bᵀ in the sense of sides: C(i, j) = Σ A(i, k) B(j, k) for rows from i0 and columns from j0 on,
+// given to `store` a few neighbouring columns at a time; rows are inside, columns may reach past `columns`. A slice is
+// fetched while the one before it is multiplied. Ends without a barrier; the stage is free after the next one.
 template <Rounding kRounding, int kRows, int kColumns, class A, class B, class Store>
-__device__ __forceinline__ void product_tile(int i0, int j0, int rows, int columns, int length, const A& a, const B& b, Block& block,
-                             const Store& store) {
+__device__ __forceinline__ void product_tile(int i0, int j0, int rows, int columns, int length, const A& a, const B& b,
+                                             Block& block, const Store& store) {
   constexpr int kLdA = SliceLoader<kRows>::kLd, kLdB = SliceLoader<kColumns>::kLd;
   float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
   typename TileOf<kRounding, kRows, kColumns>::Type tile;
@@ -462,8 +462,8 @@ __device__ __forceinline__ void product_tile(int i0, int j0, int rows, int colum
 
 // All of C. With `lower`, tiles wholly above the diagonal are left out.
 template <Rounding kRounding, int kRows, int kColumns, class A, class B, class Store>
-__device__ __forceinline__ void product(int rows, int columns, int length, const A& a, const B& b, Block& block, bool lower,
-                        const Store& store) {
+__device__ __forceinline__ void product(int rows, int columns, int length, const A& a, const B& b, Block& block,
+                                        bool lower, const Store& store) {
   if constexpr (kRounding == kEither) {
     if (block.precision == kIeee)
       product<kExact, kRows, kColumns>(rows, columns, length, a, b, block, lower, store);
@@ -508,7 +508,8 @@ __device__ void add_outer_part(float* m, int first, int end, int ld, float facto
   }
 }
 
-__device__ FASTKM_OUT_OF_LINE inline void add_outer(float* m, int width, float factor, int count, const float* x, const float* y) {
+__device__ FASTKM_OUT_OF_LINE inline void add_outer(float* m, int width, float factor, int count, const float* x,
+                                                    const float* y) {
   add_outer_part<false>(m, 0, width, width, factor, count, x, y);
 }
 

@@ -6,8 +6,8 @@
 namespace fastkm {
 
 template <class T, class Place>
-PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
-                                const std::optional<Tensor>& mask, int64_t precision) {
+PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
+                                const Tensor& noise_var, const std::optional<Tensor>& mask, int64_t precision) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   const int64_t values_type = place.expect_codes(values, "values", {B, patterns, C}, mean);

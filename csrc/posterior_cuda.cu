@@ -3,8 +3,8 @@
 // Factor, chunk of 16 patterns by chunk:   V = W U   S = V Wᵀ + diag(σ²) = L Lᵀ   G = L⁻¹ V   U ← U − Gᵀ G
 // Apply, on a tile of columns of R that stays on chip through all chunks:   E = L⁻¹ (Z − W R)   R ← R + Gᵀ E
 //
-// One launch does both up to K = 128; where memories alone do not fill the chip, several blocks share one, each with the
-// factor phase for itself and some of the tiles. Beyond, the factor phase is a launch of its own.
+// One launch does both up to K = 128; where memories alone do not fill the chip, several blocks share one, each with
+// the factor phase for itself and some of the tiles. Beyond, the factor phase is a launch of its own.
 #include "cuda_dense.cuh"
 
 namespace fastkm {
@@ -75,8 +75,7 @@ __host__ __device__ void lay_out(Update& block, Space& space, const PosteriorArg
     block.cov = space.take(int64_t(block.width) * block.width);
   }
   if (plan.factor && plan.apply)
-    block.own = {space.take(block.T * block.width), space.take(block.chunks * kChunk * kChunk),
-                      space.take(block.T)};
+    block.own = {space.take(block.T * block.width), space.take(block.chunks * kChunk * kChunk), space.take(block.T)};
 }
 
 __device__ bool seen(const PosteriorArgs<float>& args, int64_t b, int64_t t) {
@@ -117,10 +116,11 @@ __device__ void factor(Update& block, const PosteriorArgs<float>& args, int64_t 
 
     // V = W U, of which the padding is that of U, and S.
     const Side weights{block.weights, width, 1}, projected{block.projected, width, 1};
-    product<kExact, 16, 128>(kChunk, width, K, weights, Side{block.cov, width, 1}, block, false,
-                            [&](int i, int j, const auto& sums) { put(block.projected + i * width + j, sums, width - j); });
+    product<kExact, 16, 128>(
+        kChunk, width, K, weights, Side{block.cov, width, 1}, block, false,
+        [&](int i, int j, const auto& sums) { put(block.projected + i * width + j, sums, width - j); });
     product<kExact, 16, 128>(kChunk, kChunk, K, projected, weights, block, false,
-                            [&](int i, int j, const auto& sums) { put(block.predictive[i] + j, sums, kChunk - j); });
+                             [&](int i, int j, const auto& sums) { put(block.predictive[i] + j, sums, kChunk - j); });
     if (threadIdx.x < kChunk) {
       float& variance = block.predictive[threadIdx.x][threadIdx.x];
       variance += block.noise[threadIdx.x];
@@ -277,9 +277,10 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(PosteriorArgs<float
 }
 
 template <Rounding kRounding, int kColumns>
-const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
-  plan.workspace = measure<Update>(
-      device, [&](Update& head, Space& space) { lay_out<kColumns>(head, space, args, plan); });
+const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, Plan plan,
+                  cuda::Context& context) {
+  plan.workspace =
+      measure<Update>(device, [&](Update& head, Space& space) { lay_out<kColumns>(head, space, args, plan); });
   const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);

@@ -17,7 +17,7 @@ struct Sums {
 struct Reverse : Addressed {
   int columns;  // C in whole vectors
   Sums sums;
-  float* solutions;  // w₁, y₁, y₂, … [n, width, kQueries]
+  float* solutions;                              // w₁, y₁, y₂, … [n, width, kQueries]
   float *weights, *cotangent, *solved, *target;  // [width, kQueries]
 };
 
@@ -59,10 +59,10 @@ template <Rounding kRounding, class Other>
 __device__ void accumulate(Reverse& block, float* m, int columns, int ld, float sign, const float* x,
                            const Other& other, int count) {
   product<kRounding, 64, 64>(block.K, columns, count, Side{x, kLdQueries, 1}, other, block, false,
-                              [&](int i, int j, const auto& sums) {
-                                float* const at = m + int64_t(i) * ld + j;
-                                put_sum(at, at, 1, sign, sums, columns - j);
-                              });
+                             [&](int i, int j, const auto& sums) {
+                               float* const at = m + int64_t(i) * ld + j;
+                               put_sum(at, at, 1, sign, sums, columns - j);
+                             });
 }
 
 // Σ of the products of entries of two tiles.
@@ -143,10 +143,9 @@ __device__ void tile_backward(Reverse& block, const ReadingArgs<float>& args, co
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
   accumulate<kEither>(block, block.sums.mean, C, block.columns, 1, projected, transposed(queries), count);
-  product<kEither, 64, 64>(count, C, K, Side{projected, 1, kLdQueries}, transposed(mean), block, false,
-                              [&](int q, int c, const auto& sums) {
-                                put(element(grads.to_queries, b, first + q, c), sums, C - c);
-                              });
+  product<kEither, 64, 64>(
+      count, C, K, Side{projected, 1, kLdQueries}, transposed(mean), block, false,
+      [&](int q, int c, const auto& sums) { put(element(grads.to_queries, b, first + q, c), sums, C - c); });
 }
 
 // m ← m + mᵀ
@@ -194,18 +193,17 @@ __device__ void gram_backward(Reverse& block, const ReadingArgs<float>& args, co
   add_transpose(sums.solved, K, width);
   if (args.squared_gram) {
     product<kExact, 64, 64>(K, K, K, Side{sums.solved, width, 1}, Side{block.gram, width, 1}, block, false,
-                           [&](int i, int j, const auto& values) {
-                             float* const at = sums.target + int64_t(i) * width + j;
-                             put_sum(at, at, 1, 1, values, K - j);
-                           });
+                            [&](int i, int j, const auto& values) {
+                              float* const at = sums.target + int64_t(i) * width + j;
+                              put_sum(at, at, 1, 1, values, K - j);
+                            });
     add_transpose(sums.target, K, width);
   }
   const Side gram{args.squared_gram ? sums.target : sums.solved, width, 1};
-  product<kExact, 64, 64>(K, C, K, gram, transposed(side_of(args.mean, b)), block, false,
-                         [&](int i, int j, const auto& values) {
-                           put_sum(element(grads.to_mean, b, i, j), sums.mean + int64_t(i) * block.columns + j, 1, 1,
-                                   values, C - j);
-                         });
+  product<kExact, 64, 64>(
+      K, C, K, gram, transposed(side_of(args.mean, b)), block, false, [&](int i, int j, const auto& values) {
+        put_sum(element(grads.to_mean, b, i, j), sums.mean + int64_t(i) * block.columns + j, 1, 1, values, C - j);
+      });
   if (threadIdx.x == 0) grads.to_ridge[b] = static_cast<float>(*reinterpret_cast<double*>(sums.ridge));
 }
 
@@ -238,10 +236,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (args.squared_gram) fill_zero(block.sums.target, area);
     __syncthreads();
     for (int64_t first = share * kQueries; first < args.Q; first += plan.blocks_each * kQueries)
-      tile_backward(block, args, grads, b, first,
-                                static_cast<int>(min(int64_t(kQueries), args.Q - first)));
-    if (plan.blocks_each == 1 ||
-        last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_each), block)) {
+      tile_backward(block, args, grads, b, first, static_cast<int>(min(int64_t(kQueries), args.Q - first)));
+    if (plan.blocks_each == 1 || last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_each), block)) {
       gather(block, args, plan, b);
       gram_backward(block, args, grads, b);
     }
@@ -251,15 +247,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 const char* start(const Device& device, const ReadingArgs<float>& args, const ReadingGrads<float>& grads, int64_t B,
                   Plan plan, cuda::Context& context) {
-  plan.workspace =
-      measure<Reverse>(device, [&](Reverse& head, Space& space) { lay_out(head, space, args, plan); });
+  plan.workspace = measure<Reverse>(device, [&](Reverse& head, Space& space) { lay_out(head, space, args, plan); });
   // Blocks that share a memory leave their sums to the last of them, so none may go on to another item.
   const int64_t items = B * plan.blocks_each;
   const int64_t blocks = plan.blocks_each > 1 ? items : min(items, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(read_backward_kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args,
-                grads, B, plan);
+  return launch(read_backward_kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, grads, B,
+                plan);
 }
 
 }  // namespace

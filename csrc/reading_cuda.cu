@@ -14,10 +14,10 @@ struct Reader : Addressed {
 
 struct Plan {
   bool factor, answer;
-  int64_t blocks_each;          // that share the queries of one memory
-  Factors factors;              // of all memories, where they are made by another launch
-  Batch<const float> given;     // the caller's factors, or null
-  Batch<float> to_factor;       // for the caller, or null
+  int64_t blocks_each;       // that share the queries of one memory
+  Factors factors;           // of all memories, where they are made by another launch
+  Batch<const float> given;  // the caller's factors, or null
+  Batch<float> to_factor;    // for the caller, or null
   Workspace workspace;
 };
 
@@ -55,10 +55,9 @@ __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b,
   for (int n = threadIdx.x; n < count * K; n += kThreads)
     *element(args.weights, b, first + n / K, n % K) = x[n % K * kLdQueries + n / K];
   if (!args.values.data) return;
-  product<kRounding, 64, 64>(count, block.C, K, Side{x, 1, kLdQueries}, transposed(side_of(args.mean, b)), block,
-                              false, [&](int q, int c, const auto& sums) {
-                                put(element(args.values, b, first + q, c), sums, block.C - c);
-                              });
+  product<kRounding, 64, 64>(
+      count, block.C, K, Side{x, 1, kLdQueries}, transposed(side_of(args.mean, b)), block, false,
+      [&](int q, int c, const auto& sums) { put(element(args.values, b, first + q, c), sums, block.C - c); });
 }
 
 // Bytes of the factor phase: R is read once for its Gram matrix, the least possible.
@@ -95,8 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2) read_kernel(ReadingArgs<float> ar
 
 template <Rounding kRounding>
 const char* start(const Device& device, const ReadingArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
-  plan.workspace =
-      measure<Reader>(device, [&](Reader& head, Space& space) { lay_out(head, space, args, plan); });
+  plan.workspace = measure<Reader>(device, [&](Reader& head, Space& space) { lay_out(head, space, args, plan); });
   const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);

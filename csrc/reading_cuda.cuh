@@ -6,8 +6,8 @@
 namespace fastkm {
 namespace {
 
-constexpr int kQueries = 64;    // a tile; rows of its matrices [K, kQueries] are `kLdQueries` apart
-constexpr int kLdQueries = 68;  // so that queries written out pattern by pattern meet fewer banks twice
+constexpr int kQueries = 64;     // a tile; rows of its matrices [K, kQueries] are `kLdQueries` apart
+constexpr int kLdQueries = 68;   // so that queries written out pattern by pattern meet fewer banks twice
 constexpr int kFusedRows = 128;  // the most rows of a memory whose queries are answered where it is factored
 
 // Factors of all memories, where another launch made them.
@@ -67,9 +67,8 @@ __device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>&
   });
   if (args.squared_gram) {
     const Side side{gram, width, 1};
-    product<kExact, 64, 64>(K, K, K, side, side, block, true, [&](int i, int j, const auto& sums) {
-      put(a.data + int64_t(i) * width + j, sums, K - j);
-    });
+    product<kExact, 64, 64>(K, K, K, side, side, block, true,
+                            [&](int i, int j, const auto& sums) { put(a.data + int64_t(i) * width + j, sums, K - j); });
   }
   for (int i = threadIdx.x; i < K; i += kThreads) a.data[int64_t(i) * (width + 1)] += block.ridge;
   __syncthreads();
@@ -109,13 +108,14 @@ __device__ void project(Addressed& block, const ReadingArgs<float>& args, int64_
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
   product<kRounding, 64, 64>(block.K, count, block.C, side_of(args.mean, b), queries, block, false,
-                              [&](int k, int q, const auto& sums) { put(x + k * kLdQueries + q, sums, kQueries - q); });
+                             [&](int k, int q, const auto& sums) { put(x + k * kLdQueries + q, sums, kQueries - q); });
 }
 
 // y = G x
 __device__ inline void multiply_gram(Addressed& block, const float* x, float* y, int count) {
   product<kExact, 64, 64>(block.K, count, block.K, Side{block.gram, block.width, 1}, Side{x, 1, kLdQueries}, block,
-                         false, [&](int k, int q, const auto& sums) { put(y + k * kLdQueries + q, sums, kQueries - q); });
+                          false,
+                          [&](int k, int q, const auto& sums) { put(y + k * kLdQueries + q, sums, kQueries - q); });
 }
 
 // Which memory's factor the block works with: of another launch, or its own.

@@ -33,7 +33,8 @@ __host__ __device__ inline void take_attempts(Attempts& attempts, Space& space, 
 }
 
 // M += factor / 2 · (x yᵀ + y xᵀ)
-__device__ FASTKM_OUT_OF_LINE inline void add_symmetric(float* m, int size, int width, float factor, const float* x, const float* y) {
+__device__ FASTKM_OUT_OF_LINE inline void add_symmetric(float* m, int size, int width, float factor, const float* x,
+                                                        const float* y) {
   for (int64_t n = threadIdx.x; n < int64_t(size) * size; n += kThreads) {
     const int64_t i = n / size, j = n % size;
     m[i * width + j] += 0.5f * factor * (x[i] * y[j] + y[i] * x[j]);

@@ -52,7 +52,7 @@ __host__ __device__ void lay_out(Reverse& chunk, Space& space, const WritingArgs
 __device__ void search_backward(Reverse& chunk) {
   const int K = chunk.K, width = chunk.width;
   const float ridge = chunk.ridge;
-  float(&of)[6][2 * kChunk] = chunk.dot;
+  float (&of)[6][2 * kChunk] = chunk.dot;
   for (int n = threadIdx.x; n < kChunk * kChunk; n += kThreads) chunk.inner_bar[n / kChunk][n % kChunk] = 0;
   fill_zero(chunk.x_bar, kChunk * width);
   fill_zero(chunk.v, kChunk * width);
@@ -89,8 +89,8 @@ __device__ void search_backward(Reverse& chunk) {
         cov_c += 0.5f * (chunk.a_bar[at] * of[4][j] + chunk.w[at] * of[2][j]);
       }
       float c_bar = 2 * ridge * gram_w + 2 * d * gram_c - s * cov_c;
-      float w_bar = chunk.row(chunk.w_bar, t)[k] + 2 * ridge * gram_c -
-                    gram_cc * (chunk.row(chunk.x, t)[k] + 2 * ridge * w[k]);
+      float w_bar =
+          chunk.row(chunk.w_bar, t)[k] + 2 * ridge * gram_c - gram_cc * (chunk.row(chunk.x, t)[k] + 2 * ridge * w[k]);
       chunk.row(chunk.x_bar, t)[k] -= gram_cc * w[k];
       for (int j = 0; j < later; ++j) {
         const int at = (after + j) * width + k;
@@ -197,7 +197,7 @@ __device__ void attempt_backward(Reverse& chunk, int t, int64_t n) {
   const int K = chunk.K, width = chunk.width;
   const float *w = chunk.row(chunk.w, t), *c = chunk.row(chunk.c, t), *x = chunk.row(chunk.x, t);
   Attempts& attempts = chunk.attempts;
-  float(&of)[6][2 * kChunk] = chunk.dot;
+  float (&of)[6][2 * kChunk] = chunk.dot;
 
   // d = along − w·x + w·g,  along = Q_tt − w·x,  r = x − g,  g = G w
   multiply(chunk.of_c, width, 1, width, c, of[2]);
@@ -300,8 +300,7 @@ __device__ void search_afresh_backward(Reverse& chunk) {
       multiply(chunk.solved_x_bar, width, 1, width, c, chunk.dot[3]);
       __syncthreads();
       if (threadIdx.x == 0) chunk.of_along = chunk.dot[3][0];
-      for (int k = threadIdx.x; k < K; k += kThreads)
-        chunk.of_c[k] += chunk.attempts.along * chunk.solved_x_bar[k];
+      for (int k = threadIdx.x; k < K; k += kThreads) chunk.of_c[k] += chunk.attempts.along * chunk.solved_x_bar[k];
       __syncthreads();
     }
     restore_attempt(chunk, t, count - 1);
@@ -324,40 +323,39 @@ __device__ void codes_backward(Reverse& chunk, float* mean_bar, const Batch<floa
       chunk.delta[t * columns + k] = sum;
     }
   const Side mean{chunk.state, 1, columns};  // columns of R
-  product<kEither, 16, 128>(count, C, K, Side{chunk.x_bar, width, 1}, mean, chunk, false,
-                               [&](int i, int j, const auto& sums) {
-                                 int n = 0;
-                                 for (float sum : sums) {
-                                   const int k = j + n++;
-                                   if (k >= C) break;
-                                   sum += chunk.values_bar[i * columns + k];
-                                   for (int t = 0; t < count; ++t)
-                                     sum += (chunk.inner_bar[i][t] + chunk.inner_bar[t][i]) *
-                                            chunk.values[t * columns + k];
-                                   *element(to_values, b, first + i, k) = chunk.seen[i] ? sum : 0;
-                                 }
-                               });
+  product<kEither, 16, 128>(
+      count, C, K, Side{chunk.x_bar, width, 1}, mean, chunk, false, [&](int i, int j, const auto& sums) {
+        int n = 0;
+        for (float sum : sums) {
+          const int k = j + n++;
+          if (k >= C) break;
+          sum += chunk.values_bar[i * columns + k];
+          for (int t = 0; t < count; ++t)
+            sum += (chunk.inner_bar[i][t] + chunk.inner_bar[t][i]) * chunk.values[t * columns + k];
+          *element(to_values, b, first + i, k) = chunk.seen[i] ? sum : 0;
+        }
+      });
   if constexpr (kAfresh)
     product<kEither, 64, 64>(K, C, K, Side{chunk.gram_bar, width, 1}, mean, chunk, false,
-                                [&](int i, int j, const auto& sums) {
-                                  float* const at = mean_bar + int64_t(i) * C + j;
-                                  put_sum(at, at, 1, 2, sums, C - j);
-                                });
+                             [&](int i, int j, const auto& sums) {
+                               float* const at = mean_bar + int64_t(i) * C + j;
+                               put_sum(at, at, 1, 2, sums, C - j);
+                             });
   else
     product<kEither, 16, 128>(count, C, K, Side{chunk.v, width, 1}, mean, chunk, false,
-                                 [&](int i, int j, const auto& sums) {
-                                   float* const at = chunk.values_bar + i * columns + j;
-                                   put_sum(at, at, 1, 1, sums, C - j);
-                                 });
+                              [&](int i, int j, const auto& sums) {
+                                float* const at = chunk.values_bar + i * columns + j;
+                                put_sum(at, at, 1, 1, sums, C - j);
+                              });
   for (int term = 0; term < 3; term += kAfresh ? 2 : 1) {
     const float* const rows = term == 0 ? chunk.w : term == 1 ? chunk.v : chunk.x_bar;
     const float* const codes = term == 0 ? chunk.values_bar : term == 1 ? chunk.delta : chunk.values;
     const float factor = term == 2 ? 1 : -1;
     product<kEither, 64, 64>(K, C, count, Side{rows, 1, width}, Side{codes, 1, columns}, chunk, false,
-                                [&](int i, int j, const auto& sums) {
-                                  float* const at = mean_bar + int64_t(i) * C + j;
-                                  put_sum(at, at, 1, factor, sums, C - j);
-                                });
+                             [&](int i, int j, const auto& sums) {
+                               float* const at = mean_bar + int64_t(i) * C + j;
+                               put_sum(at, at, 1, factor, sums, C - j);
+                             });
   }
   if constexpr (kAfresh)
     for (int64_t n = threadIdx.x; n < int64_t(width) * width; n += kThreads)
@@ -421,8 +419,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <bool kAfresh>
 const char* start(const WritingArgs<float>& args, const WritingGrads<float>& grads, int64_t B, cuda::Context& context) {
   const Device device = current_device();
-  Workspace workspace =
-      measure<Reverse>(device, [&](Reverse& head, Space& space) { lay_out(head, space, args); });
+  Workspace workspace = measure<Reverse>(device, [&](Reverse& head, Space& space) { lay_out(head, space, args); });
   const int64_t blocks = min(B, resident_blocks(device, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(write_backward_kernel<kAfresh>, blocks, kThreads, workspace.shared_bytes(), context.stream, args, grads,

@@ -6,9 +6,9 @@
 namespace fastkm {
 
 template <class T, class Place>
-static WritingArgs<T> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
-                                   const Tensor& ridge, int64_t num_opt_iters, bool squared_gram,
-                                   const std::optional<Tensor>& mask, int64_t precision) {
+static WritingArgs<T> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
+                                   const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
+                                   bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
   expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
   return {.posterior = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision),

@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kThreads, 1) write_kernel(WritingArgs<float> a
         take_inner_products(chunk, chunk.system, chunk.ridge);
         copy(chunk.inverse, chunk.system, int64_t(width) * width);
         if (!invert(chunk.inverse, K, width, chunk.p, chunk)) hide_patterns(chunk);
-        product<kExact, 16, 128>(chunk.count, K, K, Side{chunk.x, width, 1}, Side{chunk.inverse, width, 1}, chunk, false,
-                                [&](int i, int j, const auto& sums) { put(chunk.row(chunk.y, i) + j, sums, K - j); });
+        product<kExact, 16, 128>(chunk.count, K, K, Side{chunk.x, width, 1}, Side{chunk.inverse, width, 1}, chunk,
+                                 false,
+                                 [&](int i, int j, const auto& sums) { put(chunk.row(chunk.y, i) + j, sums, K - j); });
         search<kFind>(chunk);
       }
       for (int64_t n = threadIdx.x; n < int64_t(chunk.count) * K; n += kThreads)
@@ -81,11 +82,11 @@ __global__ void __launch_bounds__(kThreads, 1) write_kernel(WritingArgs<float> a
       whiten(chunk);
       report(args, chunk, b, first);
       const Side mean = chunk.mean, new_mean = side_of(shared.new_mean, b);
-      product<kEither, 64, 64>(K, C, chunk.count, Side{chunk.c, 1, width}, Side{chunk.values, 1, columns}, chunk,
-                                  false, [&](int i, int j, const auto& sums) {
-                                    put_sum(const_cast<float*>(new_mean.at(i, j)), mean.at(i, j), mean.inner, 1, sums,
-                                            C - j);
-                                  });
+      product<kEither, 64, 64>(K, C, chunk.count, Side{chunk.c, 1, width}, Side{chunk.values, 1, columns}, chunk, false,
+                               [&](int i, int j, const auto& sums) {
+                                 put_sum(const_cast<float*>(new_mean.at(i, j)), mean.at(i, j), mean.inner, 1, sums,
+                                         C - j);
+                               });
       scale_rows(chunk, chunk.c);
       add_outer(chunk.cov, width, -1, chunk.count, chunk.c, chunk.c);
       if (threadIdx.x == 0) chunk.mean = side_of(shared.new_mean, b);
@@ -104,8 +105,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_kernel(WritingArgs<float> a
 template <bool kAfresh>
 const char* start(const WritingArgs<float>& args, int64_t B, cuda::Context& context) {
   const Device device = current_device();
-  Workspace workspace =
-      measure<Forward>(device, [&](Forward& head, Space& space) { lay_out(head, space, args); });
+  Workspace workspace = measure<Forward>(device, [&](Forward& head, Space& space) { lay_out(head, space, args); });
   const int64_t blocks = min(B, resident_blocks(device, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(write_kernel<kAfresh>, blocks, kThreads, workspace.shared_bytes(), context.stream, args, B, workspace);

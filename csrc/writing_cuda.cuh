@@ -15,8 +15,8 @@ namespace {
 constexpr int kChunk = 16;  // as on the CPU: small chunks round less
 static_assert(kChunk == kRoot, "a chunk is one diagonal block");
 
-// A chunk of a memory, at the start of shared memory: registers are for sums. Rows of panels are patterns, `width` long,
-// zero in the padding and where a pattern is masked; index t is a pattern, j one written before it.
+// A chunk of a memory, at the start of shared memory: registers are for sums. Rows of panels are patterns, `width`
+// long, zero in the padding and where a pattern is masked; index t is a pattern, j one written before it.
 struct Chunk : Block {
   int K, width, C, columns, count;  // width, columns: K and C in whole vectors
   float ridge;
@@ -44,7 +44,8 @@ __device__ inline float dot4(float4 x, float4 y) { return x.x * y.x + x.y * y.y 
 
 // y = M x for the rows of M; both are padded with zeros to `width`, a multiple of four. A few lanes share a row, and
 // four rows are summed at once: each exchange halves the sums a lane still holds.
-__device__ FASTKM_OUT_OF_LINE inline void multiply(const float* m, int64_t ld, int rows, int width, const float* x, float* y) {
+__device__ FASTKM_OUT_OF_LINE inline void multiply(const float* m, int64_t ld, int rows, int width, const float* x,
+                                                   float* y) {
   int lanes = 4;
   while (lanes < 32 && 4 * lanes < width) lanes *= 2;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = kThreads / lanes;
@@ -80,8 +81,8 @@ __device__ inline void clear_padding(float* m, int size, int width) {
 // ---- the inverse ---------------------------------------------------------------------------------------------------
 
 // A ← A⁻¹ in place, A symmetric positive definite [size, size], rows `width` apart, padded with zeros to width × width.
-// Sixteen rows at a time are swept: with N = L⁻¹ A₁₂ the rest loses Nᵀ N, A₁₂ becomes L⁻ᵀ N, and the block −A₁₁⁻¹; after
-// every row was swept −A⁻¹ is left. Returns whether every pivot was positive, and leaves it in the status.
+// Sixteen rows at a time are swept: with N = L⁻¹ A₁₂ the rest loses Nᵀ N, A₁₂ becomes L⁻ᵀ N, and the block −A₁₁⁻¹;
+// after every row was swept −A⁻¹ is left. Returns whether every pivot was positive, and leaves it in the status.
 __device__ inline bool invert(float* a, int size, int width, float* panel, Chunk& chunk) {
   if (threadIdx.x == 0) chunk.positive = true;
   __syncthreads();
@@ -89,7 +90,7 @@ __device__ inline bool invert(float* a, int size, int width, float* panel, Chunk
     const int count = min(kChunk, size - first);
     if (threadIdx.x < 32) factor_root(a + int64_t(first) * width + first, width, count, chunk);
     __syncthreads();
-    const float(&root)[kChunk][kChunk + 1] = chunk.root;
+    const float (&root)[kChunk][kChunk + 1] = chunk.root;
     for (int k = threadIdx.x; k < width; k += kThreads) {
       const bool swept = k >= first && k < first + count;
       float column[kChunk], solved[kChunk];
@@ -148,7 +149,7 @@ __device__ inline float inverse_terms(const Chunk& chunk, int t, int k, const fl
 __device__ inline void refine(Chunk& chunk, int t) {
   const int width = chunk.width;
   const float *x = chunk.row(chunk.x, t), *y = chunk.row(chunk.y, t);
-  float(&of)[6][2 * kChunk] = chunk.dot;
+  float (&of)[6][2 * kChunk] = chunk.dot;
   multiply(chunk.system, width, chunk.K, width, y, chunk.product);
   multiply(chunk.c, width, t, width, y, of[0]);
   multiply(chunk.w, width, t, width, y, of[1]);
@@ -201,7 +202,7 @@ __device__ inline float pivot(Chunk& chunk, int t, float explained) {
 template <Search kSearch>
 __device__ void search(Chunk& chunk) {
   const int width = chunk.width, K = chunk.K;
-  float(&of)[6][2 * kChunk] = chunk.dot;
+  float (&of)[6][2 * kChunk] = chunk.dot;
   for (int t = 0; t < chunk.count; ++t) {
     float *w = chunk.row(chunk.w, t), *c = chunk.row(chunk.c, t), *x = chunk.row(chunk.x, t);
     if (!chunk.seen[t]) {
@@ -225,8 +226,7 @@ __device__ void search(Chunk& chunk) {
       float sum = chunk.a[k];
       for (int j = 0; j < t; ++j) sum -= chunk.c[j * width + k] * (chunk.s[j] * chunk.step[t][j]);
       chunk.a[k] = sum;
-      if (kSearch != kCondition)
-        chunk.row(chunk.q, t)[k] = chunk.product[k] - inverse_terms(chunk, t, k, of[0], of[1]);
+      if (kSearch != kCondition) chunk.row(chunk.q, t)[k] = chunk.product[k] - inverse_terms(chunk, t, k, of[0], of[1]);
     }
     __syncthreads();
 
@@ -304,11 +304,9 @@ __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
     }
   });
   product<kExact, 16, 128>(chunk.count, K, chunk.C, values, mean, chunk, false,
-                               [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); });
+                           [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); });
   product<kExact, 16, 128>(chunk.count, chunk.count, chunk.C, values, values, chunk, false,
-                               [&](int i, int j, const auto& sums) {
-                                 put(chunk.inner[i] + j, sums, chunk.count - j);
-                               });
+                           [&](int i, int j, const auto& sums) { put(chunk.inner[i] + j, sums, chunk.count - j); });
 }
 
 __host__ __device__ inline void set_sizes(Chunk& chunk, const PosteriorArgs<float>& args) {
@@ -361,20 +359,18 @@ __device__ inline void hide_patterns(Chunk& chunk) {
 
 // Z to Δ, in place.
 __device__ void whiten(Chunk& chunk) {
-  product<kEither, 16, 128>(chunk.count, chunk.C, chunk.K, Side{chunk.w, chunk.width, 1},
-                               transposed(chunk.mean), chunk, false,
-                               [&](int i, int j, const auto& sums) {
-                                 float* const at = chunk.values + i * chunk.columns + j;
-                                 put_sum(at, at, 1, -1, sums, chunk.C - j);
-                               });
+  product<kEither, 16, 128>(chunk.count, chunk.C, chunk.K, Side{chunk.w, chunk.width, 1}, transposed(chunk.mean), chunk,
+                            false, [&](int i, int j, const auto& sums) {
+                              float* const at = chunk.values + i * chunk.columns + j;
+                              put_sum(at, at, 1, -1, sums, chunk.C - j);
+                            });
   substitute(chunk, chunk.values);
   __syncthreads();
 }
 
 // Rows c_t to those of the gain, c_t √s_t.
 __device__ inline void scale_rows(const Chunk& chunk, float* c) {
-  for (int n = threadIdx.x; n < chunk.count * chunk.width; n += kThreads)
-    c[n] *= sqrtf(chunk.s[n / chunk.width]);
+  for (int n = threadIdx.x; n < chunk.count * chunk.width; n += kThreads) c[n] *= sqrtf(chunk.s[n / chunk.width]);
   __syncthreads();
 }
 
