@@ -15,8 +15,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
+FORMATTED := $(SOURCES) $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench study test lint format readme clean distclean
+.PHONY: help setup bench study gpu kernels test lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,6 +32,12 @@ study: setup ## train the generative model on DATA='mnist PATH ...' and print ev
 	$(BIN)/python -m fastkm study --data $(DATA) $(ARGS)
 	$(BIN)/python tools/update_readme.py --study
 
+gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhere what can be done without one
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs nvcc, minutes
+	$(BIN)/python tools/kernel_table.py
+
 test: setup ## the tests
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -38,12 +45,12 @@ lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(if $(SOURCES),$(BIN)/clang-format --dry-run -Werror $(SOURCES))
+	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
 
 format: setup ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
 
 readme: bench ## fill the tables of README.md from the code and a run of the benchmark
 	$(BIN)/python tools/update_readme.py
@@ -69,5 +76,6 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@echo 'fastkm: installing the tools and building the package'
 	@$(PIP) 'setuptools>=77' ninja numpy
 	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
+	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0  # says 3.12 but runs on 3.11; its needs are ours
 	@$(BIN)/python -m fastkm doctor
 	@touch $@

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "cuda_kernels.h"
 #include "kernels.h"
 
 namespace fastkm {
@@ -36,7 +37,12 @@ Batch<T> batch_of(const Tensor& tensor) {
 
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes,
                    std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  const Tensor made =
+      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+#ifdef FASTKM_SIMT  // what a kernel forgets to write shall be seen
+  __builtin_memset(made.mutable_data_ptr(), 0xFF, static_cast<size_t>(made.numel()) * sizeof(float));
+#endif
+  return made;
 }
 
 template <class T>
@@ -53,21 +59,44 @@ Batch<const T> cotangent_of(const std::optional<Tensor>& grad, const char* name,
   return batch_of<const T>(*grad);
 }
 
-// Run `compute(T{})` for the dtype of the tensors.
-template <class F>
-void for_dtype(ScalarType type, const F& compute) {
-  switch (type) {
-    case ScalarType::Float: return compute(float{});
-    case ScalarType::Double: return compute(double{});
-    default: STD_TORCH_CHECK(false, "fastkm: the CPU kernels take float32 and float64");
-  }
-}
+// A launcher of cuda_kernels.h, named but not linked with until a place calls it.
+#define FASTKM_LAUNCHER(name) [](auto&... arguments) { return cuda::name(arguments...); }
 
-// Spread [0, n) over torch's threads; a memory is always computed whole by one thread, so its result does not depend
-// on the batch it sits in.
-template <class F>
-void over_threads(int64_t n, const F& compute) {
-  torch::stable::parallel_for(0, n, 1, compute);
-}
+// Where the kernels of a call run: Cpu here, Gpu in cuda_binding.h. A binding is written once for both.
+struct Cpu {
+  template <class... Tensors>
+  explicit Cpu(const Tensors&...) {}
+
+  // Run `compute(T{})` for the dtype of the tensors.
+  template <class F>
+  void for_dtype(ScalarType type, const F& compute) const {
+    switch (type) {
+      case ScalarType::Float: return compute(float{});
+      case ScalarType::Double: return compute(double{});
+      default: STD_TORCH_CHECK(false, "fastkm: the CPU kernels take float32 and float64");
+    }
+  }
+
+  // Codes may be of another type than the memory on a GPU only; the Element they are of.
+  static int64_t expect_codes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
+                              const Tensor& memory) {
+    expect(tensor, name, sizes, memory.scalar_type());
+    return kFloat32;
+  }
+  static Tensor like_codes(const Tensor& result, const Tensor&) { return result; }
+
+  // Compute `B` memories with an entry of the table, spread over torch's threads; a memory is always computed whole by
+  // one thread, so its result does not depend on the batch it sits in.
+  template <class T, class Entry, class Launcher, class... Arguments>
+  void run(int64_t B, Entry Kernels<T>::* entry, const Launcher&, const Arguments&... arguments) const {
+    const auto& compute = kernels<T>().*entry;
+    over_threads(B, [&](int64_t begin, int64_t end) { compute(arguments..., begin, end); });
+  }
+
+  template <class F>
+  static void over_threads(int64_t n, const F& compute) {
+    torch::stable::parallel_for(0, n, 1, compute);
+  }
+};
 
 }  // namespace fastkm

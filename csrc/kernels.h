@@ -1,6 +1,6 @@
 // What the CPU kernels compute, and the table through which a processor's best build of them is reached.
 //
-// No torch here: a binding (<family>_cpu.cpp) fills the arguments and calls through the table, a kernel
+// No torch here: a binding (<family>_binding.cpp) fills the arguments and calls through the table, a kernel
 // (<family>_kernel.h) does the mathematics for a range of memories. Letters as in fastkm/state.py: B memories,
 // T patterns, Q queries, K rows, C columns.
 #pragma once
@@ -24,6 +24,9 @@ struct Batch {
 // How a GPU may round the products with codes; an index into PRECISIONS of fastkm/_check.py. CPUs are always exact.
 enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 
+// What the entries of codes are, on a GPU; on a CPU they are of the memory's type.
+enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
 // The status of a memory, as fastkm/_check.py reads it.
 enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2 };
 
@@ -43,6 +46,7 @@ struct PosteriorArgs {
   T* log_evidence = nullptr;  // [B], of an update
   int32_t* info = nullptr;    // [B]
   int64_t precision = kIeee;
+  int64_t weights_type = kFloat32, values_type = kFloat32;  // Element, only on a GPU
 
   bool seen(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };
@@ -86,6 +90,7 @@ struct ReadingArgs {
   Batch<T> weights;         // [B, Q, K]
   int32_t* info = nullptr;  // [B]
   int64_t precision = kIeee;
+  int64_t queries_type = kFloat32;  // Element, only on a GPU
 };
 
 // Cotangents of what a read returns, null where zero, and those of its arguments.

@@ -1,16 +1,16 @@
 // What an update and a write have in common at the boundary: the arguments they check and the outputs they make.
 #pragma once
 
-#include "binding.h"
+#include "cuda_binding.h"
 
 namespace fastkm {
 
-template <class T>
-PosteriorArgs<T> posterior_args(const Tensor& mean, const Tensor& cov, const Tensor& values, const Tensor& noise_var,
-                                const std::optional<Tensor>& mask, int64_t precision) {
+template <class T, class Place>
+PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
+                                const Tensor& noise_var, const std::optional<Tensor>& mask, int64_t precision) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
-  expect(values, "values", {B, patterns, C}, mean.scalar_type());
+  const int64_t values_type = place.expect_codes(values, "values", {B, patterns, C}, mean);
   expect(noise_var, "noise_var", {B, patterns}, mean.scalar_type());
   if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);
   PosteriorArgs<T> args;
@@ -20,16 +20,17 @@ PosteriorArgs<T> posterior_args(const Tensor& mean, const Tensor& cov, const Ten
   args.mean = batch_of<const T>(mean);
   args.cov = batch_of<const T>(cov);
   args.values = batch_of<const T>(values);
+  args.values_type = values_type;
   args.noise_var = batch_of<const T>(noise_var);
   if (mask) args.mask = batch_of<const bool>(*mask);
   args.precision = precision;
   return args;
 }
 
-template <class T>
-Batch<const T> weights_of(const Tensor& weights, const PosteriorArgs<T>& args, const Tensor& mean) {
-  expect(weights, "weights", {mean.size(0), args.T_, args.K}, mean.scalar_type());
-  return batch_of<const T>(weights);
+template <class T, class Place>
+void take_weights(const Place& place, PosteriorArgs<T>& args, const Tensor& weights, const Tensor& mean) {
+  args.weights_type = place.expect_codes(weights, "weights", {mean.size(0), args.T_, args.K}, mean);
+  args.weights = batch_of<const T>(weights);
 }
 
 struct PosteriorOutputs {

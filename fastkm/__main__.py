@@ -1,4 +1,4 @@
-"""``python -m fastkm doctor | check | bench | train | demo | study | capabilities``."""
+"""``python -m fastkm doctor | check | bench | roofline | train | demo | study | capabilities``."""
 
 import argparse
 import sys
@@ -44,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="(default: %(default)s)")
     bench.add_argument("--output", default="results", metavar="FOLDER", help="(default: %(default)s)")
     bench.add_argument("--quick", action="store_true", help="fewer rounds of timing")
+
+    roofline = commands.add_parser("roofline", help="the time that no GPU kernel can beat, operation by operation")
+    roofline.add_argument("--batch", type=at_least(1), default=64, help="memories (default: %(default)s)")
+    roofline.add_argument("--queries", type=at_least(1), default=32, help="reads a memory (default: %(default)s)")
 
     train = commands.add_parser("train", help="train the generative model on real images; can be killed and resumed")
     train.add_argument("--data", metavar="PATH", help="mnist, or a folder or zip of PNGs (default: mnist)")

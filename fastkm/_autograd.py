@@ -72,7 +72,7 @@ def _function(operator: OpOverload, pull_back: Callable, keep: slice) -> Callabl
         def vmap(info, in_dims, *inputs):
             return _fold(run, info, in_dims, *inputs)
 
-    named = type(operator._schema.name.removeprefix("fastkm::"), (Function,), {})  # so the graph says writeBackward
+    named = type(_name(operator), (Function,), {})  # so the graph says writeBackward
 
     def run(*inputs):
         return named.apply(*inputs) if wants_gradient(inputs) or transformed() else operator(*inputs)
@@ -81,10 +81,14 @@ def _function(operator: OpOverload, pull_back: Callable, keep: slice) -> Callabl
 
 
 def _no_second_derivative(operator: OpOverload, *_):
+    backend = "triton" if operator._schema.name.startswith("fastkm_triton::") else "native"
     raise NotImplementedError(
-        f"{operator._schema.name.removeprefix('fastkm::')} has no second derivative on the native backend; "
-        "take backend='reference'"
+        f"{_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
     )
+
+
+def _name(operator: OpOverload) -> str:
+    return operator._schema.name.partition("::")[2]
 
 
 def _fold(run: Callable, info, in_dims: tuple, *inputs):

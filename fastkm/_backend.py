@@ -6,6 +6,7 @@ backend that cannot run it raises, with the reason and the remedy; nothing ever 
 
 import os
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -28,18 +29,20 @@ class Capability(NamedTuple):
 
 
 REFERENCE = Capability()
-NATIVE = Capability({"cpu": DTYPES})
+NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
+TRITON = Capability({"cuda": FLOAT32})
+ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "solve_addressing": {"reference": REFERENCE, "native": NATIVE},
-    "update_posterior": {"reference": REFERENCE, "native": NATIVE},
-    "write": {"reference": REFERENCE, "native": NATIVE},
-    "read": {"reference": REFERENCE, "native": NATIVE},
-    "attractor_read": {"reference": REFERENCE},
-    "kl_memory": {"reference": REFERENCE, "native": NATIVE},
+    "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
+    "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
-    "logdet": {"reference": REFERENCE, "native": NATIVE},
+    "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
 }
 
 
@@ -103,6 +106,11 @@ def accepted(backend: str, memory: Tensor, *inputs: Tensor) -> tuple[Tensor, ...
     if backend == "triton" or (backend == "native" and memory.is_cuda):
         return inputs
     return tuple(x if x.dtype == memory.dtype else x.to(memory.dtype) for x in inputs)
+
+
+def on_first_use(module: str, name: str) -> Callable:
+    """A function of a module that is imported by the first call: nothing imports Triton that does not run it."""
+    return lambda *arguments: getattr(import_module(module), name)(*arguments)
 
 
 def exact(reference: Callable) -> Callable:

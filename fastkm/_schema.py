@@ -10,6 +10,7 @@ may round the products with codes, as an index into ``PRECISIONS`` of
 ``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside a float32 memory.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def _(cov, grad_logdet):
 # that is both built and run by this processor and not above `limit`, and returns it.
 _libraries["fastkm"].define("select_cpu_level(int limit) -> int")
 
+# The i-th GPU architecture the CUDA kernels were compiled for, as compute capability × 10; 0 past the last.
+_libraries["fastkm"].define("cuda_architecture(int i) -> int")
+
 unavailable: str | None = _load_extension()
 # Whether the extension brings kernels for CUDA devices as well.
 has_cuda = unavailable is None and torch._C._dispatch_has_kernel_for_dispatch_key("fastkm::write", "CUDA")
+
+
+def cuda_architectures() -> list[int]:
+    """What the CUDA kernels were compiled for; later devices compile the PTX of the last."""
+    if not has_cuda:
+        return []
+    return list(iter(map(torch.ops.fastkm.cuda_architecture, itertools.count()).__next__, 0))

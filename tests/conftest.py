@@ -11,6 +11,11 @@ settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("fastkm")
 
 DTYPES = (torch.float32, torch.float64)
+KERNELS = ("simt", "interpreter", "ttsem", "aot", "gpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kernels", choices=KERNELS, help="what runs the tests of the GPU kernels; see gpu/conftest.py")
 
 
 def backend_param(*values):

@@ -287,7 +287,9 @@ def call(operation: str, p: Problem, backend: str | None, **options):
     if operation == "solve_addressing":
         return fastkm.solve_addressing(p.state.mean, p.queries, p.ridge, backend=backend, **options)
     if operation == "update_posterior":
-        return fastkm.update_posterior(p.state, p.weights, p.values, p.noise_var, mask=p.mask, backend=backend)
+        return fastkm.update_posterior(
+            p.state, p.weights, p.values, p.noise_var, mask=p.mask, backend=backend, **options
+        )
     if operation == "write":
         return fastkm.write(p.state, p.values, p.noise_var, p.ridge, mask=p.mask, backend=backend, **options)
     if operation == "read":

@@ -32,7 +32,9 @@ def as_tuple(result):
 
 
 def test_every_native_capability_is_an_operator():
-    assert {o for o, table in _backend.CAPABILITIES.items() if "native" in table} == set(OPERATORS)
+    made_of_others = {"attractor_read"}
+    native = {o for o, table in _backend.CAPABILITIES.items() if "native" in table}
+    assert native - made_of_others == set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -11,7 +11,11 @@ from fastkm.addressing import native, reference
 __all__ = ["METHODS", "solve_addressing"]
 
 METHODS = ("ridge", "deepmind")
-_RUN: dict[str, Callable] = {"reference": reference.solve_addressing, "native": native.solve_addressing}
+_RUN: dict[str, Callable] = {
+    "reference": reference.solve_addressing,
+    "native": native.solve_addressing,
+    "triton": _backend.on_first_use("fastkm.addressing.triton", "solve_addressing"),
+}
 
 
 @in_float32

@@ -1,4 +1,4 @@
-"""The compiled operator and its gradient; csrc/reading_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/reading_binding.cpp."""
 
 import torch
 

@@ -35,3 +35,14 @@ def solve_with(address: Address, mean: Tensor, queries: Tensor) -> Tensor:
 def solve_addressing(mean: Tensor, queries: Tensor, ridge: Tensor, squared_gram: bool) -> tuple[Tensor, Tensor]:
     address = factor_addressing(mean, ridge, squared_gram)
     return solve_with(address, mean, queries), address.info
+
+
+def factor_ridge(mean: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator ``factor_addressing``: the lower factor of the ridge solve, and its status."""
+    address = factor_addressing(mean, ridge, squared_gram=False)
+    return address.factor, address.info
+
+
+def solve_factored(mean: Tensor, factor: Tensor, queries: Tensor) -> Tensor:
+    """The operator of the same name: weights [B, Q, K] of queries from the factor of ``factor_ridge``."""
+    return torch.cholesky_solve(mean @ queries.mT, factor).mT

@@ -25,10 +25,14 @@ def extension() -> str:
 
 
 def cuda() -> str:
+    built = "kernels not built (no nvcc at install time, or FASTKM_CUDA=0)"
+    if architectures := _schema.cuda_architectures():
+        compiled = ", ".join(f"sm_{architecture}" for architecture in architectures)
+        built = f"kernels built for {compiled} and PTX"
     if not torch.cuda.is_available():
-        return "no device that torch can use"
+        return f"{built}; no device that torch can use"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return f"{', '.join(sorted(names))}; there are no GPU kernels in this version, the reference serves there"
+    return f"{built}; {', '.join(sorted(names))}"
 
 
 def triton() -> str:

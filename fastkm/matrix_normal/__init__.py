@@ -13,8 +13,17 @@ from fastkm.state import MemoryState
 
 __all__ = ["KroneckerCovariance", "MatrixNormal", "kl_memory", "kl_weights", "logdet"]
 
-_RUN_KL_MEMORY: dict[str, Callable] = {"reference": reference.kl_memory, "native": native.kl_memory}
-_RUN_LOGDET: dict[str, Callable] = {"reference": reference.logdet, "native": native.logdet}
+_TRITON = "fastkm.matrix_normal.triton"
+_RUN_KL_MEMORY: dict[str, Callable] = {
+    "reference": reference.kl_memory,
+    "native": native.kl_memory,
+    "triton": _backend.on_first_use(_TRITON, "kl_memory"),
+}
+_RUN_LOGDET: dict[str, Callable] = {
+    "reference": reference.logdet,
+    "native": native.logdet,
+    "triton": _backend.on_first_use(_TRITON, "logdet"),
+}
 
 
 @in_float32

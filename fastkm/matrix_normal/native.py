@@ -1,4 +1,4 @@
-"""The compiled operators and their gradients; csrc/matrix_normal_cpu.cpp."""
+"""The compiled operators and their gradients; csrc/matrix_normal_binding.cpp."""
 
 import torch
 

@@ -12,7 +12,11 @@ from fastkm.state import MemoryState
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
-_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.update_block), "native": native.update_posterior}
+_RUN: dict[str, Callable] = {
+    "reference": _backend.exact(reference.update_block),
+    "native": native.update_posterior,
+    "triton": _backend.on_first_use("fastkm.posterior.triton", "update_posterior"),
+}
 
 
 class PosteriorUpdate(NamedTuple):

@@ -1,4 +1,4 @@
-"""The compiled operator and its gradient; csrc/posterior_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/posterior_binding.cpp."""
 
 import torch
 

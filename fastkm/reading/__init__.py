@@ -13,7 +13,16 @@ from fastkm.state import MemoryState
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
-_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.read), "native": native.read}
+_RUN: dict[str, Callable] = {
+    "reference": _backend.exact(reference.read),
+    "native": native.read,
+    "triton": _backend.on_first_use("fastkm.reading.triton", "read"),
+}
+_RUN_ATTRACTOR: dict[str, Callable] = {
+    "reference": reference.attractor_read,
+    "native": native.attractor_read,
+    "triton": _backend.on_first_use("fastkm.reading.triton", "attractor_read"),
+}
 
 
 class ReadResult(NamedTuple):
@@ -124,7 +133,9 @@ def attractor_read(
         weight_var: σw² of q(w), at least 0.
         tol: stop a query once the root mean square of ``ẑ_i − ẑ_{i−1}`` over its C entries is at most ``tol``; the
             queries that are left go on.
-        backend: ``"reference"`` or None.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None. The kernels, for GPUs only, have no gradient; on a
+            GPU every backend runs all ``num_iters`` iterations and waits for nothing, so that the call can be captured
+            in a CUDA graph.
 
     Returns:
         :class:`AttractorResult`. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32;
@@ -134,6 +145,7 @@ def attractor_read(
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value, or a ``clean`` that changes
             the shape, dtype or device.
         torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
 
     Source: Wu et al., NeurIPS 2018, section 3.2 and eq. 12.
     """
@@ -148,8 +160,8 @@ def attractor_read(
         _check.non_negative("tol", tol)
     if not callable(clean):
         raise TypeError(f"clean must be a callable from codes to codes, got {type(clean).__name__}")
-    _backend.resolve("attractor_read", backend, mean, cov, queries, noise_var, ridge)
-    values, weights, energy, taken, info = reference.attractor_read(
+    backend = _backend.resolve("attractor_read", backend, mean, cov, queries, noise_var, ridge)
+    values, weights, energy, taken, info = _RUN_ATTRACTOR[backend](
         mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol
     )
     _check.factored(info, "mean meanᵀ + ridge I")

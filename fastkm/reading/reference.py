@@ -1,12 +1,15 @@
 """The specification in plain PyTorch: the literal loop through C, the loop that stays in K, and the codec's loop."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastkm import _check
-from fastkm.addressing.reference import factor_addressing, solve_addressing, solve_with
+from fastkm import _backend, _check
+from fastkm._autograd import wants_gradient
+from fastkm.addressing.reference import factor_addressing, factor_ridge, solve_addressing, solve_factored, solve_with
 from fastkm.matrix_normal.reference import kl_weights
 
 
@@ -28,14 +31,21 @@ def read(mean, queries, ridge, num_iters, squared_gram):
     return weights.mT @ mean, weights.mT, address.info
 
 
-def attractor_read(mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol):
-    """See :func:`fastkm.attractor_read`; returns (values, weights, energy, num_iters, info)."""
-    address = factor_addressing(mean, ridge, squared_gram=False)
+def attractor_read(
+    mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol, factor=factor_ridge, solve=solve_factored
+):
+    """See :func:`fastkm.attractor_read`; returns (values, weights, energy, num_iters, info).
+
+    ``factor`` and ``solve`` address the memory, the rest is the same for every backend. On a GPU nothing waits for the
+    device, so that the loop can be captured in a CUDA graph: all iterations run, those of queries that stopped for
+    nothing.
+    """
+    lower, info = factor(mean, ridge)
     code, active = queries, torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
     taken = torch.zeros_like(active, dtype=torch.int64)
     energies: list[Tensor] = []
     for i in range(num_iters):
-        new_weights = solve_with(address, mean, code)  # [B, Q, K]
+        new_weights = solve(mean, lower, code)  # [B, Q, K]
         new_values = new_weights @ mean  # [B, Q, C]
         new_energy = pattern_energy(mean, cov, code, new_weights, noise_var, ridge, weight_var)
         taken = taken + active
@@ -49,11 +59,11 @@ def attractor_read(mean, cov, queries, noise_var, ridge, clean, num_iters, weigh
             if tol is not None:
                 active = active & (moved > tol)
         energies.append(energy)
-        if i + 1 == num_iters or not active.any():
+        if i + 1 == num_iters or not (active.is_cuda or active.any()):
             break
         code = torch.where(active.unsqueeze(-1), _check.cleaned(clean(values), values), code)
     energies += [energy] * (num_iters - len(energies))
-    return values, weights, torch.stack(energies, -1), taken, address.info
+    return values, weights, torch.stack(energies, -1), taken, info
 
 
 def pattern_energy(mean, cov, code, weights, noise_var, ridge, weight_var):
@@ -68,3 +78,17 @@ def pattern_energy(mean, cov, code, weights, noise_var, ridge, weight_var):
     else:
         cost = 0.5 * (weights.square().sum(-1) / prior_var + weights.shape[-1] * (2 * math.pi * prior_var).log())
     return 0.5 * (code_size * (2 * math.pi * noise).log() + squared / noise) + cost
+
+
+def without_gradient(factor: Callable, solve: Callable) -> Callable:
+    """``attractor_read`` with operators that have no gradient: a ``clean`` that would need one is refused."""
+
+    def guarded(mean, lower, code):
+        if wants_gradient((code,)):
+            raise _backend.BackendUnavailableError(
+                "what clean returned requires a gradient, which these kernels do not have; take backend='reference', "
+                "or call attractor_read under torch.no_grad()"
+            )
+        return solve(mean, lower, code)
+
+    return partial(attractor_read, factor=factor, solve=guarded)

@@ -13,7 +13,11 @@ from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
 
-_RUN: dict[str, Callable] = {"reference": _backend.exact(reference.write_sequential), "native": native.write}
+_RUN: dict[str, Callable] = {
+    "reference": _backend.exact(reference.write_sequential),
+    "native": native.write,
+    "triton": _backend.on_first_use("fastkm.writing.triton", "write"),
+}
 
 
 class WriteResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""The compiled operator and its gradient; csrc/writing_cpu.cpp."""
+"""The compiled operator and its gradient; csrc/writing_binding.cpp."""
 
 import torch
 

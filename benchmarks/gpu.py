@@ -1,0 +1,285 @@
+"""All that can only be learnt on a machine with a GPU, in one command: `make gpu`.
+
+Builds the CUDA kernels, runs every test of the GPU kernels on the device, looks for errors with compute-sanitizer, and
+times both backends against PyTorch, each verified first. Writes gpu.json and gpu.md. Without a GPU the steps that need
+one are listed with what is missing, and everything else is done.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from fastkm import _backend, _schema
+from fastkm.cli import roofline
+from fastkm.cli.bench import LOOP, TIMED, TRAINED
+from fastkm.cli.console import markdown_table, show_table
+from fastkm.cli.episodes import Episode, build_episode
+from fastkm.cli.gradients import ALL, GRADIENT
+from fastkm.cli.images import load_images
+from fastkm.cli.machine import machine
+from fastkm.cli.measure import judge, own_error, reference_errors, verify
+from fastkm.cli.operations import Result
+from fastkm.cli.presets import PRESETS, Preset
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = "needs a GPU that torch can use; there is none here"
+QUERIES = 32
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SANITIZED = ("tests/gpu/test_posterior.py", "-k", "oracle")  # a sanitized kernel is 10 to 100 times slower
+COMPILED, BLOCK_FORM = "torch.compile", "block form"
+MODES = ("cold", "hot", "graph cold", "graph hot")
+HEADERS = ("operation", "preset", "B", "candidate", "max error", *(f"{mode} µs" for mode in MODES), "% of the bound")
+
+Step = dict[str, Any]
+
+
+class Skip(Exception):
+    """A step that cannot be done here, and why."""
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------
+
+
+def command(*words: str, **environment: str) -> str:
+    """The last lines of a command that has to succeed."""
+    done = subprocess.run(words, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-15:])
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{said}")
+    return said
+
+
+def pytest(*arguments: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "pytest", *arguments
+
+
+def build() -> str:
+    """The package as it was set up, or built again with CUDA where that has none though there is a compiler for it."""
+    if not _schema.has_cuda:
+        if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
+            raise Skip("needs nvcc; there is none here")
+        pip = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
+        command(sys.executable, *pip, FASTKM_CUDA="1")
+    told = command(sys.executable, "-m", "fastkm", "doctor")
+    return next(line for line in told.splitlines() if line.startswith("CUDA"))
+
+
+def machine_code() -> str:
+    return command(*pytest("tests/test_cuda_budgets.py"))
+
+
+def tests() -> str:
+    need_gpu()
+    return command(*pytest("tests/gpu", "--kernels=gpu"))
+
+
+def sanitize() -> str:
+    need_gpu()
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        raise Skip("needs compute-sanitizer of the CUDA toolkit; there is none here")
+    said = []
+    for tool in SANITIZER_TOOLS:
+        check = (sanitizer, "--tool", tool, "--error-exitcode", "1", "--target-processes", "all")
+        # PyTorch's allocator hands out pieces of large blocks; without it the sanitizer sees where each tensor ends.
+        command(*check, *pytest(*SANITIZED, "--kernels=gpu"), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        said.append(f"{tool}: no errors")
+    return "; ".join(said)
+
+
+def need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise Skip(NO_GPU)
+
+
+def attempt(name: str, work: Callable[[], str]) -> Step:
+    print(f"{name} ...", flush=True)
+    begin = time.perf_counter()
+    try:
+        step = {"status": "passed", "told": work()}
+    except Skip as why:
+        step = {"status": "skipped", "told": str(why)}
+    except Exception as error:  # the other steps still run, and the report says what happened
+        step = {"status": "failed", "told": f"{type(error).__name__}: {error}"}
+    step = {"step": name, **step, "seconds": round(time.perf_counter() - begin, 1)}
+    print(f"{name} {step['status']}: {step['told']}", flush=True)
+    return step
+
+
+# ---- timing --------------------------------------------------------------------------------------------------------
+
+
+def candidates(operation: str, episode: Episode) -> dict[str, Callable[[], Result]]:
+    """Every way to the same numbers, those with a name of a backend among them."""
+    op = ALL[operation]
+    known = _backend.CAPABILITIES[operation.removesuffix(GRADIENT)]
+    ways = {name: partial(op.run, episode, name) for name in known}
+    ways[COMPILED] = torch.compile(lambda: op.run(episode, "reference"))
+    if operation.startswith("write"):
+        ways[BLOCK_FORM] = partial(op.other, episode)  # in Gram space
+    if op.loop is not None:
+        ways[LOOP] = partial(op.definition, episode)
+    return ways
+
+
+def verified(operation: str, episode: Episode) -> dict[str, tuple[Callable[[], Result], float, str]]:
+    """Candidate -> call, error against float64, and why it must not be timed, empty if it may."""
+    verdicts, op = verify(operation, episode), ALL[operation]
+    truth = op.definition(episode.to(torch.float64))
+    found = {}
+    for name, call in candidates(operation, episode).items():
+        if name not in verdicts:
+            try:
+                if name == LOOP:
+                    verdicts[name] = own_error(operation, episode)
+                else:
+                    reference = op.run(episode, "reference")
+                    own = reference_errors(operation, episode, reference, truth)
+                    verdicts[name] = judge(call(), truth, own, factor=8)
+            except Exception as error:
+                found[name] = (call, float("nan"), f"{type(error).__name__}: {error}")
+                continue
+        verdict = verdicts[name]
+        found[name] = (call, verdict.error, "" if verdict.ok else verdict.note)
+    return found
+
+
+def time_on_device(call: Callable[[], object], rounds: int, flush: torch.Tensor | None) -> dict[str, float]:
+    """Seconds a call by CUDA events, median and quartiles; with ``flush`` nothing of it is in L2 before."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        if flush is not None:
+            flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": median, "lower": lower, "upper": upper, "rounds": rounds}
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def measure(operation: str, preset: Preset, episode: Episode, rounds: int, flush: torch.Tensor) -> list[dict[str, Any]]:
+    forward = operation.removesuffix(GRADIENT)
+    least = [roofline.bound(name, preset, len(episode.values), QUERIES).seconds
+             for name in (forward, f"{forward}_backward")[: 1 + operation.endswith(GRADIENT)]]  # fmt: skip
+    records = []
+    for name, (call, error, refused) in verified(operation, episode).items():
+        record: dict[str, Any] = {"operation": operation, "preset": preset.name, "batch": len(episode.values)}
+        record |= {"candidate": name, "error": error, "bound_seconds": sum(least), "refused": refused, "seconds": {}}
+        if not refused:
+            seconds = record["seconds"]
+            seconds["cold"] = time_on_device(call, rounds, flush)
+            seconds["hot"] = time_on_device(call, rounds, None)
+            try:
+                replay = captured(call)
+                seconds["graph cold"] = time_on_device(replay, rounds, flush)
+                seconds["graph hot"] = time_on_device(replay, rounds, None)
+            except Exception as problem:  # what waits for the host cannot be captured
+                record["no_graph"] = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
+        records.append(record)
+        print("  ".join(row(record)), flush=True)
+    return records
+
+
+def row(record: dict[str, Any]) -> tuple[str, ...]:
+    where = (record["operation"], record["preset"], str(record["batch"]), record["candidate"])
+    if record["refused"]:
+        return (*where, f"{record['error']:.1e}", *["–"] * len(MODES), "not timed: " + record["refused"][:60])
+    times = {mode: timing["median"] for mode, timing in record["seconds"].items()}
+    cells = (f"{1e6 * times[mode]:.1f}" if mode in times else "–" for mode in MODES)
+    best = min(times[mode] for mode in ("cold", "graph cold") if mode in times)
+    return (*where, f"{record['error']:.1e}", *cells, f"{record['bound_seconds'] / best:.0%}")
+
+
+def benchmark(options: argparse.Namespace, records: list[dict[str, Any]]) -> str:
+    need_gpu()
+    images = load_images()
+    flush = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    for preset in (PRESETS[name] for name in options.presets):
+        for batch in options.batch:
+            episode = build_episode(images, preset, batch, QUERIES, num_iters=10).to(torch.float32)
+            episode = tree_map(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, episode)
+            for operation in (*TIMED, *TRAINED):
+                records += measure(operation, preset, episode, options.rounds, flush)
+    wrong = [f"{r['operation']} {r['preset']} {r['candidate']}" for r in records
+             if r["refused"] and r["candidate"] in ("native", "triton")]  # fmt: skip
+    if wrong:
+        raise RuntimeError(f"not timed as they failed their check: {', '.join(wrong)}")
+    return f"{len(records)} candidates"
+
+
+# ---- the report ----------------------------------------------------------------------------------------------------
+
+
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS), metavar="NAME")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 64, 1024], help="memories")
+    parser.add_argument("--rounds", type=int, default=30, help="of each timing")
+    parser.add_argument("--output", default="results", metavar="FOLDER")
+    options = parser.parse_args(arguments)
+
+    records: list[dict[str, Any]] = []
+    steps = [
+        attempt("build", build),
+        attempt("machine code", machine_code),
+        attempt("tests on the device", tests),
+        attempt("compute-sanitizer", sanitize),
+        attempt("benchmark", partial(benchmark, options, records)),
+    ]
+    bounds = {batch: roofline.table(batch, QUERIES) for batch in options.batch}
+    about = {**machine(), "device": device(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    rows = [row(record) for record in records]
+    done = [(step["step"], step["status"], step["told"].splitlines()[-1]) for step in steps]
+    show_table("make gpu", ("step", "status", ""), done)
+
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    bound = {str(batch): {"title": title, "headers": headers, "rows": lines}
+             for batch, (title, headers, lines) in bounds.items()}  # fmt: skip
+    report = {"machine": about, "steps": steps, "records": records, "bound": bound}
+    (output / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    measured = markdown_table(HEADERS, rows) if rows else "Nothing was timed."
+    bounds_told = (f"{title}\n\n{markdown_table(headers, lines)}" for title, headers, lines in bounds.values())
+    parts = (f"Device: {about['device']}", markdown_table(("step", "status", ""), done), measured, *bounds_told)
+    (output / "gpu.md").write_text("\n\n".join(parts) + "\n")
+    print(f"Wrote {output}/gpu.json and gpu.md")
+    return 1 if any(step["status"] == "failed" for step in steps) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,121 @@
+// The only place where the build for a device and the build for the host differ.
+//
+// With FASTKM_SIMT the same sources are compiled by a C++ compiler against tests/simt/simt.h, which runs every CUDA
+// thread as a fiber. Each PTX instruction stands in one function here, with a model of it for the host.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#ifdef FASTKM_SIMT
+#include "simt.h"
+#define FASTKM_OUT_OF_LINE
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define FASTKM_OUT_OF_LINE __noinline__  // keeps its registers to itself
+#endif
+
+namespace fastkm {
+namespace {
+
+// What a launch has to know of a device.
+struct Device {
+  int64_t shared_bytes;  // the most one block may have
+  int multiprocessors;
+};
+
+#ifdef FASTKM_SIMT
+
+inline float* dynamic_shared() { return simt::shared_memory(); }
+
+inline Device current_device() { return {simt::shared_limit(), simt::multiprocessors()}; }
+
+// Run `blocks` blocks of the kernel; what went wrong, in words, or null.
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
+                   const Arguments&... arguments) {
+  simt::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+  return nullptr;
+}
+
+inline const char* fill_zero_bytes(void* at, int64_t bytes, void*) {
+  std::memset(at, 0, static_cast<size_t>(bytes));
+  return nullptr;
+}
+
+inline uint32_t to_tf32(float x) {  // to nearest, ties away from zero
+  return (__float_as_uint(x) + 0x1000u) & 0xFFFFE000u;
+}
+
+inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], SIMT_HERE) {
+  const simt::Fragments fragments{sum, a, b};
+  simt::exchange(simt::Exchange::kMultiply, ~0u, reinterpret_cast<uint64_t>(&fragments), 0, file, line);
+}
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 x;
+  std::memcpy(&x, &bits, sizeof x);
+  return static_cast<float>(x);
+}
+
+#else
+
+__device__ inline float* dynamic_shared() {
+  extern __shared__ __align__(16) float shared[];
+  return shared;
+}
+
+inline Device current_device() {
+  int device = 0, shared_bytes = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return {shared_bytes, multiprocessors};
+}
+
+template <class... Parameters, class... Arguments>
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(blocks));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline const char* fill_zero_bytes(void* at, int64_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+__device__ inline uint32_t to_tf32(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// sum += a b for a [16, 8] and b [8, 8]: with group = lane / 4 and member = lane % 4 a lane holds
+//   a (group, member), (group + 8, member), (group, member + 4), (group + 8, member + 4)
+//   b (member, group), (member + 4, group)
+//   sum (group, 2 member), (group, 2 member + 1), and the same eight rows below.
+__device__ inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+#endif
+
+}  // namespace
+}  // namespace fastkm

@@ -1,0 +1,110 @@
+"""What the machine code of the CUDA kernels shows, as it stands in the extension that was built.
+
+Nothing is compiled or run: ``cuobjdump`` takes the code of one target out of the library and ``nvdisasm`` prints it.
+Both come with Triton's wheel.
+"""
+
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from fastkm import _schema
+
+EXTENSION = Path(_schema.__file__).with_name("_C.abi3.so")
+TARGETS = ("sm_80", "sm_90", "sm_100")
+THREADS = 256  # of a block, kThreads of csrc/cuda_dense.cuh
+ROUNDINGS = {"0": "ieee", "1": "tensor"}  # the first template argument of kernels that multiply with codes
+
+# Of one multiprocessor, as the CUDA programming guide has it for compute capability 8.0, 9.0 and 10.0 alike.
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+RESERVED = 1024  # bytes of shared memory that each block costs beside its own
+
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.M)
+
+
+class Code(NamedTuple):
+    """One kernel for one target; instructions are counted in its text, not in a run."""
+
+    kernel: str
+    registers: int  # of a thread
+    spills: int  # loads and stores of local memory
+    tensor_cores: int
+    wide_loads: int  # of 128 bits, from global memory or from where only the run tells
+    float_atomics: int
+
+
+def tool(name: str) -> str | None:
+    """Where cuobjdump or nvdisasm is."""
+    spec = find_spec("triton")
+    folders = spec.submodule_search_locations if spec else None
+    beside = Path(folders[0]) / "backends" / "nvidia" / "bin" / name if folders else None
+    return str(beside) if beside and beside.exists() else shutil.which(name)
+
+
+def unavailable() -> str | None:
+    """Why there is no machine code to look at; ``None`` if there is."""
+    if not _schema.has_cuda:
+        return "the extension was built without CUDA kernels; they need nvcc"
+    missing = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
+    return f"no {' and no '.join(missing)}; they come with Triton" if missing else None
+
+
+def occupancy(target: str, registers: int, threads: int, shared: int) -> float:
+    """Resident warps over the most there can be. A warp gets registers in units of 256, a block warps in units of 4."""
+    warps = -(-threads // 32)
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
+    by_shared = SHARED[target] // (-(-(shared + RESERVED) // 128) * 128)
+    return min(by_registers, by_shared, WARPS // warps, BLOCKS) * warps / WARPS
+
+
+def name_of(symbol: str) -> str:
+    """A kernel with its template arguments, from its mangled name: ``update_kernel<tensor, 128>``."""
+    for found in re.finditer(r"\d+", symbol):  # a name stands behind its length
+        for digits in (found[0][i:] for i in range(len(found[0]))):
+            name = symbol[found.end() : found.end() + int(digits)]
+            if len(name) == int(digits) and re.fullmatch(r"[a-z_]+_kernel", name):
+                rest = symbol[found.end() + len(name) :]
+                arguments = re.findall(r"L([a-zA-Z]|NS0_8RoundingE)(\d+)E", rest.partition("EEv")[0] + "E")
+                words = [ROUNDINGS[n] if "Rounding" in kind else n for kind, n in arguments]
+                return f"{name}<{', '.join(words)}>" if words and rest.startswith("I") else name
+    return symbol
+
+
+@lru_cache
+def kernels(target: str) -> list[Code]:
+    """Every kernel of the extension for one target."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run(name, *options):
+            command = [tool(name), *map(str, options)]
+            return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+        run("cuobjdump", "-xelf", target + ".cubin", EXTENSION)
+        found: list[Code] = []
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            usage = run("cuobjdump", "-res-usage", cubin)
+            registers = dict(re.findall(r"Function (\S+):\s*\n\s*REG:(\d+)", usage))
+            sections = re.split(r"^//-+ \.text\.(\S+) -+$", run("nvdisasm", "-c", cubin), flags=re.M)[1:]
+            texts = dict(zip(sections[::2], sections[1::2], strict=True))
+            found += [code_of(symbol, int(count), texts[symbol]) for symbol, count in registers.items()]
+        return sorted(found)
+
+
+def code_of(symbol: str, registers: int, text: str) -> Code:
+    instructions = INSTRUCTION.findall(text)
+    count = Counter(instruction.partition(".")[0] for instruction in instructions)
+    return Code(
+        name_of(symbol),
+        registers,
+        count["LDL"] + count["STL"],
+        sum(n for name, n in count.items() if name.endswith("MMA")),
+        sum(n.startswith(("LDG.", "LDGSTS.", "LD.")) and ".128" in n for n in instructions),
+        sum(n.startswith(("RED", "ATOM")) and bool(re.search(r"\.(B?F16|F32|F64)", n)) for n in instructions),
+    )

@@ -1,0 +1,90 @@
+"""Who computes in the tests of the GPU kernels: ``--kernels`` names one of the rungs, each in a process of its own.
+
+==============  =====================================================================================
+simt            the CUDA kernels compiled for the host, one fiber per CUDA thread (``tests/simt``)
+interpreter     the Triton kernels in Triton's interpreter, with the corrections of ``interpreter.py``
+ttsem           the IR that Triton's frontend makes of them, executed by ttsem: bounds, races, values
+aot             nobody: every Triton kernel is compiled for GPUs that are not there (``test_aot.py``)
+gpu             both backends on a real device
+==============  =====================================================================================
+
+Without the option the tests are skipped. Every memory a kernel is given to fill holds NaN before.
+"""
+
+import os
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from fastkm import _backend
+from fastkm._backend import FLOAT32, Capability
+from gpu.support import Kernels
+
+BACKENDS = {"simt": ("native",), "interpreter": ("triton",), "ttsem": ("triton",), "gpu": ("native", "triton")}
+
+
+def pytest_configure(config):
+    if config.getoption("--kernels") == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+        from gpu.interpreter import correct
+
+        correct()
+
+
+def pytest_collection_modifyitems(config, items):
+    chosen = config.getoption("--kernels")
+    for item in items:
+        if "kernels" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+            if chosen is None:
+                item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
+
+
+def pytest_generate_tests(metafunc):
+    if "kernels" in metafunc.fixturenames:
+        metafunc.parametrize("kernels", BACKENDS.get(metafunc.config.getoption("--kernels"), ("none",)), indirect=True)
+
+
+# Written by many programs and read by the one that drew the last ticket; ttsem does not see that order.
+ORDERED_BY_TICKETS = frozenset({"p_energy"})
+
+
+def spans_of(record, names, exchanged):
+    """The bytes [start, end) of the tensors of a launch with these names."""
+    return [(base, base + record.pre[name].nbytes) for name, base in record.bases.items() if name in names]
+
+
+@pytest.fixture(scope="session")
+def cuda_on_the_host():
+    """``torch.ops.fastkm`` runs CUDA kernels, on the CPU; they live as long as what is returned here."""
+    from simt.build import install
+
+    return install()
+
+
+@pytest.fixture
+def kernels(request, monkeypatch):
+    rung, backend = request.config.getoption("--kernels"), request.param
+    device = "cuda" if rung == "gpu" else "cpu"
+    if device == "cpu":
+        for operation, table in _backend.CAPABILITIES.items():
+            if backend in table:
+                monkeypatch.setitem(_backend.CAPABILITIES[operation], backend, Capability({device: FLOAT32}))
+    if rung == "simt":
+        request.getfixturevalue("cuda_on_the_host")
+        monkeypatch.setattr(_backend, "accepted", lambda backend, memory, *inputs: inputs)
+    deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if rung == "ttsem":
+            from ttsem import sanitize
+
+            monkeypatch.setattr(sanitize, "lookback_buffers", lambda *_: ORDERED_BY_TICKETS)
+            monkeypatch.setattr(sanitize, "_protocol_spans", spans_of)
+            with sanitize.session(cuda_is_cpu=False):
+                yield Kernels(backend, device)
+        else:
+            yield Kernels(backend, device)
+    finally:
+        torch.use_deterministic_algorithms(False)

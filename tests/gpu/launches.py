@@ -1,0 +1,100 @@
+"""What the presets launch, and what is built of it: calls of every operator, on memory that is never touched."""
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+
+import fastkm.matrix_normal.triton
+import fastkm.posterior.triton
+import fastkm.reading.triton
+import fastkm.writing.triton  # noqa: F401  all four register their operators
+from fastkm._check import PRECISIONS
+from fastkm.cli.presets import PRESETS
+from gpu import aot
+
+IEEE, TF32X3, TF32 = range(3)
+
+
+def calls(preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: bool = False) -> dict[str, Callable]:
+    """Every operator at a preset's sizes, by name."""
+    _, K, C, T = PRESETS[preset]
+    mean, cov, weights, values = (torch.empty(B, *shape) for shape in ((K, C), (K, K), (T, K), (T, C)))
+    queries, noise, ridge, read_weights = torch.empty(B, Q, C), torch.empty(B, T), torch.empty(B), torch.empty(B, Q, K)
+    op = torch.ops.fastkm_triton
+    rounding = (precision,)
+    return {
+        "update_posterior": lambda: op.update_posterior(mean, cov, weights, values, noise, None, *rounding),
+        "update_posterior_backward": lambda: op.update_posterior_backward(
+            mean, cov, weights, values, noise, None, *rounding, mean, cov, noise, noise, ridge
+        ),
+        "write": lambda: op.write(mean, cov, values, noise, ridge, 1, squared_gram, None, *rounding),
+        "write_backward": lambda: op.write_backward(
+            mean, cov, values, noise, ridge, 1, squared_gram, None, *rounding, weights, mean, cov, weights, noise, noise
+        ),
+        "read": lambda: op.read(mean, queries, ridge, 3, squared_gram, *rounding),
+        "read_backward": lambda: op.read_backward(
+            mean, queries, ridge, 3, squared_gram, *rounding, queries, read_weights
+        ),
+        "solve_addressing": lambda: op.solve_addressing(mean, queries, ridge, squared_gram),
+        "factor_addressing": lambda: op.factor_addressing(mean, ridge),
+        "solve_factored": lambda: op.solve_factored(mean, cov, queries),
+        "kl_memory": lambda: op.kl_memory(mean, cov, mean, cov),
+        "kl_memory_backward": lambda: op.kl_memory_backward(mean, cov, mean, cov, ridge),
+        "logdet": lambda: op.logdet(cov),
+        "logdet_backward": lambda: op.logdet_backward(cov, ridge),
+    }
+
+
+# Preset, options of the call, and the operators that these add something to.
+OPERATORS = tuple(calls("S", B=1, Q=1))
+EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
+LARGER = [
+    ("L", {"B": 2, "Q": 100}, ("update_posterior", "write", "read", "solve_factored", "kl_memory")),
+    ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward")),
+    ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read")),
+    ("LLM", {"B": 2, "Q": 100}, ("update_posterior", "write", "write_backward", "read")),
+    ("M", {"B": 256, "Q": 32, "squared_gram": True}, ("read", "write")),
+]
+
+
+class Row(NamedTuple):
+    """One kernel of one operator, built for one target."""
+
+    operator: str
+    preset: str
+    precision: str
+    kernel: str
+    target: str
+    aligned: bool  # rows of codes can be read 128 bits at a time
+    multiplies_codes: bool
+    built: aot.Built
+
+
+def rows(target: str) -> list[Row]:
+    """Build every kernel for a target, for sm_80 and sm_90 also as larger presets and other precisions make them."""
+    found: dict[str, Row] = {}
+    for preset, options, operators in EVERYWHERE + (LARGER if target in ("sm_80", "sm_90") else []):
+        made, precision = calls(preset, **options), PRECISIONS[options.get("precision", IEEE)]
+        for operator in operators:
+            for launch in aot.record(made[operator], target):
+                names = launch.kernel.arg_names
+                known = {names[index[0]]: value for index, value in launch.constexprs.items()}
+                key = f"{launch.name} {launch.signature} {launch.constexprs} {launch.options}"
+                if key not in found:
+                    first_phase = known.get("SPLIT", False) and known.get("FACTOR", False)
+                    found[key] = Row(
+                        *(operator, preset, precision, launch.name, target),
+                        aligned=known.get("ALIGNED", False) and not first_phase,
+                        multiplies_codes="PRECISION" in known and not first_phase,
+                        built=aot.build(launch, target),
+                    )
+    return list(found.values())
+
+
+def all_rows(targets=tuple(aot.TARGETS)) -> list[Row]:
+    """For every target, in two processes: Triton and the assembler take their time."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return [row for some in pool.map(rows, targets) for row in some]

@@ -1,0 +1,52 @@
+"""Every Triton kernel compiles for GPUs that are not there, and its machine code keeps to the budgets."""
+
+import pytest
+
+KERNELS = {
+    *("logdet_kernel", "logdet_backward_kernel", "kl_memory_kernel", "kl_memory_backward_kernel"),
+    *("update_kernel", "update_backward_kernel", "write_kernel", "search_backward_kernel"),
+    *("read_kernel", "read_backward_kernel", "factor_kernel", "solve_factored_kernel"),
+}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def rows(request):
+    if request.config.getoption("--kernels") != "aot":
+        pytest.skip("needs --kernels=aot")
+    from gpu.launches import all_rows
+
+    return all_rows(TARGETS)
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    for target in TARGETS:
+        assert {row.kernel for row in rows if row.target == target} >= KERNELS
+    assert {row.kernel for row in rows if row.target == "sm_90"} >= {"apply_kernel"}
+
+
+def test_nothing_spills(rows):
+    assert not [row for row in rows if row.built.spills]
+
+
+def test_no_float_atomics(rows):
+    assert not [row for row in rows if row.built.float_atomics]
+
+
+def test_aligned_rows_are_read_128_bits_at_a_time(rows):
+    assert any(row.aligned for row in rows)
+    assert not [row for row in rows if row.aligned and not row.built.wide_loads]
+
+
+def test_products_that_may_be_rounded_run_on_tensor_cores(rows):
+    rounded = [row for row in rows if row.precision != "ieee" and row.multiplies_codes and row.target == "sm_90"]
+    assert {row.kernel for row in rounded} >= {"apply_kernel", "read_kernel", "read_backward_kernel"}
+    assert not [row for row in rounded if not row.built.tensor_cores]
+
+
+def test_exact_products_do_not(rows):
+    """Triton's own default for float32 would be tf32."""
+    exact = [row for row in rows if row.precision == "ieee" and row.target != "gfx942"]
+    assert not [row for row in exact if row.built.tensor_cores]

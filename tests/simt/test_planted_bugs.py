@@ -1,0 +1,74 @@
+"""The checkers find what they are for: bugs planted in small kernels, and none in the kernels of the package."""
+
+import os
+import subprocess
+
+import pytest
+
+from simt.build import ROOT, build
+
+# What a bug is, and which checker has to find it: a wrong result or a word of the runtime under some schedule, or a
+# sanitizer.
+BUGS = (
+    ("missing barrier", "thread"),
+    ("warp-synchronous tail", "thread"),
+    ("divergent barrier", "barrier"),
+    ("bad mask", "warp operation"),
+    ("shared memory out of bounds", "address"),
+    ("global memory out of bounds", "address"),
+    ("race between blocks", "thread"),
+    ("missing fence", "thread"),
+    ("stage reused too early", "thread"),
+    ("swapped fragments", "wrong results"),
+    ("shared memory never written", "wrong results"),
+)
+SCHEDULES = ("0", "-1", "1", "2", "3")
+SAYS = {"thread": "WARNING: ThreadSanitizer: data race", "address": "ERROR: AddressSanitizer"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def only_with_simt(request):
+    if request.config.getoption("--kernels") != "simt":
+        pytest.skip("needs --kernels=simt")
+
+
+def run(program, *arguments, **environment) -> str:
+    quiet = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1:report_bugs=1",
+    }
+    done = subprocess.run([program, *arguments], env=os.environ | quiet | environment, capture_output=True, text=True)
+    known = "ASan doesn't fully support makecontext/swapcontext functions"
+    return "".join(line for line in (done.stdout + done.stderr).splitlines(keepends=True) if known not in line)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    sources = [ROOT / "tests/simt/planted.cu"]
+    return {sanitizer: build(sanitizer, "program", sources) for sanitizer in ("plain", "address", "thread")}
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "address", "thread"])
+def test_no_bug_no_word(planted, sanitizer):
+    for seed in SCHEDULES:
+        assert run(planted[sanitizer], "0", FASTKM_SIMT_SEED=seed) == "clean\n"
+
+
+@pytest.mark.parametrize("number", range(1, len(BUGS) + 1), ids=[bug.replace(" ", "-") for bug, _ in BUGS])
+def test_planted_bug_is_found(planted, number):
+    _, by = BUGS[number - 1]
+    if by in SAYS:
+        said = run(planted[by], str(number))
+        assert SAYS[by] in said, said
+    else:
+        said = [run(planted["plain"], str(number), FASTKM_SIMT_SEED=seed) for seed in SCHEDULES]
+        assert any(by in words for words in said), said
+
+
+@pytest.mark.parametrize("shared", ["232448", "24000"], ids=["on-chip", "in-the-workspace"])
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_kernels_are_clean(sanitizer, shared):
+    kernels = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+    program = build(sanitizer, "program", [ROOT / "tests/simt/races.cpp", *kernels])
+    said = run(program, FASTKM_SIMT_SHARED=shared, FASTKM_SIMT_SEED="1")
+    assert said == "clean\n", said

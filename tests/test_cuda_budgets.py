@@ -1,0 +1,55 @@
+"""The machine code of the CUDA kernels keeps to its budgets. It is looked at in the extension, and nothing is run."""
+
+import cuda_code
+import pytest
+from cuda_code import kernels, name_of, occupancy
+
+pytestmark = pytest.mark.skipif(cuda_code.unavailable() is not None, reason=str(cuda_code.unavailable()))
+
+FAMILIES = {
+    *("update_kernel", "update_backward_kernel", "write_kernel", "write_backward_kernel"),
+    *("read_kernel", "read_backward_kernel"),
+    *("kl_kernel", "kl_backward_kernel", "logdet_kernel", "logdet_backward_kernel"),
+}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_machine_code_keeps_to_the_budgets(target):
+    found = kernels(target)
+    assert {code.kernel.partition("<")[0] for code in found} == FAMILIES
+    broken = [
+        f"{what}: {code}"
+        for code in found
+        for what, wrong in (
+            ("spills", code.spills > 0),
+            ("float atomics", code.float_atomics > 0),
+            ("no 128-bit loads", code.wide_loads == 0),
+            ("no tensor cores", "ieee" not in code.kernel and multiplies(code.kernel) and code.tensor_cores == 0),
+            ("tensor cores where float32 is asked for", "ieee" in code.kernel and code.tensor_cores > 0),
+        )
+        if wrong
+    ]
+    assert not broken, "\n".join(broken)
+
+
+def multiplies(kernel: str) -> bool:
+    """Whether a kernel multiplies with codes."""
+    return not kernel.startswith(("kl_", "logdet_"))
+
+
+def test_occupancy_is_that_of_the_programming_guide():
+    # threads, registers and shared memory in turn are what there is not enough of
+    assert occupancy("sm_90", 32, 256, 0) == 1
+    assert occupancy("sm_90", 128, 256, 0) == 0.25
+    assert occupancy("sm_90", 32, 256, 227 * 1024) == 0.125
+    assert occupancy("sm_80", 32, 256, 81 * 1024) == 0.25
+    assert occupancy("sm_80", 32, 256, 82 * 1024) == 0.125
+    assert occupancy("sm_80", 16, 32, 0) == 0.5
+
+
+def test_names_come_out_of_the_mangled_ones():
+    mangled = "_ZN6fastkm50_GLOBAL__N__7a475a57_17_posterior_cuda_cu_6f5bc9e613update_kernelILNS0_8RoundingE1ELi128EEEvNS_"
+    assert name_of(mangled) == "update_kernel<tensor, 128>"
+    assert name_of("_ZN6fastkm54_GLOBAL__N__e5_21_matrix_normal_cuda_cu_4a1d1fee22logdet_backward_kernelENS_16Matr") == (
+        "logdet_backward_kernel"
+    )
