@@ -11,6 +11,9 @@ ARGS ?=
 # What `make study` trains on.
 DATA ?= mnist
 
+# Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves.
+RUNGS ?= simt interpreter ttsem aot
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -38,8 +41,9 @@ gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhe
 kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py
 
-test: setup ## the tests
+test: setup ## the tests, and those of the GPU kernels once for each way of running them without a GPU
 	$(BIN)/python -m pytest $(ARGS)
+	for rung in $(RUNGS); do $(BIN)/python -m pytest --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
