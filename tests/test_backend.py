@@ -48,7 +48,7 @@ def test_native_is_not_taken_elsewhere_than_it_has_kernels_for(operation, extens
     elsewhere = torch.ones(1, device="meta")
     assert resolve(operation, None, elsewhere) == "reference"
     with pytest.raises(
-        BackendUnavailableError, match=r"runs on cpu, the tensors are on meta; take backend='reference'"
+        BackendUnavailableError, match=r"runs on cpu, cuda, the tensors are on meta; take backend='reference'"
     ):
         resolve(operation, "native", elsewhere)
 
