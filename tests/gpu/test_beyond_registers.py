@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from gpu.support import outputs, widened
 from oracle import map_tensors, problem
+
+from gpu.support import outputs, widened
 
 
 @pytest.mark.parametrize(
