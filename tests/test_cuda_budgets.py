@@ -1,5 +1,7 @@
 """The machine code of the CUDA kernels keeps to its budgets. It is looked at in the extension, and nothing is run."""
 
+from pathlib import Path
+
 import cuda_code
 import pytest
 from cuda_code import kernels, name_of, occupancy
@@ -35,6 +37,13 @@ def test_machine_code_keeps_to_the_budgets(target):
 def multiplies(kernel: str) -> bool:
     """Whether a kernel multiplies with codes."""
     return not kernel.startswith(("kl_", "logdet_"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_page_tells_of_every_kernel(target):
+    told = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
+    missing = [code.kernel for code in kernels(target) if f"| `{code.kernel}` | CUDA | {target} |" not in told]
+    assert not missing, f"run make kernels: {', '.join(missing)}"
 
 
 def test_occupancy_is_that_of_the_programming_guide():
