@@ -60,7 +60,7 @@ def kernel_of(operator: str) -> str:
 
 
 class HostBuild:
-    """The CUDA kernels built for the host and bound as ``torch.ops.fastkm_simt``, with one of our sources beside them."""
+    """The CUDA kernels built for the host and bound as ``torch.ops.fastkm_simt``, beside one source of ours."""
 
     def __init__(self, source: str) -> None:
         folder = simt_build.build().parent
@@ -128,7 +128,8 @@ class Counter(HostBuild):
                 x.fill_(1) if x.dim() < 3 else x.normal_(0, 0.3)
         self.library.count_from_zero()
         results = self.call(operator, arguments)
-        (read, _), (read_again, written) = (map(sum, zip(*map(self._within, xs), strict=True)) for xs in (given, results))
+        read = sum(self._within(x)[0] for x in given)
+        read_again, written = (sum(counts) for counts in zip(*map(self._within, results), strict=True))
         return Traffic(bytes_to_move(operator, inputs(operator, preset, batch, QUERIES)), read, written, read_again)
 
     def _within(self, x: Tensor) -> tuple[int, int]:
@@ -177,8 +178,9 @@ def triton_rows() -> Iterator[tuple[str, ...]]:
     for row in all_rows():
         code, name = row.built, f"`{row.kernel}`, {row.preset} {row.precision}"
         busy = f"{code.occupancy:.0%}" if code.occupancy else "–"
-        counts = map(str, (code.registers, round(code.shared / 1024), code.spills))
-        yield name, "Triton", row.target, *counts, busy, *map(str, (code.tensor_cores, code.wide_loads, code.float_atomics))
+        resources = map(str, (code.registers, round(code.shared / 1024), code.spills))
+        counts = map(str, (code.tensor_cores, code.wide_loads, code.float_atomics))
+        yield name, "Triton", row.target, *resources, busy, *counts
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -218,7 +220,8 @@ def main() -> None:
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
     rows = list(chain(cuda_rows(recorder), triton_rows()))
-    update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=markdown_table(TRAFFIC_HEADERS, counted))
+    traffic = markdown_table(TRAFFIC_HEADERS, counted)
+    update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=traffic)
     spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[5] != "0"})
     print(f"{len(rows)} rows into {PAGE.relative_to(ROOT)}. Spill: {', '.join(spilling) or 'none'}")
 
