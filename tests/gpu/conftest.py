@@ -38,10 +38,7 @@ def pytest_collection_modifyitems(config, items):
         if "kernels" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
             if chosen is None:
-<<<<<<< HEAD
                 item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
-=======
-                item.add_marker(pytest.mark.skip(reason="needs --kernels=interpreter, ttsem or gpu"))
             elif chosen == "ttsem" and _takes_long(item):
                 item.add_marker(pytest.mark.skip(reason="takes too long in ttsem"))
 
@@ -51,7 +48,6 @@ def _takes_long(item) -> bool:
     given = item.callspec.params if hasattr(item, "callspec") else {}
     unusual = "gradients" in item.name or given.get("way") or given.get("method") == "deepmind"
     return "shape" in given and given["shape"][3] > 5 and bool(unusual or given.get("masked"))
->>>>>>> 74f7d17ef0b0ab2b0e9c7aef4a308f2a4d2b38d3
 
 
 def pytest_generate_tests(metafunc):
