@@ -97,7 +97,7 @@ def extension() -> dict:
     class Build(BuildExtension):
         def build_extensions(self):
             if nvcc:
-                self.extensions[0].extra_objects = compile_cuda(nvcc, compiler, Path(self.build_temp) / "cuda")
+                self.extensions[0].extra_objects = compile_cuda(nvcc, compiler, Path("build/cuda"))
             super().build_extensions()
 
     return {

@@ -10,10 +10,12 @@
 #ifdef FASTKM_SIMT
 #include "simt.h"
 #define FASTKM_OUT_OF_LINE
+#define FASTKM_IN_PLACE const
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define FASTKM_OUT_OF_LINE __noinline__  // keeps its registers to itself
+#define FASTKM_OUT_OF_LINE __noinline__          // keeps its registers to itself
+#define FASTKM_IN_PLACE const __grid_constant__  // a parameter that may be passed on without a copy on the stack
 #endif
 
 namespace fastkm {

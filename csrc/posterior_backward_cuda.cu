@@ -20,7 +20,8 @@ __host__ __device__ void lay_out(Conditioned& chunk, Space& space, const Posteri
 // Bytes a memory: inputs and cotangents are read once and theirs written once; a working copy of R and that of its
 // cotangent are read and written once more a chunk and pass, and T (K + C) numbers go to the workspace and back.
 __global__ void __launch_bounds__(kThreads, 1)
-    update_backward_kernel(PosteriorArgs<float> args, PosteriorGrads<float> grads, int64_t B, Workspace workspace) {
+    update_backward_kernel(FASTKM_IN_PLACE PosteriorArgs<float> args, FASTKM_IN_PLACE PosteriorGrads<float> grads,
+                           int64_t B, FASTKM_IN_PLACE Workspace workspace) {
   Conditioned& chunk = *reinterpret_cast<Conditioned*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Conditioned>(workspace);

@@ -249,7 +249,7 @@ __device__ void report(Update& block, const PosteriorArgs<float>& args, int64_t 
 }
 
 template <Rounding kRounding, int kColumns>
-__global__ void __launch_bounds__(kThreads, 2) update_kernel(PosteriorArgs<float> args, int64_t B, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1) update_kernel(PosteriorArgs<float> args, int64_t B, Plan plan) {
   Update& block = *reinterpret_cast<Update*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Update>(plan.workspace);

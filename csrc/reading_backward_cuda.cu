@@ -210,7 +210,8 @@ __device__ void gram_backward(Reverse& block, const ReadingArgs<float>& args, co
 // Bytes: queries and cotangents are read once and theirs written once, the least possible; of a memory, R is read for
 // its Gram matrix, twice a tile (from the cache after the first) and once for Ḡ R.
 __global__ void __launch_bounds__(kThreads, 1)
-    read_backward_kernel(ReadingArgs<float> args, ReadingGrads<float> grads, int64_t B, Plan plan) {
+    read_backward_kernel(FASTKM_IN_PLACE ReadingArgs<float> args, FASTKM_IN_PLACE ReadingGrads<float> grads, int64_t B,
+                         FASTKM_IN_PLACE Plan plan) {
   Reverse& block = *reinterpret_cast<Reverse*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Reverse>(plan.workspace);

@@ -62,7 +62,7 @@ __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b,
 
 // Bytes of the factor phase: R is read once for its Gram matrix, the least possible.
 template <Rounding kRounding>
-__global__ void __launch_bounds__(kThreads, 2) read_kernel(ReadingArgs<float> args, int64_t B, Plan plan) {
+__global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> args, int64_t B, Plan plan) {
   Reader& block = *reinterpret_cast<Reader*>(dynamic_shared());
   if (threadIdx.x == 0) {
     Space space = space_of_block<Reader>(plan.workspace);

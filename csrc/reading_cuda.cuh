@@ -103,8 +103,8 @@ __device__ inline void take_given(Addressed& block, const Side& lower) {
 
 // x [K, count] = R Zᵀ for queries from `first` on.
 template <Rounding kRounding>
-__device__ void project(Addressed& block, const ReadingArgs<float>& args, int64_t b, int64_t first, int count,
-                        float* x) {
+__device__ __forceinline__ void project(Addressed& block, const ReadingArgs<float>& args, int64_t b, int64_t first,
+                                        int count, float* x) {
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
   product<kRounding, 64, 64>(block.K, count, block.C, side_of(args.mean, b), queries, block, false,
@@ -112,7 +112,7 @@ __device__ void project(Addressed& block, const ReadingArgs<float>& args, int64_
 }
 
 // y = G x
-__device__ inline void multiply_gram(Addressed& block, const float* x, float* y, int count) {
+__device__ __forceinline__ void multiply_gram(Addressed& block, const float* x, float* y, int count) {
   product<kExact, 64, 64>(block.K, count, block.K, Side{block.gram, block.width, 1}, Side{x, 1, kLdQueries}, block,
                           false,
                           [&](int k, int q, const auto& sums) { put(y + k * kLdQueries + q, sums, kQueries - q); });

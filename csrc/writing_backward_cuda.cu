@@ -368,7 +368,8 @@ __device__ void codes_backward(Reverse& chunk, float* mean_bar, const Batch<floa
 
 template <bool kAfresh>
 __global__ void __launch_bounds__(kThreads, 1)
-    write_backward_kernel(WritingArgs<float> args, WritingGrads<float> grads, int64_t B, Workspace workspace) {
+    write_backward_kernel(FASTKM_IN_PLACE WritingArgs<float> args, FASTKM_IN_PLACE WritingGrads<float> grads, int64_t B,
+                          FASTKM_IN_PLACE Workspace workspace) {
   const PosteriorArgs<float>& shared = args.posterior;
   const PosteriorGrads<float>& told = grads.posterior;
   Reverse& chunk = *reinterpret_cast<Reverse*>(dynamic_shared());

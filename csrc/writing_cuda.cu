@@ -41,7 +41,8 @@ __device__ void report(const WritingArgs<float>& args, const Chunk& chunk, int64
 // Bytes a memory: R and U are read and written once; R is read once more a chunk for R Rᵀ and Z Rᵀ (from the cache in
 // the second and later chunks), Z is read once, weights, variances and KLs are written once.
 template <bool kAfresh>
-__global__ void __launch_bounds__(kThreads, 1) write_kernel(WritingArgs<float> args, int64_t B, Workspace workspace) {
+__global__ void __launch_bounds__(kThreads, 1)
+    write_kernel(FASTKM_IN_PLACE WritingArgs<float> args, int64_t B, FASTKM_IN_PLACE Workspace workspace) {
   const PosteriorArgs<float>& shared = args.posterior;
   Forward& chunk = *reinterpret_cast<Forward*>(dynamic_shared());
   if (threadIdx.x == 0) {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from hypothesis import settings
-from oracle import OPERATIONS
+from oracle import OPERATIONS, runs_on_cpu
 
-from fastkm import _backend, _schema
+from fastkm import _schema
 
 settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("fastkm")
@@ -30,7 +30,7 @@ def pytest_generate_tests(metafunc):
     own |= {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize") if isinstance(mark.args[0], str)}
     names = set(metafunc.fixturenames) - own  # what a test does not parametrise itself
     if "operation" in names and "backend" in names:
-        pairs = [(o, b) for o in OPERATIONS for b in ("reference", "native") if b in _backend.CAPABILITIES[o]]
+        pairs = [(o, b) for o in OPERATIONS for b in ("reference", "native") if runs_on_cpu(o, b)]
         metafunc.parametrize(("operation", "backend"), [backend_param(*pair) for pair in pairs])
     elif "backend" in names:
         metafunc.parametrize("backend", [backend_param("reference"), backend_param("native")])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastkm
-from fastkm import MemoryState
+from fastkm import MemoryState, _backend
 
 # ---------------------------------------------------------------------------------------------- one memory, float64
 
@@ -277,6 +277,14 @@ def map_tensors(p: Problem, change) -> Problem:
 
 def tensors(p: Problem) -> list[Tensor]:
     return [x for x in (*p.state, *p[1:]) if x is not None]
+
+
+
+
+def runs_on_cpu(operation: str, backend: str) -> bool:
+    """Whether the backend has the operation at all, and for tensors on the CPU."""
+    capability = _backend.CAPABILITIES[operation].get(backend)
+    return capability is not None and (not capability.devices or "cpu" in capability.devices)
 
 
 OPERATIONS = ("solve_addressing", "update_posterior", "write", "read", "attractor_read", "kl_memory")

@@ -3,13 +3,13 @@
 import oracle
 import pytest
 import torch
-from oracle import call, problem
+from oracle import call, problem, runs_on_cpu
 
 import fastkm
 from fastkm import BackendUnavailableError, _backend, _schema
 from fastkm._backend import CAPABILITIES, PREFERENCE, explain_backend, resolve, why_not
 
-NATIVE_OPERATIONS = [operation for operation, table in CAPABILITIES.items() if "native" in table]
+NATIVE_OPERATIONS = [operation for operation in CAPABILITIES if runs_on_cpu(operation, "native")]
 CALLABLE = [operation for operation in CAPABILITIES if operation in oracle.OPERATIONS]
 NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
 
@@ -44,11 +44,11 @@ def test_with_the_extension_native_is_taken(operation, extension):
 
 
 @pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
-def test_native_is_not_taken_elsewhere_than_on_the_cpu(operation, extension):
+def test_native_is_not_taken_elsewhere_than_it_has_kernels_for(operation, extension):
     elsewhere = torch.ones(1, device="meta")
     assert resolve(operation, None, elsewhere) == "reference"
     with pytest.raises(
-        BackendUnavailableError, match=r"runs on cpu, the tensors are on meta; take backend='reference'"
+        BackendUnavailableError, match=r"runs on cpu, cuda, the tensors are on meta; take backend='reference'"
     ):
         resolve(operation, "native", elsewhere)
 

@@ -75,7 +75,8 @@ __global__ void sum_all(const float* values, float* parts, unsigned* ticket, flo
 template <Bug kBug>
 __global__ void multiply(const float* a, const float* b, float* c, int length) {
   Block& block = *reinterpret_cast<Block*>(dynamic_shared());
-  block.precision = kTf32x3;
+  if (threadIdx.x == 0) block.precision = kTf32x3;
+  __syncthreads();
   constexpr int kLdA = SliceLoader<16>::kLd, kLdB = SliceLoader<128>::kLd;
   float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
   TensorTile<16, 128> tile;
