@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastkm import _schema
 from fastkm.__main__ import main
 from fastkm.addressing import reference as addressing
 from fastkm.cli import roofline
@@ -168,6 +169,10 @@ def test_a_backward_asks_for_less_than_autograd_does(operator):
         sum(x.sum() for x in found.values() if x.requires_grad).backward()
 
     assert 0 < sum(OPERATORS[f"{operator}_backward"](K, C, T, QUERIES)) <= products(forward_and_backward)
+
+
+def test_every_operator_has_its_bound():
+    assert set(_schema.OPERATORS) <= set(OPERATORS)
 
 
 def test_whatever_has_most_to_do_is_the_bound():

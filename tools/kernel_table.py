@@ -6,6 +6,7 @@ would launch them.
 """
 
 import ctypes
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tools")]
@@ -25,7 +27,7 @@ from update_readme import update  # noqa: E402
 
 from fastkm.cli.console import markdown_table  # noqa: E402
 from fastkm.cli.presets import PRESETS, Preset  # noqa: E402
-from fastkm.cli.roofline import OPERATORS, inputs  # noqa: E402
+from fastkm.cli.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are told for this one
@@ -57,31 +59,97 @@ def kernel_of(operator: str) -> str:
 # ---- CUDA ----------------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """The launchers of the CUDA kernels as ``torch.ops.fastkm_recorded``, on tensors of the CPU that nobody touches."""
+class HostBuild:
+    """The CUDA kernels built for the host and bound as ``torch.ops.fastkm_simt``, beside one source of ours."""
+
+    def __init__(self, source: str) -> None:
+        folder = simt_build.build().parent
+        bindings, runtime = sorted(folder.glob("*_binding.o")), [folder / "simt.o"]
+        if source == "record_launches.cpp":  # is the runtime itself
+            kernels, runtime = sorted(folder.glob("*_cuda.o")), []
+        else:
+            sources = [ROOT / "tests/simt/races.cpp", *sorted((ROOT / "csrc").glob("*_cuda.cu"))]
+            kernels = sorted(simt_build.build("thread", "program", sources).parent.glob("*_cuda.o"))
+        made, libraries = folder / Path(source).with_suffix(".so"), Path(torch.__file__).with_name("lib")
+        command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-o", made]
+        command += [ROOT / "tools" / source, *kernels, *bindings, *runtime, f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        subprocess.run(list(map(str, command)), check=True)
+        self._operators = torch.library.Library("fastkm_simt", "DEF")
+        for operator in OPERATORS:
+            self._operators.define(str(getattr(torch.ops.fastkm, operator).default._schema).removeprefix("fastkm::"))
+        torch.ops.load_library(str(made))
+        self.library = ctypes.CDLL(str(made))
+
+    def call(self, operator: str, arguments: tuple) -> tuple[Tensor, ...]:
+        results = getattr(torch.ops.fastkm_simt, operator)(*arguments)
+        return results if isinstance(results, tuple) else (results,)
+
+
+class Recorder(HostBuild):
+    """What the launchers would launch, on tensors that nobody touches."""
 
     def __init__(self) -> None:
-        folder = simt_build.build().parent
-        objects = [*folder.glob("*_cuda.o"), *folder.glob("*_binding.o")]
-        made, libraries = folder / "recorded.so", Path(torch.__file__).with_name("lib")
-        command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-o", made]
-        command += [ROOT / "tools" / "record_launches.cpp", *objects, f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-        subprocess.run(list(map(str, command)), check=True)
-        self._own = torch.library.Library("fastkm_simt", "DEF")
-        for operator in OPERATORS:
-            self._own.define(str(getattr(torch.ops.fastkm, operator).default._schema).removeprefix("fastkm::"))
-        torch.ops.load_library(str(made))
-        self._library = ctypes.CDLL(str(made))
+        super().__init__("record_launches.cpp")
 
     def launches(self, operator: str, arguments: tuple, target: str) -> list[Launch]:
         shared, multiprocessors = DEVICES[target]
-        self._library.simulate_device(ctypes.c_int64(shared), multiprocessors)
-        getattr(torch.ops.fastkm_simt, operator)(*arguments)
+        self.library.simulate_device(ctypes.c_int64(shared), multiprocessors)
+        self.call(operator, arguments)
         fields, found = [ctypes.c_int64() for _ in range(3)], []
-        self._library.next_launch.restype = ctypes.c_bool
-        while self._library.next_launch(*map(ctypes.byref, fields)):
+        self.library.next_launch.restype = ctypes.c_bool
+        while self.library.next_launch(*map(ctypes.byref, fields)):
             found.append(Launch(*(field.value for field in fields)))
         return found
+
+
+class Traffic(NamedTuple):
+    """Bytes that a call asks for, of its arguments and results; what is asked for twice counts twice."""
+
+    least: int
+    read: int
+    written: int
+    read_again: int  # of the results
+
+
+class Counter(HostBuild):
+    """Runs the kernels on the host and counts their accesses."""
+
+    def __init__(self) -> None:
+        os.environ["FASTKM_SIMT_SMS"] = str(DEVICES["sm_90"][1])
+        super().__init__("count_bytes.cpp")
+
+    def traffic(self, operator: str, preset: Preset, batch: int) -> Traffic:
+        arguments = inputs(operator, preset, batch, QUERIES, 0, "cpu")
+        given = {id(x): x for x in arguments if isinstance(x, Tensor)}.values()
+        for x in given:
+            if x.dim() == 3 and x.shape[1] == x.shape[2] == preset.K:
+                x.copy_(torch.eye(preset.K).expand_as(x))  # a covariance, or a factor
+            else:
+                x.fill_(1) if x.dim() < 3 else x.normal_(0, 0.3)
+        self.library.count_from_zero()
+        results = self.call(operator, arguments)
+        read = sum(self._within(x)[0] for x in given)
+        read_again, written = (sum(counts) for counts in zip(*map(self._within, results), strict=True))
+        return Traffic(bytes_to_move(operator, inputs(operator, preset, batch, QUERIES)), read, written, read_again)
+
+    def _within(self, x: Tensor) -> tuple[int, int]:
+        read, written = ctypes.c_int64(), ctypes.c_int64()
+        size = ctypes.c_int64(x.numel() * x.element_size())
+        self.library.bytes_within(ctypes.c_void_p(x.data_ptr()), size, ctypes.byref(read), ctypes.byref(written))
+        return read.value, written.value
+
+
+TRAFFIC_HEADERS = ("operator", "preset", "least", "inputs read", "results written", "results read", "× least")
+
+
+def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str, ...]]:
+    """Per memory, in KiB."""
+    rows = []
+    for operator in OPERATORS:
+        least, *moved = counter.traffic(operator, preset, batch)
+        kib = (f"{count / batch / 1024:,.1f}" for count in (least, *moved))
+        rows.append((f"`{operator}`", preset.name, *kib, f"{sum(moved) / least:.2f}"))
+    return rows
 
 
 def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
@@ -105,27 +173,14 @@ def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
 
 
 def triton_rows() -> Iterator[tuple[str, ...]]:
-    import fastkm.matrix_normal.triton
-    import fastkm.posterior.triton
-    import fastkm.reading.triton
-    import fastkm.writing.triton  # noqa: F401  all four register their operators
-    from gpu import aot
+    from gpu.launches import all_rows
 
-    seen = set()
-    for target in aot.TARGETS:
-        for operator in OPERATORS:
-            arguments = inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu")
-            call = getattr(torch.ops.fastkm_triton, operator)
-            for launch in aot.record(lambda call=call, arguments=arguments: call(*arguments), target):
-                print(f"{target} {operator}: {launch.name}", flush=True)
-                code = aot.build(launch, target)
-                busy = f"{code.occupancy:.0%}" if code.occupancy else "–"
-                counts = map(str, (code.registers, round(code.shared / 1024), code.spills))
-                row = (f"`{launch.name}`", "Triton", target, *counts, busy)
-                row += tuple(map(str, (code.tensor_cores, code.wide_loads, code.float_atomics)))
-                if row not in seen:
-                    yield row
-                seen.add(row)
+    for row in all_rows():
+        code, name = row.built, f"`{row.kernel}`, {row.preset} {row.precision}"
+        busy = f"{code.occupancy:.0%}" if code.occupancy else "–"
+        resources = map(str, (code.registers, round(code.shared / 1024), code.spills))
+        counts = map(str, (code.tensor_cores, code.wide_loads, code.float_atomics))
+        yield name, "Triton", row.target, *resources, busy, *counts
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -156,10 +211,17 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     if reason := cuda_code.unavailable():
         raise SystemExit(f"make kernels: {reason}")
+    if sys.argv[1:] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
+        counter = Counter()
+        print(json.dumps([row for name in ("S", "L") for row in traffic_rows(counter, PRESETS[name], 2)]))
+        return
+    command = [sys.executable, __file__, "traffic"]
+    counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
     rows = list(chain(cuda_rows(recorder), triton_rows()))
-    update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches)
+    traffic = markdown_table(TRAFFIC_HEADERS, counted)
+    update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=traffic)
     spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[5] != "0"})
     print(f"{len(rows)} rows into {PAGE.relative_to(ROOT)}. Spill: {', '.join(spilling) or 'none'}")
 

@@ -43,9 +43,7 @@ class Bound(NamedTuple):
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
 
-def inputs(
-    operator: str, preset: Preset, batch: int, queries: int, precision: int = 0, device: str = "meta"
-) -> tuple:
+def inputs(operator: str, preset: Preset, batch: int, queries: int, precision: int = 0, device: str = "meta") -> tuple:
     """Arguments of an operator, tensors not filled: float32, no mask, a cotangent for every output."""
     K, C, T = preset.K, preset.C, preset.T
 
