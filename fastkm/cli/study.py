@@ -142,19 +142,16 @@ def energy(trained: list[Trained]) -> Table:
     rows.append(("all", "all", "", "", *shares(totals, len(rows) * read.energy[..., 1:].numel())))
     headers = ("images", "cue", "energy at read 1", f"at read {ALONG}", "steps that do not raise it", "of those tried")
     note = (
-        f"{ALONG} iterations, so {ALONG - 1} steps a read. The third column of figures counts all steps of a read; one that "
-        "would raise the energy is not taken, and the read rests. The last counts, of the steps tried until then, those "
-        "that the encoder and the decoder did not get wrong."
+        f"{ALONG} iterations, so {ALONG - 1} steps a read. A step that would raise the energy is not taken, and the read "
+        "rests from then on: so no step of a read raises it. The last column counts the steps that were tried, and how "
+        "many of them encoder and decoder got right by themselves."
     )
     return Table("Energy along reads, in nats", headers, rows, note)
 
 
-def shares(counts: Tensor, steps: int) -> tuple[str, str]:
+def shares(counts: Tensor, steps: int) -> tuple[str, ...]:
     up, refused, tried = counts.tolist()
-    return (
-        f"{steps - up:,} of {steps:,} ({1 - up / steps:.2%})",
-        f"{tried - refused:,} of {tried:,} ({1 - refused / tried:.2%})",
-    )
+    return tuple(f"{n - bad:,} of {n:,} ({1 - bad / n:.2%})" for bad, n in ((up, steps), (refused, tried)))
 
 
 def bound(trained: list[Trained]) -> Table:
