@@ -166,13 +166,12 @@ def test_the_energy_never_rises():
     state, n = model.write(x).state, 5
     read = model.attractor_read(x, n, state=state)
     assert (read.energy.diff(dim=-1) <= 0).all()
-    cue, resting = x, torch.zeros(B, T, dtype=torch.bool)
+    cue, energy, resting = x, x.new_full((B, T), torch.inf), torch.zeros(B, T, dtype=torch.bool)
     for i in range(n):
         step = model.attractor_read(cue, 1, state=state)
-        if i > 0:
-            resting = resting | (step.energy[..., 0] > energy)
-        energy = step.energy[..., 0] if i == 0 else torch.where(resting, energy, step.energy[..., 0])
-        cue = step.patterns if i == 0 else torch.where(resting[..., None, None], cue, step.patterns)
+        resting = resting | (step.energy[..., 0] > energy)
+        energy = torch.where(resting, energy, step.energy[..., 0])
+        cue = torch.where(resting[..., None, None], cue, step.patterns)
         torch.testing.assert_close(read.energy[..., i], energy)
     torch.testing.assert_close(read.patterns, cue)
     assert resting.any(), "the encoder does get it wrong"
