@@ -143,8 +143,8 @@ def energy(trained: list[Trained]) -> Table:
     headers = ("images", "cue", "energy at read 1", f"at read {ALONG}", "steps that do not raise it", "of those tried")
     note = (
         f"{ALONG} iterations, so {ALONG - 1} steps a read. A step that would raise the energy is not taken, and the "
-        "read rests from then on: so no step of a read raises it. The last column counts the steps that were tried, and how "
-        "many of them encoder and decoder got right by themselves."
+        "read rests from then on: so no step of a read raises it. The last column counts the steps that were tried, and "
+        "how many of them encoder and decoder got right by themselves."
     )
     return Table("Energy along reads, in nats", headers, rows, note)
 
