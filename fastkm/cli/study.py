@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, update_posterior
 from fastkm.cli import model_pictures
-from fastkm.cli.console import markdown_table, show_table
+from fastkm.cli.console import markdown_table, progress, show_table
 from fastkm.cli.evaluation import LENGTHS, capacity, draw_episodes, read_corrupted, refusals, rises
 from fastkm.cli.machine import machine
 from fastkm.cli.measure import time_interleaved
@@ -58,12 +58,24 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     trained = [train_or_open(Settings(data=data, steps=options.steps), output) for data in options.data]
-    tables = [*clean_up(trained), energy(trained), bound(trained)]
-    for one in trained:
-        rows = capacity(one.model, one.data.train, one.data.test, LENGTHS, NUM_ITERS)
-        tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
-        model_pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
-    tables += [step_time(trained[0], options.seconds), ablations(trained[-1], options.ablation_steps)]
+    tables: list[Table] = []
+    with progress("study", 5 + len(trained)) as start:
+        start("reads of corrupted cues")
+        tables += clean_up(trained)
+        start("energy along reads")
+        tables.append(energy(trained))
+        start("conditional bound")
+        tables.append(bound(trained))
+        for one in trained:
+            start(f"capacity on {one.name}")
+            lengths = tuple(length for length in LENGTHS if length <= len(one.data.test))
+            rows = capacity(one.model, one.data.train, one.data.test, lengths, NUM_ITERS)
+            tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
+            model_pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
+        start("time of a training step")
+        tables.append(step_time(trained[0], options.seconds))
+        start("ablations, the longest part")
+        tables.append(ablations(trained[-1], options.ablation_steps))
     for table in tables:
         table.show()
     about = {name: str(value) for name, value in machine().items()}
@@ -143,7 +155,7 @@ def energy(trained: list[Trained]) -> Table:
     headers = ("images", "cue", "energy at read 1", f"at read {ALONG}", "steps that do not raise it", "of those tried")
     note = (
         f"{ALONG} iterations, so {ALONG - 1} steps a read. A step that would raise the energy is not taken, and the "
-        "read rests from then on: so no step of a read raises it. The last column counts the steps that were tried, and "
+        "read rests from then on: so no step of a read raises it. The last column counts the steps tried, and "
         "how many of them encoder and decoder got right by themselves."
     )
     return Table("Energy along reads, in nats", headers, rows, note)
