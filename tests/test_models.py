@@ -157,6 +157,27 @@ def test_energy_is_the_equation():
     torch.testing.assert_close(read.energy[..., 0], nats + model.memory.kl_weights(read.weights))
 
 
+def test_the_energy_never_rises():
+    """A step that would raise it is not taken, and the query rests where it is."""
+    model, x = build(), patterns(B, T)
+    model.encoder = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 30), nn.Tanh(), nn.Linear(30, C)).double()
+    with torch.no_grad():
+        model.encoder[-1].weight.mul_(20)  # far from what the decoder undoes
+    state, n = model.write(x).state, 5
+    read = model.attractor_read(x, n, state=state)
+    assert (read.energy.diff(dim=-1) <= 0).all()
+    cue, energy, resting = x, x.new_full((B, T), torch.inf), torch.zeros(B, T, dtype=torch.bool)
+    for i in range(n):
+        step = model.attractor_read(cue, 1, state=state)
+        resting = resting | (step.energy[..., 0] > energy)
+        energy = torch.where(resting, energy, step.energy[..., 0])
+        cue = torch.where(resting[..., None, None], cue, step.patterns)
+        torch.testing.assert_close(read.energy[..., i], energy)
+    torch.testing.assert_close(read.patterns, cue)
+    assert resting.any(), "the encoder does get it wrong"
+    assert (read.num_iters < n).equal(resting)
+
+
 def test_a_query_stops_alone():
     model, x = build(), patterns(B, T)
     state = model.write(x).state

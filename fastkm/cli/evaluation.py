@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastkm.cli.episodes import draw_images
-from fastkm.cli.patterns import CORRUPTIONS
-from fastkm.models import DynamicKanervaMachine
+from fastkm.cli.patterns import CORRUPTIONS, binary
+from fastkm.models import DynamicKanervaMachine, PatternRead
 
 SHARPNESS = tuple(2.0**i for i in range(-6, 5))  # β of a Hopfield read, tried on training images
 LENGTHS = (8, 16, 32, 64, 128, 256)  # patterns stored
@@ -17,12 +17,14 @@ HOPFIELD_CUE = "salt and pepper 15 %"
 
 
 class Reads(NamedTuple):
-    """Mean squared pixel errors of the same reads [B, Q], and the energies along them."""
+    """Errors of the same reads [B, Q], the squared ones of the decoder's mean and the wrong pixels of its mode."""
 
     cue: Tensor
     autoencoder: Tensor  # past the memory
     after: dict[int, Tensor]  # after so many iterations
-    energy: Tensor  # [B, Q, n]
+    wrong_autoencoder: Tensor
+    wrong_after: dict[int, Tensor]
+    last: PatternRead  # after the most iterations
 
 
 def draw_episodes(images: Tensor, batch: int, count: int, seed: int) -> Tensor:
@@ -51,20 +53,30 @@ def read_corrupted(
     state = model.write(episodes).state
     cues = corrupt(episodes, torch.Generator().manual_seed(seed))
     reads = {n: model.attractor_read(cues, n, state=state) for n in iterations}
+    alone = autoencode(model, cues)
     return Reads(
         pixel_error(cues, episodes),
-        pixel_error(autoencode(model, cues), episodes),
+        pixel_error(alone, episodes),
         {n: pixel_error(read.patterns, episodes) for n, read in reads.items()},
-        reads[max(iterations)].energy,
+        pixel_error(binary(alone), episodes),
+        {n: pixel_error(binary(read.patterns), episodes) for n, read in reads.items()},
+        reads[max(iterations)],
     )
 
 
-def rises(energy: Tensor) -> tuple[int, int]:
-    """How many steps of the reads ``[B, Q, n]`` raise the energy by more than rounding, and how many there are."""
-    before, after = energy[..., :-1], energy[..., 1:]
-    # −ln p sums 784 terms and the energy is read in float32.
-    rounding = 784 * torch.finfo(energy.dtype).eps * before.abs()
-    return int((after > before + rounding).sum()), before.numel()
+def refusals(read: PatternRead) -> tuple[int, int]:
+    """How many steps were not taken because they would have raised the energy, and how many were tried.
+
+    A read without a tolerance ends early for no other reason.
+    """
+    most = read.energy.shape[-1]
+    refused = int((read.num_iters < most).sum())
+    return refused, int((read.num_iters - 1).sum()) + refused
+
+
+def rises(energy: Tensor) -> int:
+    """How many steps of the reads ``[B, Q, n]`` raise the energy."""
+    return int((energy[..., 1:] > energy[..., :-1]).sum())
 
 
 # ---- other memories, on the same codes: they keep every pattern --------------------------------------------------

@@ -1,5 +1,6 @@
 """Binary patterns to train the generative model on, with a part held out that training never sees."""
 
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -90,7 +91,8 @@ def gaussian(patterns: Tensor, stddev: float, generator: torch.Generator) -> Ten
     return (patterns + stddev * torch.randn(patterns.shape, generator=generator)).clamp(0, 1)
 
 
-CORRUPTIONS = {
+CORRUPTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+    "nothing": lambda x, generator: x,
     "salt and pepper 5 %": lambda x, generator: salt_and_pepper(x, 0.05, generator),
     "salt and pepper 15 %": lambda x, generator: salt_and_pepper(x, 0.15, generator),
     "salt and pepper 30 %": lambda x, generator: salt_and_pepper(x, 0.30, generator),

@@ -141,7 +141,7 @@ class Trainer:
         """Go on from a checkpoint of the same settings and data."""
         tensors, settings, data = read_checkpoint(path)
         for name, ours in self.settings._asdict().items():
-            if ours != getattr(settings, name):
+            if name != "data" and ours != getattr(settings, name):  # images are told by what they are, not by where
                 raise CommandError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
         if data != fingerprint(self.data):
             raise CommandError(f"{path} was trained on other images than {self.data.source}")

@@ -30,8 +30,8 @@ class PatternRead(NamedTuple):
 
     patterns: Tensor  # [B, Q, *pattern], the decoder's mean at each query's last iteration
     weights: Tensor  # [B, Q, K]
-    energy: Tensor  # [B, Q, n], nats; a query that stopped keeps its last energy
-    num_iters: Tensor  # [B, Q], int64, the iterations each query took
+    energy: Tensor  # [B, Q, n], nats, never rising; a query that rests keeps its last energy
+    num_iters: Tensor  # [B, Q], int64, the iterations each query took before it rested
 
 
 class DynamicKanervaMachine(nn.Module):
@@ -158,9 +158,10 @@ class DynamicKanervaMachine(nn.Module):
 
             E(x_i, w_i) = −ln p(x_i | d(Rᵀ w_i)) + KL(N(w_i, σw² I) ‖ N(0, σ0² I))
 
-        The step to x_{i+1} minimises it exactly; a trained encoder lowers it with the step to w_{i+1}. A query stops
-        once the root mean square change of the decoder's mean is at most ``tol``, with ``tol = 0`` at a fixed point.
-        No gradient is recorded: the loop is not part of training.
+        The step to x_{i+1} minimises it exactly; the step to w_{i+1} lowers it as far as the encoder has learned to.
+        So the energy of a read never rises: an iteration that would raise it is not taken, and the query rests where
+        it is. It also stops once the root mean square change of the decoder's mean is at most ``tol``, with ``tol = 0``
+        at a fixed point. No gradient is recorded: the loop is not part of training.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
@@ -181,6 +182,7 @@ class DynamicKanervaMachine(nn.Module):
                 patterns, weights, energy = new_patterns, new_weights, new_energy
                 moved = torch.full_like(energy, torch.inf)
             else:
+                active = active & (new_energy <= energy)
                 moved = (new_patterns - patterns).flatten(2).square().mean(-1).sqrt()
                 patterns = _where(active, new_patterns, patterns)
                 weights, energy = _where(active, new_weights, weights), _where(active, new_energy, energy)
@@ -188,8 +190,8 @@ class DynamicKanervaMachine(nn.Module):
             energies.append(energy)
             if tol is not None:
                 active = active & (moved > tol)
-                if not active.any():
-                    break
+            if not active.any():
+                break
         energies += [energy] * (num_iters - len(energies))
         return PatternRead(patterns, weights, torch.stack(energies, -1), taken)
 
