@@ -279,8 +279,6 @@ def tensors(p: Problem) -> list[Tensor]:
     return [x for x in (*p.state, *p[1:]) if x is not None]
 
 
-
-
 def runs_on_cpu(operation: str, backend: str) -> bool:
     """Whether the backend has the operation at all, and for tensors on the CPU."""
     capability = _backend.CAPABILITIES[operation].get(backend)
