@@ -153,14 +153,12 @@ def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str
 
 
 def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
-    shared = {
-        (target, kernel_of(operator)): max(
-            launch.shared
-            for launch in recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
-        )
-        for target in DEVICES
-        for operator in OPERATORS
-    }
+    shared: dict[tuple[str, str], int] = {}  # the most that any operator gives a kernel
+    for target in DEVICES:
+        for operator in OPERATORS:
+            launches = recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
+            key = (target, kernel_of(operator))
+            shared[key] = max(shared.get(key, 0), *(launch.shared for launch in launches), 0)
     for target in cuda_code.TARGETS:
         for code in cuda_code.kernels(target):
             most = shared[target, code.kernel.partition("<")[0]]
