@@ -153,20 +153,18 @@ def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str
 
 
 def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
-    shared = {
-        (target, kernel_of(operator)): max(
-            launch.shared
-            for launch in recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
-        )
-        for target in DEVICES
-        for operator in OPERATORS
-    }
+    shared: dict[tuple[str, str], int] = {}  # the most that any operator gives a kernel
+    for target in DEVICES:
+        for operator in OPERATORS:
+            launches = recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
+            key = (target, kernel_of(operator))
+            shared[key] = max(shared.get(key, 0), *(launch.shared for launch in launches), 0)
     for target in cuda_code.TARGETS:
         for code in cuda_code.kernels(target):
             most = shared[target, code.kernel.partition("<")[0]]
             busy = cuda_code.occupancy(target, code.registers, cuda_code.THREADS, most)
             counts = map(str, (code.registers, round(most / 1024), code.spills))
-            yield (f"`{code.kernel}`", "CUDA", target, *counts, f"{busy:.0%}", *map(str, code[3:]))
+            yield (f"`{code.kernel}`", "CUDA", target, "all", *counts, f"{busy:.0%}", *map(str, code[3:]))
 
 
 # ---- Triton --------------------------------------------------------------------------------------------------------
@@ -176,17 +174,17 @@ def triton_rows() -> Iterator[tuple[str, ...]]:
     from gpu.launches import all_rows
 
     for row in all_rows():
-        code, name = row.built, f"`{row.kernel}`, {row.preset} {row.precision}"
+        code, use = row.built, f"{row.operator}, {row.preset}, {row.precision}"
         busy = f"{code.occupancy:.0%}" if code.occupancy else "–"
         resources = map(str, (code.registers, round(code.shared / 1024), code.spills))
         counts = map(str, (code.tensor_cores, code.wide_loads, code.float_atomics))
-        yield name, "Triton", row.target, *resources, busy, *counts
+        yield f"`{row.kernel}`", "Triton", row.target, use, *resources, busy, *counts
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 HEADERS = (
-    *("kernel", "backend", "target", "registers", "shared KiB", "spills", "occupancy"),
+    *("kernel", "backend", "target", "built for", "registers", "shared KiB", "spills", "occupancy"),
     *("tensor-core", "128-bit loads", "float atomics"),
 )
 LAUNCH_HEADERS = ("operator", *PRESETS)
@@ -222,7 +220,7 @@ def main() -> None:
     rows = list(chain(cuda_rows(recorder), triton_rows()))
     traffic = markdown_table(TRAFFIC_HEADERS, counted)
     update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=traffic)
-    spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[5] != "0"})
+    spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[6] != "0"})
     print(f"{len(rows)} rows into {PAGE.relative_to(ROOT)}. Spill: {', '.join(spilling) or 'none'}")
 
 
