@@ -239,4 +239,4 @@ def test_a_loaded_model_is_the_trained_one(classes, tmp_path):
     x = load_patterns(str(classes)).test[None, :4]
     trainer = Trainer(settings, load_patterns(str(classes)))
     trainer.load(tmp_path / "model")
-    torch.testing.assert_close(model.encode(x), trainer.model.encode(x), rtol=0, atol=0)
+    torch.testing.assert_close(model.encode(x), trainer.model.eval().encode(x), rtol=0, atol=0)
