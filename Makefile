@@ -11,8 +11,9 @@ ARGS ?=
 # What `make study` trains on.
 DATA ?= mnist
 
-# Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves.
-RUNGS ?= simt interpreter ttsem aot
+# Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves, and names two more
+# that take longer: make test RUNGS='ttsem aot'
+RUNGS ?= simt interpreter
 
 VENV := .venv
 BIN := $(VENV)/bin
