@@ -65,7 +65,6 @@ struct Warp {
   int argument[32];
   const char* file = "";
   int line = 0;
-  char tag[2];  // what ThreadSanitizer orders by, in turns
 };
 
 struct World {
@@ -74,7 +73,8 @@ struct World {
   unsigned threads = 0, alive = 0, at_barrier = 0, generation = 0;
   const char* barrier_file = nullptr;
   int barrier_line = 0;
-  char barrier_tag[2], end_tag;
+  char end_tag;
+  char* tags = nullptr;  // what ThreadSanitizer orders by, two in turns for the block and each warp; every block's own
   const std::function<void()>* body = nullptr;
   float* shared = nullptr;
   std::vector<void*> used_memory, used_fibers;  // kept to the end of the grid, or blocks would look ordered
@@ -255,7 +255,7 @@ void wait_for_block(const char* file, int line) {
   }
   if (world.alive != world.threads) fail("a barrier after some threads have ended", file, line);
   Fiber& self = current();
-  char* const tag = &world.barrier_tag[world.generation % 2];
+  char* const tag = &world.tags[world.generation % 2];
   __tsan_release(tag);
   world.barrier_file = file, world.barrier_line = line;
   self.file = file, self.line = line, self.state = State::kAtBarrier;
@@ -284,7 +284,7 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int argument, co
   warp.value[lane] = value;
   warp.argument[lane] = argument;
   warp.arrived |= 1u << lane;
-  char* const tag = &warp.tag[warp.generation % 2];
+  char* const tag = &world.tags[2 + threadIdx.x / 32 * 2 + warp.generation % 2];
   const bool orders = kind == Exchange::kNothing;  // shuffles and products order no memory
   if (orders) __tsan_release(tag);
   self.file = file, self.line = line, self.state = State::kInWarp;
@@ -342,15 +342,16 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, const std::functi
     blockIdx.x = block;
     world.warps.assign((world.threads + 31) / 32, Warp());
     world.shared = poisoned(shared_bytes);
-    world.used_memory.push_back(world.shared);
+    world.tags = static_cast<char*>(std::malloc(2 + 2 * world.warps.size()));
+    world.used_memory.insert(world.used_memory.end(), {world.shared, world.tags});
     run_block();
     if (!world.error.empty()) break;
 #ifdef SIMT_THREAD_SANITIZER
     for (unsigned thread = 0; thread < world.threads; ++thread) world.used_fibers.push_back(world.fibers[thread].tsan);
     if (world.used_fibers.size() + world.threads > 7900) forget();  // it can hold no more
 #else
-    std::free(world.used_memory.back());
-    world.used_memory.pop_back();
+    for (void* memory : world.used_memory) std::free(memory);
+    world.used_memory.clear();
 #endif
   }
   __tsan_acquire(&world.end_tag);
