@@ -83,7 +83,7 @@ def draw_samples(model: DynamicKanervaMachine, episode: Tensor, num_iters: int, 
         torch.manual_seed(0)  # the same weights, read again
         generated[n] = model.generate(count, n, state=state)[0]
     panels = {
-        "stored": episode[0],
+        "stored": episode[0, :count],
         "decoded from random weights": generated[1],
         f"the same after {num_iters} iterations": generated[num_iters],
     }
