@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "kernels" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
-            if chosen is None:
+            if chosen in (None, "aot"):
                 item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
             elif chosen == "ttsem" and _takes_long(item):
                 item.add_marker(pytest.mark.skip(reason="takes too long in ttsem"))
