@@ -11,9 +11,8 @@ ARGS ?=
 # What `make study` trains on.
 DATA ?= mnist
 
-# Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves, and names two more
-# that take longer: make test RUNGS='ttsem aot'
-RUNGS ?= simt interpreter
+# Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves.
+RUNGS ?= simt interpreter ttsem aot
 
 VENV := .venv
 BIN := $(VENV)/bin
