@@ -237,6 +237,16 @@ def test_convolutional_pair():
     assert model.attractor_read(grey, 2, state=state).energy.isfinite().all()
 
 
+def test_no_queries_and_no_episodes():
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    read = model.attractor_read(x[:, :0], 3, state=state)
+    assert [tuple(y.shape) for y in read] == [(B, 0, *SHAPE), (B, 0, K), (B, 0, 3), (B, 0)]
+    none = fastkm.MemoryState(state.mean[:0], state.cov[:0])
+    assert model.attractor_read(x[:0], 3, state=none).patterns.shape == (0, T, *SHAPE)
+    assert model.conditional_bound(x[:0]).shape == (0,)
+
+
 def test_pixels_at_a_tie_stay_numbers():
     model = DynamicKanervaMachine(ConvEncoder(9, 4), ConvDecoder(9, 4), KanervaMemory(9, 4))
     for parameter in model.decoder.parameters():
@@ -252,6 +262,8 @@ def test_pixels_at_a_tie_stay_numbers():
         (lambda m, x: m.loss(x.tolist()), TypeError, "patterns must be a tensor"),
         (lambda m, x: m.loss(x[0, :, 0, 0]), ValueError, "shape [B, T, *pattern], got"),
         (lambda m, x: m.loss(x > 0), ValueError, "must be floating point"),
+        (lambda m, x: m.loss(x, cues=x[:, :2]), ValueError, "cues must have the shape of episode, [3, 5, 2, 4], got"),
+        (lambda m, x: m.loss(x, num_reads=0), ValueError, "num_reads must be at least 1"),
         (lambda m, x: m.attractor_read(x, 0, state=m.write(x).state), ValueError, "num_iters must be at least 1"),
         (lambda m, x: m.attractor_read(x, 2, -1.0, state=m.write(x).state), ValueError, "tol must be"),
         (lambda m, x: m.generate(0, state=m.write(x).state), ValueError, "num_samples must be at least 1"),

@@ -116,6 +116,9 @@ class DynamicKanervaMachine(nn.Module):
         """
         _check.count("num_reads", num_reads)
         codes = self.encode(episode)
+        if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
+            got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
+            raise ValueError(f"cues must have the shape of episode, {list(episode.shape)}, got {got}")
         written = self.memory.write(codes, mask=mask)
         queries = codes if cues is None else self.encode(cues)
         negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state)
@@ -239,6 +242,8 @@ class DynamicKanervaMachine(nn.Module):
 
     def _nats(self, decoded: Distribution, patterns: Tensor) -> Tensor:
         """−ln p [B, T] of ``patterns [B, T, *pattern]``."""
+        if patterns.numel() == 0:  # torch.distributions.Independent does not take an empty batch
+            return patterns.new_zeros(patterns.shape[:2])
         return -decoded.log_prob(patterns.flatten(0, 1)).unflatten(0, patterns.shape[:2])
 
 
