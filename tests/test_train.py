@@ -212,9 +212,7 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     from fastkm.cli import evaluation, study
 
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    for module in (evaluation, study):
-        monkeypatch.setattr(module, "LENGTHS", (4, 8))
-    monkeypatch.setattr("fastkm.cli.demo.LENGTHS", (4, 8))
+    monkeypatch.setattr(evaluation, "LENGTHS", (4, 8))
     monkeypatch.setattr(study, "EPISODES", 2)
     monkeypatch.setattr(
         study, "Settings", lambda **given: Settings(batch=2, patterns=4, rows=4, code_size=8, width=2, **given)

@@ -7,16 +7,15 @@ import torch
 
 from fastkm.cli import model_pictures
 from fastkm.cli.console import CommandError
-from fastkm.cli.evaluation import LENGTHS, capacity, draw_episodes
+from fastkm.cli.evaluation import capacity, draw_episodes
 from fastkm.cli.patterns import CORRUPTIONS, Patterns, load_patterns
-from fastkm.cli.study import capacity_table
+from fastkm.cli.study import NUM_ITERS, capacity_table
 from fastkm.cli.train import train
 from fastkm.cli.training import Settings, Trainer, fingerprint, load_model
 from fastkm.models import DynamicKanervaMachine
 
 SHOWN = ("salt and pepper 15 %", "a quarter occluded", "Gaussian 0.3")
 QUICK = Settings(steps=600)  # a few minutes
-NUM_ITERS = 8
 
 
 def run(options: argparse.Namespace) -> int:
@@ -24,24 +23,15 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.output)
     model, data = open_or_train(Path(options.checkpoint), folder)
     print(f"Images: {data.source}; {data.split}")
-    settings_t = model.memory.memory_size
-    pictures = {
-        "demo_reads.png": lambda path: model_pictures.draw_reads(
-            model, draw_episodes(data.test, 1, settings_t, seed=0), {name: CORRUPTIONS[name] for name in SHOWN}, path
-        ),
-        "demo_samples.png": lambda path: model_pictures.draw_samples(
-            model, draw_episodes(data.test, 1, settings_t, seed=0), NUM_ITERS, path
-        ),
-    }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in pictures.items():
-        draw(folder / name)
-        print(f"Picture: {folder / name}")
-    lengths = tuple(length for length in LENGTHS if length <= len(data.test))
-    rows = capacity(model, data.train, data.test, lengths, NUM_ITERS)
+    episode = draw_episodes(data.test, 1, model.memory.memory_size, seed=0)
+    corruptions = {name: CORRUPTIONS[name] for name in SHOWN}
+    model_pictures.draw_reads(model, episode, corruptions, folder / "demo_reads.png")
+    model_pictures.draw_samples(model, episode, NUM_ITERS, folder / "demo_samples.png")
+    rows = capacity(model, data.train, data.test, NUM_ITERS)
     capacity_table(data.source, model.memory.memory_size, rows).show()
     model_pictures.draw_capacity(rows, folder / "demo_capacity.png")
-    print(f"Picture: {folder / 'demo_capacity.png'}")
+    print(f"Pictures: demo_reads.png, demo_samples.png and demo_capacity.png in {folder}")
     return 0
 
 

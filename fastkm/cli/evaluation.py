@@ -108,12 +108,12 @@ def best_sharpness(model: DynamicKanervaMachine, images: Tensor, count: int) -> 
 
 
 @torch.no_grad()
-def capacity(
-    model: DynamicKanervaMachine, train: Tensor, test: Tensor, lengths: tuple[int, ...], num_iters: int
-) -> list[dict[str, float]]:
+def capacity(model: DynamicKanervaMachine, train: Tensor, test: Tensor, num_iters: int) -> list[dict[str, float]]:
     """Error and bound against the number of stored patterns, with the same cues for every memory."""
     rows = []
-    for length in lengths:
+    for length in LENGTHS:
+        if length > len(test):
+            break
         episodes = draw_episodes(test, max(2, 512 // length), length, seed=2)
         cues = CORRUPTIONS[HOPFIELD_CUE](episodes, torch.Generator().manual_seed(2))
         stored, queries, state = model.encode(episodes), model.encode(cues), model.write(episodes).state

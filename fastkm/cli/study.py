@@ -13,7 +13,7 @@ from torch import Tensor
 from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, update_posterior
 from fastkm.cli import model_pictures
 from fastkm.cli.console import markdown_table, progress, show_table
-from fastkm.cli.evaluation import LENGTHS, capacity, draw_episodes, read_corrupted, refusals, rises
+from fastkm.cli.evaluation import capacity, draw_episodes, read_corrupted, refusals, rises
 from fastkm.cli.machine import machine
 from fastkm.cli.measure import time_interleaved
 from fastkm.cli.patterns import CORRUPTIONS, Patterns, load_patterns
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
         tables.append(bound(trained))
         for one in trained:
             start(f"capacity on {one.name}")
-            lengths = tuple(length for length in LENGTHS if length <= len(one.data.test))
-            rows = capacity(one.model, one.data.train, one.data.test, lengths, NUM_ITERS)
+            rows = capacity(one.model, one.data.train, one.data.test, NUM_ITERS)
             tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
             model_pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
         start("time of a training step")
@@ -225,7 +224,8 @@ def step_time(one: Trained, seconds: float) -> Table:
     note = (
         f"Medians, taken in turn in one run with {torch.get_num_threads()} threads; the same reference step timed "
         f"twice differs by {abs(ms['reference again'] / ms['reference'] - 1):.1%}. The memory's part: write, address, "
-        "decode, both KLs, and the backward of them, on codes of the same shape."
+        "decode, both KLs, and the backward of them, on codes of the same shape. The step is one from the beginning "
+        "of a training, with clean cues; later ones also make corrupted cues and read some of them."
     )
     return Table(
         f"A training step at B = {s.batch}, T = {s.patterns}, K = {s.rows}, C = {s.code_size}",
