@@ -116,6 +116,20 @@ def store_tile(p, value, o_row, o_col, n_row, n_col, s_row, s_col):
 
 
 @triton.jit
+def copy_or_zero(p_to, s_to, p_from, s_row, s_col, rows, columns, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
+    """Copy a matrix that may be missing, which is zero. Ends with a barrier."""
+    for i in range(0, rows, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for j in range(0, columns, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
+            b = tl.zeros((BLOCK, BLOCK), tl.float32)
+            if GIVEN:
+                b = load_tile(p_from, o_i, o_j, rows, columns, s_row, s_col)
+            store_tile(p_to, b, o_i, o_j, rows, columns, s_to, 1)
+    tl.debug_barrier()
+
+
+@triton.jit
 def pick(vector, o, i):
     """Entry ``i`` of a vector in registers."""
     return tl.sum(tl.where(o == i, vector, 0.0), 0)

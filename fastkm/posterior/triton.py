@@ -20,6 +20,7 @@ from fastkm._triton import (
     IS_ASYMMETRIC,
     IS_INDEFINITE,
     SQRT_EPS,
+    copy_or_zero,
     diagonal,
     eliminate,
     factor,
@@ -333,18 +334,6 @@ def cotangent(p, s_b, s_t, i_b, o_t, m_t, GIVEN: tl.constexpr):
         return tl.load(p + i_b * s_b + o_t.to(tl.int64) * s_t, mask=m_t, other=0.0)
     else:
         return tl.zeros(o_t.shape, tl.float32)
-
-
-@triton.jit
-def copy_or_zero(p_to, s_to, p_from, s_row, s_col, n_row, n_col, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    for i in range(0, n_row, BLOCK):
-        o_i = i + tl.arange(0, BLOCK)
-        for j in range(0, n_col, BLOCK):
-            o_j = j + tl.arange(0, BLOCK)
-            b = tl.zeros((BLOCK, BLOCK), tl.float32)
-            if GIVEN:
-                b = load_tile(p_from, o_i, o_j, n_row, n_col, s_row, s_col)
-            store_tile(p_to, b, o_i, o_j, n_row, n_col, s_to, 1)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from fastkm._autograd import differentiable
 from fastkm._triton import (
     BLOCK,
     IS_INDEFINITE,
+    copy_or_zero,
     factor,
     fours,
     implements,
@@ -207,20 +208,6 @@ def inner_product(p_x, p_y, rows, columns, ld, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
-def fill(p_to, s_to, p_from, s_row, s_col, rows, columns, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy a matrix that may be missing, which is zero."""
-    for i in range(0, rows, BLOCK):
-        o_i = i + tl.arange(0, BLOCK)
-        for j in range(0, columns, BLOCK):
-            o_j = j + tl.arange(0, BLOCK)
-            b = tl.zeros((BLOCK, BLOCK), tl.float32)
-            if GIVEN:
-                b = load_tile(p_from, o_i, o_j, rows, columns, s_row, s_col)
-            store_tile(p_to, b, o_i, o_j, rows, columns, s_to, 1)
-    tl.debug_barrier()
-
-
 # Bytes moved: at least mean, queries and cotangents in and gradients out, each once; a memory's factor, its K² and KC
 # sums and one tile's solutions are working memory.
 @triton.jit
@@ -255,9 +242,9 @@ def read_backward_kernel(
     ridge = tl.load(p_ridge + i_b * s_lb)
     good = factor_memory(p_mean, s_mr, s_mc, ridge, p_lower, p_inverse, p_gram, K, C, ld, SQUARED, BLOCK, SINGLE)
     ridge = tl.where(good, ridge, float("nan"))  # without a factor there is no gradient
-    fill(p_to_mean, C, p_mean, s_mr, s_mc, K, C, False, BLOCK)
-    fill(p_solved, ld, p_mean, s_mr, s_mc, K, K, False, BLOCK)
-    fill(p_target, ld, p_mean, s_mr, s_mc, K, K, False, BLOCK)
+    copy_or_zero(p_to_mean, C, p_mean, s_mr, s_mc, K, C, False, BLOCK)
+    copy_or_zero(p_solved, ld, p_mean, s_mr, s_mc, K, K, False, BLOCK)
+    copy_or_zero(p_target, ld, p_mean, s_mr, s_mc, K, K, False, BLOCK)
     to_ridge = tl.full((), 0, tl.float64)
     for first in range(0, Q, ROWS):
         count = tl.minimum(ROWS, Q - first)
@@ -271,7 +258,7 @@ def read_backward_kernel(
             solve(p_solutions, ld, p_w, ld, p_inverse, p_y, count, K, ld, 1.0, False, BLOCK)
         else:
             solve(p_solutions, ld, p_x, ld, p_inverse, p_y, count, K, ld, 1.0, False, BLOCK)
-        fill(p_w, ld, p_solutions, ld, 1, count, K, True, BLOCK)
+        copy_or_zero(p_w, ld, p_solutions, ld, 1, count, K, True, BLOCK)
         for n in range(1, num_iters):
             p_n = p_solutions + tl.cast(n, tl.int64) * ROWS * ld
             solve(p_n, ld, p_w, ld, p_inverse, p_y, count, K, ld, 1.0, False, BLOCK)
@@ -285,7 +272,9 @@ def read_backward_kernel(
             tl.debug_barrier()
 
         # Back through the decoding ẑ = Rᵀ wₙ.
-        fill(p_w_bar, ld, p_grad_weights + i_b * s_wb + o_first * s_wr, s_wr, s_wc, count, K, WITH_WEIGHTS, BLOCK)
+        copy_or_zero(
+            p_w_bar, ld, p_grad_weights + i_b * s_wb + o_first * s_wr, s_wr, s_wc, count, K, WITH_WEIGHTS, BLOCK
+        )
         if WITH_VALUES:
             p_gv = p_grad_values + i_b * s_vb + o_first * s_vr
             product(p_w_bar, ld, 1, p_gv, s_vr, s_vc, p_mean, s_mc, s_mr, count, K, C, 1.0, True, PRECISION,
