@@ -7,7 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 
 #include "cuda_kernels.h"
@@ -35,10 +37,44 @@ Batch<T> batch_of(const Tensor& tensor) {
   return batch;
 }
 
+// Positive numbers: one for all memories, one a memory or, where `sizes` has two axes, one a pattern; trailing axes may
+// be missing. Where the host can read them it does.
+template <class T, class Place>
+Batch<const T> positive_numbers_of(const Place&, const Tensor& tensor, const char* name,
+                                   std::initializer_list<int64_t> sizes, const Tensor& memory) {
+  bool same = tensor.dim() <= static_cast<int64_t>(sizes.size()) && tensor.scalar_type() == memory.scalar_type();
+  for (int64_t axis = 0; same && axis < tensor.dim(); ++axis) same = tensor.size(axis) == sizes.begin()[axis];
+  STD_TORCH_CHECK(same, "fastkm: ", name, " has a shape or dtype that does not fit the other arguments");
+  const Batch<const T> numbers = batch_of<const T>(tensor);
+  if constexpr (Place::kOnHost) {
+    const auto distinct = [&](int64_t axis) {
+      return axis >= tensor.dim() || (numbers.stride[axis] == 0 && tensor.size(axis) > 0) ? 1 : tensor.size(axis);
+    };
+    bool positive = true;
+    for (int64_t b = 0; b < distinct(0); ++b)
+      for (int64_t t = 0; t < distinct(1); ++t)
+        positive &=
+            *numbers.at(b, t) >= std::numeric_limits<T>::min() && *numbers.at(b, t) <= std::numeric_limits<T>::max();
+    STD_TORCH_CHECK(positive, "fastkm: ", name, " must be positive and finite");
+  }
+  return numbers;
+}
+
+// Like torch's own new_empty, at a quarter of its cost: a call on a small memory makes seven of them.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes,
                    std::optional<ScalarType> type = std::nullopt) {
-  const Tensor made =
-      torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), type);
+  int64_t strides[3] = {1, 1, 1};
+  for (size_t axis = sizes.size(); axis-- > 1;)
+    strides[axis - 1] = strides[axis] * std::max<int64_t>(sizes.begin()[axis], 1);
+  int32_t dtype, device, index;
+  aoti_torch_get_dtype(like.get(), &dtype);
+  aoti_torch_get_device_type(like.get(), &device);
+  aoti_torch_get_device_index(like.get(), &index);
+  if (type) dtype = *type == ScalarType::Int ? aoti_torch_dtype_int32() : dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                         dtype, device, index, &handle));
+  const Tensor made(handle);
 #ifdef FASTKM_SIMT  // what a kernel forgets to write shall be seen
   __builtin_memset(made.mutable_data_ptr(), 0xFF, static_cast<size_t>(made.numel()) * sizeof(float));
 #endif
@@ -63,9 +99,14 @@ Batch<const T> cotangent_of(const std::optional<Tensor>& grad, const char* name,
 #define FASTKM_LAUNCHER(name) [](auto&... arguments) { return cuda::name(arguments...); }
 
 // Where the kernels of a call run: Cpu here, Gpu in cuda_binding.h. A binding is written once for both.
-struct Cpu {
+class Cpu {
+ public:
+  static constexpr bool kOnHost = true;
+
   template <class... Tensors>
-  explicit Cpu(const Tensors&...) {}
+  explicit Cpu(const Tensors&... tensors) {
+    (expect_here(tensors), ...);
+  }
 
   // Run `compute(T{})` for the dtype of the tensors.
   template <class F>
@@ -96,6 +137,16 @@ struct Cpu {
   template <class F>
   static void over_threads(int64_t n, const F& compute) {
     torch::stable::parallel_for(0, n, 1, compute);
+  }
+
+ private:
+  static void expect_here(const Tensor& tensor) {
+    int32_t device;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));
+    STD_TORCH_CHECK(device == aoti_torch_device_type_cpu(), "fastkm: the tensors are on different devices");
+  }
+  static void expect_here(const std::optional<Tensor>& tensor) {
+    if (tensor) expect_here(*tensor);
   }
 };
 

@@ -17,6 +17,8 @@ namespace fastkm {
 
 class Gpu {
  public:
+  static constexpr bool kOnHost = false;
+
   template <class... Tensors>
   explicit Gpu(const Tensor& memory, const Tensors&... others) : memory_(memory) {
 #ifdef FASTKM_WITH_CUDA

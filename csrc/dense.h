@@ -101,24 +101,32 @@ void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
     __builtin_memcpy(to.row(i), from.row(i), static_cast<size_t>(width) * sizeof(T));
 }
 
-// to = fromᵀ, in square blocks so that both sides stay in the cache; the padding is set to zero.
+// to = fromᵀ; the padding is set to zero.
 template <class T>
 void transpose(const Matrix<T>& to, const Matrix<T>& from) {
-  for (int64_t i0 = 0; i0 < to.rows; i0 += kBlock)
-    for (int64_t j0 = 0; j0 < to.columns; j0 += kBlock)
-      for (int64_t i = i0; i < smaller(i0 + kBlock, to.rows); ++i)
-        for (int64_t j = j0; j < smaller(j0 + kBlock, to.columns); ++j) to.row(i)[j] = from.row(j)[i];
-  for (int64_t i = 0; i < to.rows; ++i)
+  constexpr int64_t W = kLanes<T>;
+  const int64_t rows = to.rows / W * W, columns = to.columns / W * W;
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t j = 0; j < columns; j += W) transpose_square(to.row(i) + j, to.ld, from.row(j) + i, from.ld);
+  for (int64_t i = 0; i < to.rows; ++i) {
+    for (int64_t j = i < rows ? columns : 0; j < to.columns; ++j) to.row(i)[j] = from.row(j)[i];
     for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
+  }
 }
 
 // Copy the lower triangle onto the upper one.
 template <class T>
 void mirror(const Matrix<T>& m) {
-  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
-    for (int64_t j0 = i0; j0 < m.rows; j0 += kBlock)
-      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
-        for (int64_t j = j0 > i ? j0 : i + 1; j < smaller(j0 + kBlock, m.rows); ++j) m.row(i)[j] = m.row(j)[i];
+  constexpr int64_t W = kLanes<T>;
+  const int64_t whole = m.rows / W * W;
+  for (int64_t i = 0; i < m.rows; i += W) {
+    const int64_t end = smaller(i + W, m.rows);
+    for (int64_t j = end; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
+    for (int64_t row = i; row < end; ++row) {
+      for (int64_t j = row + 1; j < end; ++j) m.row(row)[j] = m.row(j)[row];
+      for (int64_t j = whole > end ? whole : end; j < m.rows; ++j) m.row(row)[j] = m.row(j)[row];
+    }
+  }
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------
@@ -218,55 +226,73 @@ struct Floors {
   const T* slack = nullptr;  // [n]
 };
 
-// L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive.
+// A square of kBlock rows.
+template <class T>
+struct Square {
+  alignas(64) T entry[kBlock][kBlock];
+};
+
+template <class T>
+void transpose_block(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
+    for (int64_t j = 0; j < kBlock; j += kLanes<T>)
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+}
+
+// The pivot to go on with, and whether it is that of a positive definite matrix.
+template <class T>
+bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
+  const T floor = floors.value ? floors.value[j] : T(0);
+  const bool holds = floors.value ? pivot >= floor - floors.slack[j] : pivot > 0;
+  const bool finite = pivot - pivot == 0;
+  if (!holds || !finite)
+    pivot = 1;
+  else if (pivot < floor)
+    pivot = floor;
+  return holds && finite;
+}
+
+// L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of one elimination:
+// what turns A into Lᵀ turns the identity into L⁻¹.
 template <class T>
 bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
+  constexpr int64_t W = kLanes<T>;
+  Square<T> upper, root = {};  // Lᵀ, of which only what is on and right of the diagonal counts; L⁻¹
+  if (n == kBlock) {
+    transpose_block(upper.entry[0], kBlock, a.data, a.ld);
+  } else {
+    upper = {};
+    for (int64_t i = n; i < kBlock; ++i) upper.entry[i][i] = 1;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j <= i; ++j) upper.entry[j][i] = a.row(i)[j];
+  }
+  for (int64_t i = 0; i < kBlock; ++i) root.entry[i][i] = 1;
   bool good = true;
-  // The block as a full symmetric matrix, completed by the identity; it becomes Lᵀ row by row.
-  alignas(64) T upper[kBlock][kBlock] = {};
-  T reciprocal[kBlock];
-  for (int64_t i = 0; i < kBlock; ++i) upper[i][i] = 1;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j <= i; ++j) upper[i][j] = upper[j][i] = a.row(i)[j];
   for (int64_t j = 0; j < kBlock; ++j) {
-    T pivot = upper[j][j];
-    if (j < n) {
-      const T floor = floors.value ? floors.value[j] : T(0);
-      const bool holds = floors.value ? pivot >= floor - floors.slack[j] : pivot > 0;
-      const bool finite = pivot - pivot == 0;
-      if (!holds || !finite) {
-        good = false;
-        pivot = 1;
-      } else if (pivot < floor) {
-        pivot = floor;
-      }
-    }
-    const T root = std::sqrt(pivot);
-    reciprocal[j] = 1 / root;
-    for (int64_t c = 0; c < kBlock; ++c) upper[j][c] *= reciprocal[j];
-    upper[j][j] = root;
+    T *row = upper.entry[j], *root_row = root.entry[j];
+    T pivot = row[j];
+    if (j < n) good &= admit(pivot, floors, j);
+    const T length = std::sqrt(pivot), reciprocal = 1 / length;
+    const int64_t first = j / W * W;
+    for (int64_t c = first; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
+    for (int64_t c = 0; c <= first; c += W) store<T>(root_row + c, load(root_row + c) * reciprocal);
+    row[j] = length;
     for (int64_t i = j + 1; i < kBlock; ++i) {
-      const T factor = upper[j][i];
-      for (int64_t c = 0; c < kBlock; ++c) upper[i][c] -= factor * upper[j][c];
+      const T factor = row[i];
+      T *below = upper.entry[i], *root_below = root.entry[i];
+      for (int64_t c = i / W * W; c < kBlock; c += W) store<T>(below + c, load(below + c) - factor * load(row + c));
+      for (int64_t c = 0; c <= first; c += W)
+        store<T>(root_below + c, load(root_below + c) - factor * load(root_row + c));
     }
   }
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper[j][i];
-  // Rows of L⁻¹ by forward substitution on the identity.
-  alignas(64) T rows[kBlock][kBlock] = {};
-  for (int64_t i = 0; i < kBlock; ++i) {
-    rows[i][i] = 1;
-    for (int64_t j = 0; j < i; ++j) {
-      const T factor = upper[j][i];
-      for (int64_t c = 0; c < kBlock; ++c) rows[i][c] -= factor * rows[j][c];
-    }
-    for (int64_t c = 0; c < kBlock; ++c) rows[i][c] *= reciprocal[i];
+  if (n == kBlock) {
+    transpose_block(a.data, a.ld, upper.entry[0], kBlock);
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper.entry[j][i];
   }
-  for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t j = 0; j < kBlock; ++j) {
-      inverse[i * kBlock + j] = rows[i][j];
-      inverse_transposed[j * kBlock + i] = rows[i][j];
-    }
+  __builtin_memcpy(inverse, root.entry, sizeof root.entry);
+  transpose_block(inverse_transposed, kBlock, root.entry[0], kBlock);
   return good;
 }
 
@@ -307,6 +333,17 @@ void solve_lower(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
     copy_rows(rhs, rows);
     if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), x);
     product<Into::kSet>(rows, width, left(f.inverse_block(j)), rhs);
+  }
+}
+
+// Y = L⁻¹ X, X [n, m]. With one block, which is what a chunk has, it is one product.
+template <class T>
+void solve_lower_into(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y, Arena& arena) {
+  if (f.size() <= kBlock) {
+    product<Into::kSet>(y, f.size(), left(f.inverse_block(0)), x);
+  } else {
+    copy_rows(y, x);
+    solve_lower(f, y, arena);
   }
 }
 

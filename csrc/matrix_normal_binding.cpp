@@ -10,6 +10,7 @@ static std::tuple<Tensor, Tensor> kl_memory(const Tensor& mean, const Tensor& co
                                             const Tensor& prior_cov) {
   const Place place(mean, cov, prior_mean, prior_cov);
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2);
+  expect(mean, "mean", {B, K, C}, mean.scalar_type());
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   expect(prior_mean, "prior_mean", {B, K, C}, mean.scalar_type());
   expect(prior_cov, "prior_cov", {B, K, K}, mean.scalar_type());

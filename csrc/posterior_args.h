@@ -9,9 +9,9 @@ template <class T, class Place>
 PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
                                 const Tensor& noise_var, const std::optional<Tensor>& mask, int64_t precision) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
+  expect(mean, "mean", {B, K, C}, mean.scalar_type());
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   const int64_t values_type = place.expect_codes(values, "values", {B, patterns, C}, mean);
-  expect(noise_var, "noise_var", {B, patterns}, mean.scalar_type());
   if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);
   PosteriorArgs<T> args;
   args.K = K;
@@ -21,7 +21,7 @@ PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Te
   args.cov = batch_of<const T>(cov);
   args.values = batch_of<const T>(values);
   args.values_type = values_type;
-  args.noise_var = batch_of<const T>(noise_var);
+  args.noise_var = positive_numbers_of<T>(place, noise_var, "noise_var", {B, patterns}, mean);
   if (mask) args.mask = batch_of<const bool>(*mask);
   args.precision = precision;
   return args;

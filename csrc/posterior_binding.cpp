@@ -31,6 +31,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backw
     const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_log_evidence) {
   const Place place(mean, cov, weights, values, noise_var, mask, grad_mean, grad_cov, grad_innovation_var, grad_kl,
                     grad_log_evidence);
+  expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
   const Tensor to_weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {

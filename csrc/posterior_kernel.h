@@ -25,16 +25,36 @@ struct Memory {
 // Not symmetric, by more than rounding explains; or not finite, which no positive definite matrix is.
 template <class T>
 Status symmetry(const Matrix<T>& m) {
+  constexpr int64_t W = kLanes<T>;
   T scale = 0, gap = 0, total = 0;
-  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
-    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
-      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
-        for (int64_t j = j0; j < smaller(j0 + kBlock, i + 1); ++j) {
-          const T size = std::abs(m.row(i)[j]), difference = std::abs(m.row(i)[j] - m.row(j)[i]);
-          scale = size > scale ? size : scale;
-          gap = difference > gap ? difference : gap;
-          total += size + difference;
-        }
+  const auto compare = [&](T entry, T across) {
+    const T size = std::abs(entry), difference = std::abs(entry - across);
+    scale = size > scale ? size : scale;
+    gap = difference > gap ? difference : gap;
+    total += size + difference;
+  };
+  // Squares below the diagonal against those across it, lane by lane; what is left one by one.
+  const int64_t whole = m.rows / W * W;
+  alignas(64) T across[W * W];
+  Vec<T> scales = {}, gaps = {}, totals = {};
+  for (int64_t i = 0; i < whole; i += W)
+    for (int64_t j = 0; j <= i; j += W) {
+      transpose_square(across, W, m.row(j) + i, m.ld);
+      for (int64_t row = 0; row < W; ++row) {
+        const Vec<T> entry = load(m.row(i + row) + j), other = entry - load(across + row * W);
+        const Vec<T> size = entry < 0 ? -entry : entry, difference = other < 0 ? -other : other;
+        scales = size > scales ? size : scales;
+        gaps = difference > gaps ? difference : gaps;
+        totals += size + difference;
+      }
+    }
+  for (int64_t lane = 0; lane < W; ++lane) {
+    scale = scales[lane] > scale ? scales[lane] : scale;
+    gap = gaps[lane] > gap ? gaps[lane] : gap;
+    total += totals[lane];
+  }
+  for (int64_t i = whole; i < m.rows; ++i)
+    for (int64_t j = 0; j <= i; ++j) compare(m.row(i)[j], m.row(j)[i]);
   if (total - total != 0) return kNotPositiveDefinite;
   return gap <= std::sqrt(std::numeric_limits<T>::epsilon()) * scale ? kGood : kAsymmetric;
 }
@@ -67,7 +87,7 @@ T step_kl(int64_t C, T noise, T innovation_var, T energy) {
 template <class T>
 struct Chunk {
   Matrix<T> weights;       // W [t, K]
-  Matrix<T> values;        // Z [t, C]; whitened in place to E
+  Matrix<T> values;        // E = L⁻¹ (Z − W R) [t, C]
   Matrix<T> projected;     // V = W U [t, K]
   Matrix<T> gain;          // G = L⁻¹ V [t, K]
   Factor<T> factor;        // L of S = V Wᵀ + diag(σ²)
@@ -78,13 +98,13 @@ struct Chunk {
   T pivot(int64_t t) const { return factor.lower.row(t)[t] * factor.lower.row(t)[t]; }
 };
 
-// Factor phase (nothing of size C), then E = L⁻¹ (Z − W R).
+// Factor phase (nothing of size C), then E = L⁻¹ (Z − W R). `values` is consumed.
 template <class T>
 Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
                 const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t K = args.K, count = weights.rows;
   Chunk<T> chunk{.weights = weights,
-                 .values = values,
+                 .values = take_matrix<T>(arena, count, args.C),
                  .projected = take_matrix<T>(arena, count, K),
                  .gain = take_matrix<T>(arena, count, K),
                  .factor = take_factor<T>(arena, count)};
@@ -100,10 +120,9 @@ Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<
     slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
   }
   chunk.good = cholesky(chunk.factor, arena, Floors<T>{chunk.noise, slack});
-  copy_rows(chunk.gain, chunk.projected);
-  solve_lower(chunk.factor, chunk.gain, arena);
+  solve_lower_into(chunk.factor, chunk.projected, chunk.gain, arena);
   product<Into::kSubtract>(values, K, left(weights), memory.mean);
-  solve_lower(chunk.factor, values, arena);
+  solve_lower_into(chunk.factor, values, chunk.values, arena);
   return chunk;
 }
 

@@ -11,14 +11,14 @@ static ReadingArgs<T> reading_args(const Place& place, const Tensor& mean, const
                                    int64_t num_iters, bool squared_gram, int64_t precision, const Tensor& info) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
   const int64_t queries_type = place.expect_codes(queries, "queries", {B, Q, C}, mean);
-  expect(ridge, "ridge", {B}, mean.scalar_type());
+  expect(mean, "mean", {B, K, C}, mean.scalar_type());
   STD_TORCH_CHECK(num_iters >= 1, "fastkm: num_iters must be at least 1, got ", num_iters);
   return {.K = K,
           .C = C,
           .Q = Q,
           .mean = batch_of<const T>(mean),
           .queries = batch_of<const T>(queries),
-          .ridge = batch_of<const T>(ridge),
+          .ridge = positive_numbers_of<T>(place, ridge, "ridge", {B}, mean),
           .num_iters = num_iters,
           .squared_gram = squared_gram,
           .info = data_of<int32_t>(info),
@@ -91,6 +91,7 @@ static std::tuple<Tensor, Tensor, Tensor> read_backward(const Tensor& mean, cons
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
   const Tensor to_mean = make(mean, {B, K, C}), to_queries = make(mean, {B, Q, C}), to_ridge = make(mean, {B});
   const Tensor info = make(mean, {B}, ScalarType::Int);
+  expect(ridge, "ridge", {B}, mean.scalar_type());
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const ReadingArgs<T> args = reading_args<T>(place, mean, queries, ridge, num_iters, squared_gram, precision, info);
@@ -109,7 +110,6 @@ static std::tuple<Tensor, Tensor> factor_addressing(const Tensor& mean, const Te
   const Place place(mean, ridge);
   const int64_t B = mean.size(0), K = mean.size(1);
   const Tensor factor = make(mean, {B, K, K}), info = make(mean, {B}, ScalarType::Int);
-  expect(ridge, "ridge", {B}, mean.scalar_type());
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const ReadingArgs<T> args{.K = K,
@@ -117,7 +117,7 @@ static std::tuple<Tensor, Tensor> factor_addressing(const Tensor& mean, const Te
                               .Q = 0,
                               .mean = batch_of<const T>(mean),
                               .queries = {},
-                              .ridge = batch_of<const T>(ridge),
+                              .ridge = positive_numbers_of<T>(place, ridge, "ridge", {B}, mean),
                               .num_iters = 1,
                               .squared_gram = false,
                               .info = data_of<int32_t>(info)};

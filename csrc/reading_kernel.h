@@ -1,9 +1,18 @@
 // Addressing and reading: factor a memory once, then solve for any number of queries without leaving K.
 #pragma once
 
+#include <utility>
+
 #include "dense.h"
 
 namespace fastkm::FASTKM_LEVEL {
+
+// With so many queries that K × K products no longer count, all iterations and the projection become one matrix:
+// w_n = (P R) z with P = H (I − λH)ⁿ⁻¹, H = A⁻¹.
+template <class T>
+bool folds(const ReadingArgs<T>& args) {
+  return args.Q >= 4 * (args.K + args.C) && !args.squared_gram;
+}
 
 // Everything a query needs of a memory.
 template <class T>
@@ -11,7 +20,7 @@ struct FactoredMemory {
   Factor<T> factor;            // of A = G + λI, or of G² + λI, with G = R Rᵀ
   Matrix<T> lower_transposed;  // [K, K]
   Matrix<T> mean;              // R [K, C]
-  Matrix<T> mean_transposed;   // Rᵀ [C, K]
+  Matrix<T> mean_transposed;   // Rᵀ [C, K], or (P R)ᵀ
   Matrix<T> gram;              // G [K, K], of no rows unless the solve is the squared-Gram one
 };
 
@@ -71,36 +80,88 @@ void factor_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T
   transpose(memory.lower_transposed, memory.factor.lower);
 }
 
+// a ← a b for symmetric matrices that commute.
+template <class T>
+void multiply_symmetric(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& scratch) {
+  product_lower<Into::kSet>(scratch, a.rows, left(a), b);
+  copy_rows(a, scratch);
+  mirror(a);
+}
+
+// Rᵀ P into memory.mean_transposed. In double, as powers of a matrix lose digits that iterations keep.
+template <class T>
+void fold(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
+  const int64_t K = args.K, C = args.C;
+  const double ridge = *args.ridge.at(b);
+  const Matrix<double> mean = take_matrix<double>(arena, K, C), mean_transposed = take_matrix<double>(arena, C, K);
+  const Matrix<double> power = take_matrix<double>(arena, K, K), step = take_matrix<double>(arena, K, K);
+  const Matrix<double> scratch = take_matrix<double>(arena, K, K);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t c = 0; c < C; ++c) mean.row(k)[c] = memory.mean.row(k)[c];
+  transpose(mean_transposed, mean);
+
+  // P = H (I − λH)ⁿ⁻¹, by squaring.
+  const Factor<double> factor = take_factor<double>(arena, K);
+  product_lower<Into::kSet>(factor.lower, C, left(mean), mean_transposed);
+  regularise(factor.lower, factor.lower, ridge, false);
+  cholesky(factor, arena);
+  invert(factor, power, arena);
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t j = 0; j < K; ++j) step.row(i)[j] = -ridge * power.row(i)[j];
+    step.row(i)[i] += 1;
+  }
+  for (int64_t exponent = args.num_iters - 1; exponent > 0; exponent /= 2) {
+    if (exponent & 1) multiply_symmetric(power, step, scratch);
+    if (exponent > 1) multiply_symmetric(step, step, scratch);
+  }
+
+  const Matrix<double> folded = take_matrix<double>(arena, C, K);
+  product<Into::kSet>(folded, K, left(mean_transposed), power);
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t k = 0; k < K; ++k) memory.mean_transposed.row(c)[k] = static_cast<T>(folded.row(c)[k]);
+}
+
+// Factor a memory for reads, and fold it where that pays.
+template <class T>
+void prepare_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
+  factor_memory(args, b, memory, arena);
+  if (folds(args)) fold(args, b, memory, arena);
+}
+
 // Answer queries [first, first + kQueryTile) of memory b; rows are queries, so nothing is transposed.
 template <class T>
 void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const FactoredMemory<T>& memory, Arena& arena) {
   const int64_t count = smaller(kQueryTile, args.Q - first);
-  const Matrix<T> queries = take_matrix<T>(arena, count, args.C), weights = take_matrix<T>(arena, count, args.K);
-  const Matrix<T> next = take_matrix<T>(arena, count, args.K), work = take_matrix<T>(arena, count, kBlock);
+  Matrix<T> weights = take_matrix<T>(arena, count, args.K), next = take_matrix<T>(arena, count, args.K);
 
   // Address: w₁ = A⁻¹ R z, with G R z in place of R z for the squared-Gram solve.
-  load_matrix(queries, args.queries.from_row(first), b);
-  product<Into::kSet>(weights, args.C, left(queries), memory.mean_transposed);
+  const Batch<const T> queries = args.queries.from_row(first);
+  product<Into::kSet>(weights, args.C, Left<T>{queries.at(b), queries.stride[1], queries.stride[2]},
+                      memory.mean_transposed);
   if (args.squared_gram) {
     product<Into::kSet>(next, args.K, left(weights), memory.gram);
-    copy_rows(weights, next);
+    std::swap(weights, next);
   }
-  solve_rows(memory.factor, memory.lower_transposed, weights, work);
+  if (!folds(args)) {
+    const Matrix<T> work = take_matrix<T>(arena, count, kBlock);
+    solve_rows(memory.factor, memory.lower_transposed, weights, work);
 
-  // Iterate: w ← w − λ A⁻¹ w.
-  const T ridge = *args.ridge.at(b);
-  for (int64_t n = 1; n < args.num_iters; ++n) {
-    copy_rows(next, weights);
-    solve_rows(memory.factor, memory.lower_transposed, next, work);
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < args.K; ++k) weights.row(q)[k] -= ridge * next.row(q)[k];
+    // Iterate: w ← w − λ A⁻¹ w.
+    const T ridge = *args.ridge.at(b);
+    for (int64_t n = 1; n < args.num_iters; ++n) {
+      copy_rows(next, weights);
+      solve_rows(memory.factor, memory.lower_transposed, next, work);
+      for (int64_t q = 0; q < count; ++q)
+        for (int64_t k = 0; k < args.K; ++k) weights.row(q)[k] -= ridge * next.row(q)[k];
+    }
   }
 
   // Decode: ẑ = Rᵀ w.
   store_matrix(args.weights.from_row(first), b, weights);
   if (!args.values.data) return;
-  product<Into::kSet>(queries, args.K, left(weights), memory.mean);
-  store_matrix(args.values.from_row(first), b, queries);
+  const Matrix<T> values = take_matrix<T>(arena, count, args.C);
+  product<Into::kSet>(values, args.K, left(weights), memory.mean);
+  store_matrix(args.values.from_row(first), b, values);
 }
 
 // Whole memories, each factored and read while it is in the cache.
@@ -109,7 +170,7 @@ void read_memories(const ReadingArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<T> memory = lay_out<T>(args, [&](int64_t count) { return arena.take<T>(count); });
-    factor_memory(args, b, memory, arena);
+    prepare_memory(args, b, memory, arena);
     const Arena::Mark tile_start = arena.mark();
     for (int64_t first = 0; first < args.Q; first += kQueryTile) {
       arena.release(tile_start);
@@ -122,7 +183,7 @@ void read_memories(const ReadingArgs<T>& args, int64_t begin, int64_t end) {
 template <class T>
 void factor_memories(const ReadingArgs<T>& args, T* factors, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
-    factor_memory(args, b, lay_out(args, factors + b * factor_size(args)), Arena::fresh());
+    prepare_memory(args, b, lay_out(args, factors + b * factor_size(args)), Arena::fresh());
 }
 
 template <class T>

@@ -33,6 +33,44 @@ inline T lane_sum(Vec<T> vec) {
   return lanes[0];
 }
 
+// Of two rows `stage` apart in a square: one of the halves that a stage of its transposition puts together.
+template <int STAGE, bool LOWER, class T, size_t... LANE>
+[[gnu::always_inline]] inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<LANE...>) {
+  constexpr int W = static_cast<int>(kLanes<T>);
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+  constexpr Mask mask = {(static_cast<int>(LANE) & STAGE ? W + static_cast<int>(LANE) - (LOWER ? 0 : STAGE)
+                                                         : static_cast<int>(LANE) + (LOWER ? STAGE : 0))...};
+  return __builtin_shuffle(a, b, mask);
+}
+
+// Transpose a square of kLanes × kLanes in registers: at every stage the off-diagonal quarters of squares of twice the
+// stage change places.
+template <class T>
+[[gnu::always_inline]] inline void transpose_square(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  constexpr int W = static_cast<int>(kLanes<T>);
+  constexpr auto lanes = std::make_index_sequence<W>();
+  Vec<T> rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_ld);
+  const auto exchange = [&]<int STAGE>() {
+    if constexpr (STAGE < W)
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (!(i & STAGE)) {
+          const Vec<T> a = rows[i], b = rows[i + STAGE];
+          rows[i] = interleave<STAGE, false, T>(a, b, lanes);
+          rows[i + STAGE] = interleave<STAGE, true, T>(a, b, lanes);
+        }
+  };
+  exchange.template operator()<1>();
+  exchange.template operator()<2>();
+  exchange.template operator()<4>();
+  exchange.template operator()<8>();
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store<T>(to + i * to_ld, rows[i]);
+}
+
 enum class Into { kSet, kAdd, kSubtract };
 
 // C (=, +=, −=) A B for a tile of ROWS × (VECS vectors), held in registers while it runs along k.

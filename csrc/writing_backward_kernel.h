@@ -51,34 +51,35 @@ void retreat_cross(const GramSpace<T>& space, const SearchCotangents<T>& bar, in
   }
 }
 
-// Reverse of find_weights. `inverse` and `space.cov` arrive as the search left them: before its last change. Changes
-// of a matrix wait for the next pass over it, as they do in the search.
+// Reverse of find_weights. Nothing has to be undone but x: each pattern takes from H and U what those before it
+// changed, and the cotangents of A and U are of low rank until they are wanted.
 template <class T>
-void find_weights_backward(const GramSpace<T>& space, const Matrix<T>& inverse, const SearchTape<T>& tape,
-                           const WritingArgs<T>& args, int64_t b, int64_t first, SearchCotangents<T>& bar,
-                           Arena& arena) {
-  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>);
+void find_weights_backward(const GramSpace<T>& space, Search<T>& search, const WritingArgs<T>& args, int64_t b,
+                           int64_t first, SearchCotangents<T>& bar, Arena& arena) {
+  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>), count = space.weights.rows;
   const T ridge = *args.ridge.at(b);
-  const Matrix<T> vectors = take_matrix<T>(arena, 16, K);
+  const Matrix<T> none{nullptr, 0, K, 0};
+  Downdated<T> gram_bar = take_downdated<T>(none, K, 2 * count, arena);
+  Downdated<T> cov_bar = take_downdated<T>(none, K, 2 * count, arena);
+  const Matrix<T> vectors = take_matrix<T>(arena, 10, K);
   fill_zero(vectors);
   int next = 0;
   const auto vector = [&] { return vectors.row(next++); };
-  const T* const zero = vector();
-  T *w = vector(), *w_bar = vector(), *a_bar = vector(), *c_bar = vector(), *product_ = vector();
-  T *gram_w = vector(), *gram_c = vector(), *cov_c = vector();
-  T *half_v = vector(), *v = vector(), *half_a_bar = vector(), *w_pending = vector();
-  bool last = true;
-  for (int64_t t = space.weights.rows - 1; t >= 0; --t) {
+  T *w = vector(), *w_bar = vector(), *a_bar = vector(), *c_bar = vector(), *moved = vector();
+  T *gram_w = vector(), *gram_c = vector(), *cov_c = vector(), *v = vector();
+  for (int64_t t = count - 1; t >= 0; --t) {
     if (!args.posterior.seen(b, first + t)) continue;
-    const T *a = tape.a.row(t), *c = tape.c.row(t), *x = space.cross.row(t);
-    const T s = tape.s[t], d = tape.d[t];
+    search.cov.count -= 1;
+    search.inverse.count -= 2;
+    const T *a = search.cov.right.row(search.cov.count), *c = search.c.row(t), *x = space.cross.row(t);
+    const T s = search.s[t], d = search.d[t];
     T* x_bar = bar.cross.row(t);
-    __builtin_memcpy(w, space.weights.row(t), static_cast<size_t>(padded) * sizeof(T));
+    __builtin_memcpy(w, space.weights.row(t), static_cast<size_t>(K) * sizeof(T));
     __builtin_memcpy(w_bar, bar.weights.row(t), static_cast<size_t>(K) * sizeof(T));
 
-    // Through A' = A + λ (c wᵀ + w cᵀ) + d c cᵀ and U' = U − a cᵀ, with the changes the pattern after left pending.
-    sweep<Into::kSubtract, 2, 2>(bar.gram, padded, {half_v, w_pending}, {w_pending, half_v}, {w, c}, {gram_w, gram_c});
-    sweep<Into::kAdd, 2, 1>(bar.cov, padded, {half_a_bar, w_pending}, {w_pending, half_a_bar}, {c}, {cov_c});
+    // Through A' = A + λ (c wᵀ + w cᵀ) + d c cᵀ and U' = U − a cᵀ.
+    gram_bar.template multiply<2>(padded, {w, c}, {gram_w, gram_c});
+    cov_bar.template multiply<1>(padded, {c}, {cov_c});
     const T d_bar = dot(padded, c, gram_c);
     for (int64_t i = 0; i < padded; ++i) {
       c_bar[i] = 2 * ridge * gram_w[i] + 2 * d * gram_c[i] - s * cov_c[i];
@@ -87,28 +88,29 @@ void find_weights_backward(const GramSpace<T>& space, const Matrix<T>& inverse, 
     }
     bar.ridge += 2 * dot(padded, c, gram_w) - d_bar * dot(padded, w, w);
     bar.inner.row(t)[t] += d_bar;
-    retreat_cross(space, bar, t, tape.along.row(t), w, c, w_bar, c_bar, padded);
+    retreat_cross(space, bar, t, search.along.row(t), w, c, w_bar, c_bar, padded);
 
-    // Through c = a/s, s = w·a + σ² and a = U w, with the pattern's own change of U undone.
+    // Through c = a/s, s = w·a + σ² and a = U w.
     const T s_bar = -dot(padded, c_bar, c) / s;
     for (int64_t i = 0; i < padded; ++i) a_bar[i] = c_bar[i] / s - cov_c[i] + s_bar * w[i];
     bar.noise[t] += s_bar;
-    sweep<Into::kAdd, 1, 1>(space.cov, padded, {last ? zero : a}, {c}, {a_bar}, {product_});
-    for (int64_t i = 0; i < padded; ++i) w_bar[i] += s_bar * a[i] + product_[i];
+    search.cov.template multiply<1>(padded, {a_bar}, {moved});
+    for (int64_t i = 0; i < padded; ++i) w_bar[i] += s_bar * a[i] + moved[i];
 
-    // Through w = A⁻¹ x, with the pattern's own change of the inverse undone.
-    sweep<Into::kAdd, 2, 1>(inverse, padded, {last ? zero : tape.p.row(t), last ? zero : tape.q.row(t)},
-                            {tape.e.row(t), tape.f.row(t)}, {w_bar}, {v});
+    // Through w = A⁻¹ x: Ū += sym(ā wᵀ), Ā −= sym(v wᵀ).
+    search.inverse.template multiply<1>(padded, {w_bar}, {v});
     for (int64_t i = 0; i < padded; ++i) {
       x_bar[i] += v[i];
-      half_v[i] = T(0.5) * v[i];
-      half_a_bar[i] = T(0.5) * a_bar[i];
-      w_pending[i] = w[i];
+      v[i] *= T(0.5);
+      a_bar[i] *= T(-0.5);
     }
-    last = false;
+    gram_bar.subtract(v, w);
+    gram_bar.subtract(w, v);
+    cov_bar.subtract(a_bar, w);
+    cov_bar.subtract(w, a_bar);
   }
-  sweep<Into::kSubtract, 2, 1>(bar.gram, padded, {half_v, w_pending}, {w_pending, half_v}, {zero}, {product_});
-  sweep<Into::kAdd, 2, 1>(bar.cov, padded, {half_a_bar, w_pending}, {w_pending, half_a_bar}, {zero}, {product_});
+  product<Into::kSubtract>(bar.gram, gram_bar.count, left(gram_bar.left), gram_bar.right);
+  product<Into::kSubtract>(bar.cov, cov_bar.count, left(cov_bar.left), cov_bar.right);
   for (int64_t k = 0; k < K; ++k) bar.ridge += bar.gram.row(k)[k];
 }
 
@@ -179,7 +181,7 @@ void attempt_backward(const AfreshSolver<T>& solver, int64_t t, const Attempt<T>
 template <class T>
 void move_gram_backward(const Matrix<T>& gram_bar, const Attempt<T>& by, int64_t padded, AttemptCotangents<T>& of,
                         T* gram_c, T* gram_r) {
-  sweep<Into::kSet, 0, 2>(gram_bar, padded, {}, {}, {by.c, by.r}, {gram_c, gram_r});
+  combine<Into::kSet, 2>(gram_bar, gram_bar.rows, padded, {by.c, by.r}, {gram_c, gram_r});
   of.d += dot(padded, by.c, gram_c);
   for (int64_t i = 0; i < padded; ++i) {
     of.c[i] += 2 * gram_r[i] + 2 * by.d * gram_c[i];
@@ -276,10 +278,9 @@ void address_chunk_backward(const WritingArgs<T>& args, const Memory<T>& memory,
                              .cov = take_zero<T>(arena, K, K),
                              .noise = bar.noise};
   if (factors_once(args)) {
-    const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-    SearchTape<T> tape = take_tape<T>(K, count, arena);
-    find_weights(space, inverse, args, b, first, arena, &tape);
-    find_weights_backward(space, inverse, tape, args, b, first, search, arena);
+    Search<T> made = take_search(space, arena);
+    find_weights(space, args, b, first, made, arena);
+    find_weights_backward(space, made, args, b, first, search, arena);
   } else {
     AfreshTape<T> tape = take_afresh_tape<T>(K, count, arena);
     find_weights_afresh(space, args, b, first, arena, &tape);

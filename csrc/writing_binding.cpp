@@ -9,10 +9,9 @@ template <class T, class Place>
 static WritingArgs<T> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
                                    const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
                                    bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
-  expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
   return {.posterior = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision),
-          .ridge = batch_of<const T>(ridge),
+          .ridge = positive_numbers_of<T>(place, ridge, "ridge", {mean.size(0)}, mean),
           .num_opt_iters = num_opt_iters,
           .squared_gram = squared_gram,
           .new_weights = {}};
@@ -45,6 +44,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
     const std::optional<Tensor>& grad_kl) {
   const Place place(mean, cov, values, noise_var, ridge, mask, weights, grad_mean, grad_cov, grad_weights,
                     grad_innovation_var, grad_kl);
+  expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
+  expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
   const Tensor to_ridge = make(mean, {mean.size(0)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {

@@ -14,6 +14,9 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
+// Patterns whose weights are found before the mean is moved.
+constexpr int64_t kSearchChunk = kChunk;
+
 // What the search for the weights needs, kept up to date with what was written.
 template <class T>
 struct GramSpace {
@@ -24,139 +27,195 @@ struct GramSpace {
   Matrix<T> weights;  // [T, K], out
 };
 
-// What a search leaves behind for its backward; rows are patterns, and those of masked patterns are not set.
+// y (=, −=) Mᵀ x for the first `rows` rows of M and each of N vectors; `padded` columns.
+template <Into INTO, size_t N, class T>
+void combine(const Matrix<T>& m, int64_t rows, int64_t padded, const std::array<const T*, N>& x,
+             const std::array<T*, N>& y) {
+  constexpr int64_t W = kLanes<T>;
+  int64_t j = 0;
+  // Enough sums in flight to hide the latency of an addition: rows are dealt out to PARTS of them.
+  const auto pass = [&]<int VECS, int PARTS>() {
+    Vec<T> sum[PARTS][N][VECS] = {};
+    const auto add = [&](int part, int64_t i) {
+      const T* row = m.row(i) + j;
+      Vec<T> entry[VECS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) entry[v] = load(row + v * W);
+#pragma GCC unroll 2
+      for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; ++v) sum[part][n][v] += x[n][i] * entry[v];
+    };
+    int64_t i = 0;
+    for (; i + PARTS <= rows; i += PARTS)
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) add(part, i + part);
+    for (; i < rows; ++i) add(0, i);
+#pragma GCC unroll 2
+    for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) {
+#pragma GCC unroll 4
+        for (int part = 1; part < PARTS; ++part) sum[0][n][v] += sum[part][n][v];
+        T* at = y[n] + j + v * W;
+        store<T>(at, INTO == Into::kSubtract ? load(at) - sum[0][n][v] : sum[0][n][v]);
+      }
+  };
+  for (; j + 4 * W <= padded; j += 4 * W) pass.template operator()<4, 2 / N>();
+  for (; j + 2 * W <= padded; j += 2 * W) pass.template operator()<2, 4 / N>();
+  for (; j < padded; j += W) pass.template operator()<1, 4>();
+}
+
+// y = M x for a symmetric M.
 template <class T>
-struct SearchTape {
-  Matrix<T> a, c, p, q, e, f;  // [t, K]
-  Matrix<T> along;             // [t, t], δ_t · z_later
-  T s[kChunk], d[kChunk];
+void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
+  combine<Into::kSet, 1>(m, m.rows, padded, {x}, {y});
+}
+
+// A symmetric matrix and what was taken from it since, of low rank: M = base − Σ_j l_j r_jᵀ. Products with it read the
+// base and never write it; changes cost what their rank costs.
+template <class T>
+struct Downdated {
+  Matrix<T> base;   // [K, K], or of no rows: then it is zero
+  Matrix<T> left;   // [K, changes], as columns: products with them need no sums across lanes
+  Matrix<T> right;  // [changes, K]
+  int64_t count = 0;
+
+  void subtract(const T* l, const T* r) {
+    for (int64_t i = 0; i < left.rows; ++i) left.row(i)[count] = l[i];
+    __builtin_memcpy(right.row(count++), r, static_cast<size_t>(right.columns) * sizeof(T));
+  }
+
+  // y −= Σ_j r_j (l_j · x), all that changed since.
+  template <size_t N>
+  void correct(int64_t padded, const std::array<const T*, N>& x, const std::array<T*, N>& y) const {
+    alignas(64) T along[N][2 * kSearchChunk];
+    std::array<const T*, N> factors;
+    std::array<T*, N> sums;
+    for (size_t n = 0; n < N; ++n) factors[n] = sums[n] = along[n];
+    combine<Into::kSet, N>(left, left.rows, round_up(count, kLanes<T>), x, sums);
+    combine<Into::kSubtract, N>(right, count, padded, factors, y);
+  }
+
+  // y = M x
+  template <size_t N>
+  void multiply(int64_t padded, const std::array<const T*, N>& x, const std::array<T*, N>& y) const {
+    combine<Into::kSet, N>(base, base.rows, padded, x, y);
+    correct<N>(padded, x, y);
+  }
 };
 
 template <class T>
-SearchTape<T> take_tape(int64_t K, int64_t count, Arena& arena) {
-  const auto rows = [&] {
-    const Matrix<T> m = take_matrix<T>(arena, count, K);
-    fill_zero(m);
-    return m;
-  };
-  return {rows(), rows(), rows(), rows(), rows(), rows(), take_matrix<T>(arena, count, count)};
+Downdated<T> take_downdated(const Matrix<T>& base, int64_t K, int64_t changes, Arena& arena) {
+  const Downdated<T> m{base, take_matrix<T>(arena, K, changes), take_matrix<T>(arena, changes, K)};
+  fill_zero(m.left);
+  fill_zero(m.right);
+  return m;
 }
 
-// The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z).
+// The search as it went, for its backward; rows are patterns, and those of masked patterns are not set.
 template <class T>
-void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c, int64_t padded, T* tape_along) {
+struct Search {
+  Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern
+  Downdated<T> cov;      // U: by c aᵀ a pattern
+  Matrix<T> c;           // [t, K]
+  Matrix<T> along;       // [t, t], δ_t · z_later
+  T s[kSearchChunk], d[kSearchChunk];
+};
+
+// The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z). With `solved`, rows
+// A⁻¹ x with the A that the chunk began with follow: by `solved_c`, that of c.
+template <class T>
+void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c, int64_t padded, T* told_along,
+                   const Matrix<T>* solved = nullptr, const T* solved_c = nullptr) {
   constexpr int64_t W = kLanes<T>;
   for (int64_t later = t + 1; later < space.cross.rows; ++later) {
     T* x = space.cross.row(later);
     const T along = space.inner.row(later)[t] - dot(padded, w, x);
     for (int64_t i = 0; i < padded; i += W) store<T>(x + i, load(x + i) + along * load(c + i));
-    if (tape_along) tape_along[later] = along;
+    if (told_along) told_along[later] = along;
+    if (!solved) continue;
+    T* h = solved->row(later);
+    for (int64_t i = 0; i < padded; i += W) store<T>(h + i, load(h + i) + along * load(solved_c + i));
   }
 }
 
-// One pass over a symmetric matrix M: M (+=, −=) l₁ r₁ᵀ + … with the pending pairs, and then y₁ = M x₁, ….
-template <Into INTO, size_t PAIRS, size_t PRODUCTS, class T>
-void sweep(const Matrix<T>& m, int64_t padded, const std::array<const T*, PAIRS>& l,
-           const std::array<const T*, PAIRS>& r, const std::array<const T*, PRODUCTS>& x,
-           const std::array<T*, PRODUCTS>& y) {
-  constexpr int64_t W = kLanes<T>;
-  constexpr int kVecs = PAIRS + PRODUCTS <= 3 ? 4 : 2;  // what fits in sixteen registers
-  int64_t j = 0;
-  const auto pass = [&]<int VECS>() {
-    Vec<T> sum[PRODUCTS][VECS] = {}, right[PAIRS + 1][VECS];
-#pragma GCC unroll 4
-    for (size_t n = 0; n < PAIRS; ++n)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) right[n][v] = load(r[n] + j + v * W);
-    for (int64_t i = 0; i < m.rows; ++i) {
-      T* row = m.row(i) + j;
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) {
-        Vec<T> entry = load(row + v * W);
-#pragma GCC unroll 4
-        for (size_t n = 0; n < PAIRS; ++n) {
-          if constexpr (INTO == Into::kAdd) entry += l[n][i] * right[n][v];
-          if constexpr (INTO == Into::kSubtract) entry -= l[n][i] * right[n][v];
-        }
-        if constexpr (PAIRS > 0) store<T>(row + v * W, entry);
-#pragma GCC unroll 4
-        for (size_t n = 0; n < PRODUCTS; ++n) sum[n][v] += x[n][i] * entry;
-      }
-    }
-#pragma GCC unroll 4
-    for (size_t n = 0; n < PRODUCTS; ++n)
-#pragma GCC unroll 4
-      for (int v = 0; v < VECS; ++v) store<T>(y[n] + j + v * W, sum[n][v]);
-  };
-  for (; j + kVecs * W <= padded; j += kVecs * W) pass.template operator()<kVecs>();
-  for (; j < padded; j += W) pass.template operator()<1>();
-}
-
-// y = M x
-template <class T>
-void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
-  sweep<Into::kSet, 0, 1>(m, padded, {}, {}, {x}, {y});
-}
-
 // The ridge solve, once a pattern. With w exact, R δ = λ w, so A changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ, and its
-// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. No
-// factorisation after the first. What H has lost to rounding, one step of refinement against A gives back to w.
-// Changes of A, H and U wait for the next pass over them, which they share; those of the last pattern are never made.
-// Leaves H in `inverse`.
+// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. One
+// factorisation a chunk; its inverse is never written again, so a pattern costs one pass over H and one over U.
 template <class T>
-Status find_weights(const GramSpace<T>& space, const Matrix<T>& inverse, const WritingArgs<T>& args, int64_t b,
-                    int64_t first, Arena& arena, SearchTape<T>* tape = nullptr) {
-  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>);
+Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first, Search<T>& search,
+                    Arena& arena) {
+  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>), count = space.weights.rows;
   const T ridge = *args.ridge.at(b);
-  const Matrix<T>& system = space.gram;  // A = G + λI
+  const Matrix<T>& inverse = search.inverse.base;
+  const Matrix<T>& system = space.gram;  // A = G + λI, as the chunk found it
   const Factor<T> factor = take_factor<T>(arena, K);
   for (int64_t i = 0; i < K; ++i) system.row(i)[i] += ridge;
   copy_rows(factor.lower, system);
   if (!cholesky(factor, arena)) return kNotPositiveDefinite;
   invert(factor, inverse, arena);
   clear_padding(inverse);
+  Downdated<T> now = take_downdated<T>(system, K, 2 * count, arena);
+  const Matrix<T> solved = take_matrix<T>(arena, count, K);  // A⁻¹ x of every pattern, with the first A
+  product<Into::kSet>(solved, K, left(space.cross), inverse);
 
   // Vectors of length K with their padding at zero, so that dot products run over whole vectors.
-  const Matrix<T> vectors = take_matrix<T>(arena, 12, K);
+  const Matrix<T> vectors = take_matrix<T>(arena, 7, K);
   fill_zero(vectors);
-  T *w = vectors.row(0), *a = vectors.row(1), *c = vectors.row(2), *p = vectors.row(3), *q = vectors.row(4),
-    *e = vectors.row(5), *f = vectors.row(6), *old_w = vectors.row(7), *old_a = vectors.row(8), *by_c = vectors.row(9),
-    *by_w = vectors.row(10), *residual = vectors.row(11);
-  for (int64_t t = 0; t < space.weights.rows; ++t) {
+  T *w = vectors.row(0), *a = vectors.row(1), *p = vectors.row(2), *q = vectors.row(3), *e = vectors.row(4),
+    *f = vectors.row(5), *residual = vectors.row(6);
+  for (int64_t t = 0; t < count; ++t) {
     if (!args.posterior.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
-    std::swap(w, old_w);
-    sweep<Into::kSubtract, 2, 1>(inverse, padded, {p, q}, {e, f}, {x}, {w});
-    sweep<Into::kAdd, 2, 1>(system, padded, {c, old_w}, {by_c, by_w}, {w}, {residual});
+    T* c = search.c.row(t);
+    __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(T));
+    search.inverse.template correct<1>(padded, {x}, {w});
+    now.template multiply<1>(padded, {w}, {residual});
     for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
-    multiply(inverse, padded, residual, p);
+    search.inverse.template multiply<1>(padded, {residual}, {p});
     for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
-    std::swap(a, old_a);
-    sweep<Into::kSubtract, 1, 1>(space.cov, padded, {old_a}, {c}, {w}, {a});
+    search.cov.template multiply<1>(padded, {w}, {a});
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
 
-    const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t);
-    for (int64_t i = 0; i < padded; ++i) c[i] = a[i] / s;
+    const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
+    for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const T d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
-    sweep<Into::kSet, 0, 2>(inverse, padded, {}, {}, {c, w}, {p, q});
+    search.cov.subtract(c, a);
+    search.s[t] = s;
+    search.d[t] = d;
+    combine<Into::kSet, 2>(inverse, K, padded, {c, w}, {p, q});
+    advance_cross(space, t, w, c, padded, search.along.row(t), &solved, p);
+    search.inverse.template correct<2>(padded, {c, w}, {p, q});
 
     const T n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge, n22 = dot(padded, w, q) - d / (ridge * ridge);
-    const T determinant = n11 * n22 - n12 * n12;
+    const T scale = 1 / (n11 * n22 - n12 * n12);
     for (int64_t i = 0; i < padded; ++i) {
-      e[i] = (n22 * p[i] - n12 * q[i]) / determinant;
-      f[i] = (n11 * q[i] - n12 * p[i]) / determinant;
-      by_c[i] = ridge * w[i] + d * c[i];
-      by_w[i] = ridge * c[i];
+      e[i] = (n22 * p[i] - n12 * q[i]) * scale;
+      f[i] = (n11 * q[i] - n12 * p[i]) * scale;
     }
-    advance_cross(space, t, w, c, padded, tape ? tape->along.row(t) : nullptr);
-    if (!tape) continue;
-    const T* const kept[] = {a, c, p, q, e, f};
-    const Matrix<T>* const rows[] = {&tape->a, &tape->c, &tape->p, &tape->q, &tape->e, &tape->f};
-    for (int n = 0; n < 6; ++n) __builtin_memcpy(rows[n]->row(t), kept[n], static_cast<size_t>(padded) * sizeof(T));
-    tape->s[t] = s;
-    tape->d[t] = d;
+    search.inverse.subtract(p, e);
+    search.inverse.subtract(q, f);
+    for (int64_t i = 0; i < padded; ++i) {
+      e[i] = -ridge * w[i] - d * c[i];
+      f[i] = -ridge * c[i];
+    }
+    now.subtract(c, e);
+    now.subtract(w, f);
   }
   return kGood;
+}
+
+template <class T>
+Search<T> take_search(const GramSpace<T>& space, Arena& arena) {
+  const int64_t K = space.cov.rows, count = space.weights.rows;
+  const Matrix<T> inverse = take_matrix<T>(arena, K, K);
+  const Matrix<T> c = take_matrix<T>(arena, count, K);
+  fill_zero(c);
+  return {.inverse = take_downdated<T>(inverse, K, 2 * count, arena),
+          .cov = take_downdated<T>(space.cov, K, count, arena),
+          .c = c,
+          .along = take_matrix<T>(arena, count, count)};
 }
 
 // One solve of a pattern, and the change of the mean that its weights would make: R + c δᵀ.
@@ -338,7 +397,8 @@ Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const 
                      const Matrix<T>& weights, int64_t b, int64_t first, Arena& arena) {
   const GramSpace<T> space = take_gram_space(memory, stacked, weights, arena);
   if (!factors_once(args)) return find_weights_afresh(space, args, b, first, arena);
-  return find_weights(space, take_matrix<T>(arena, memory.cov.rows, memory.cov.rows), args, b, first, arena);
+  Search<T> search = take_search(space, arena);
+  return find_weights(space, args, b, first, search, arena);
 }
 
 template <class T>

@@ -6,16 +6,20 @@ backend that cannot run it raises, with the reason and the remedy; nothing ever 
 
 import os
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastkm import _schema
-from fastkm._autograd import wants_gradient
+from fastkm._autograd import transformed, wants_gradient
 from fastkm._check import DTYPES
+from fastkm.state import MemoryState
 
 PREFERENCE = ("native", "triton", "reference")
 FLOAT32 = (torch.float32,)
@@ -99,6 +103,51 @@ def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     if reason := why_not(operation, backend, *tensors):
         raise BackendUnavailableError(f"backend {backend!r} cannot run {operation}: {reason}")
     return backend
+
+
+_NUMBERS = (float, int, bool, type(None))
+
+
+def straight(operator: OpOverload, backend: str | None, *arguments: Any) -> tuple[Tensor, ...] | None:
+    """What the compiled ``operator`` returns for a call as plain as most are, or None: then the guards must run.
+
+    Plain is a call on tensors of the CPU, outside every transform and without a gradient, that names no backend but
+    this one. The operator refuses all that the guards refuse, before it touches memory, but cannot say it in their
+    words; so after a refusal, or a status that is not good, the guards have their say. ``arguments`` are the caller's
+    own: a state stands for its two tensors, a float for a tensor of the dtype of the first.
+    """
+    if _schema.unavailable is not None or torch.compiler.is_compiling() or transformed():
+        return None
+    if backend != "native" and (backend is not None or os.environ.get("FASTKM_BACKEND")):
+        return None
+    plain: list = []
+    gradients = torch.is_grad_enabled()
+    try:
+        for x in arguments:
+            kind = type(x)
+            if kind is float:
+                x = _constant(x, plain[0].dtype)
+            elif kind is MemoryState:
+                mean, x = x
+                if gradients and mean.requires_grad:
+                    return None
+                plain.append(mean)
+            if gradients and kind not in _NUMBERS and x.requires_grad:
+                return None
+            plain.append(x)
+        if not plain[0].is_cpu:
+            return None
+        outputs = operator(*plain)
+        return None if any(outputs[-1].tolist()) else outputs
+    except Exception:  # whatever it is, the guards find it too
+        return None
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor that nobody writes to."""
+    with _disable_current_modes():
+        return torch.full((), value, dtype=dtype, device="cpu")
 
 
 def accepted(backend: str, memory: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:

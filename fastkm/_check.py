@@ -7,6 +7,7 @@ a failed factorisation raise ``RuntimeError`` when it runs.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ ASYMMETRIC, NOT_POSITIVE_DEFINITE = 1, 2
 DTYPES = (torch.float32, torch.float64)
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+ROUNDING = {name: index for index, name in enumerate(PRECISIONS)}  # as the operators take it
 
 
 class Signature:
@@ -122,9 +124,22 @@ def count(name: str, value: int, least: int = 1) -> int:
     return value
 
 
+REFUSED = ""  # in place of an argument that an operator would take for something else: no operator takes this
+
+
+def exact_int(value: object) -> int | str:
+    """An int, and nothing that an operator would quietly make one of: a float, a bool, a tensor."""
+    return value if type(value) is int else REFUSED
+
+
+def meaning(value: object, table: Mapping[str, object]) -> object:
+    """What a word stands for in the schema of an operator."""
+    return table.get(value, REFUSED) if type(value) is str else REFUSED
+
+
 def precision(value: str) -> int:
     """Its index in ``PRECISIONS``, as the operators take it."""
-    return PRECISIONS.index(choice("precision", value, PRECISIONS))
+    return ROUNDING[choice("precision", value, PRECISIONS)]
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import torch
 from oracle import call, problem, runs_on_cpu
+from planted import KERNELS, replace_kernel
 
 import fastkm
 from fastkm import BackendUnavailableError, _backend, _schema
@@ -76,15 +77,8 @@ def test_public_functions_do_not_fall_back(operation, backend, no_extension):
 def test_public_functions_run_what_they_were_told(operation, monkeypatch):
     """The native operator runs for native and for None, and never for the reference."""
     ran = []
-    table = {
-        "solve_addressing": fastkm.addressing._RUN,
-        "update_posterior": fastkm.posterior._RUN,
-        "write": fastkm.writing._RUN,
-        "read": fastkm.reading._RUN,
-        "kl_memory": fastkm.matrix_normal._RUN_KL_MEMORY,
-    }[operation]
-    for name, run in list(table.items()):
-        monkeypatch.setitem(table, name, lambda *a, name=name, run=run: ran.append(name) or run(*a))
+    for name in KERNELS[operation][0]:
+        replace_kernel(monkeypatch, operation, name, lambda run, name=name: lambda *a: ran.append(name) or run(*a))
     for backend in ("native", None, "reference"):
         call(operation, problem(2, 3, 3, 4, 5), backend)
     assert ran == ["native", "native", "reference"]

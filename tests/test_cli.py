@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from planted import KERNELS, replace_kernel
 
-from fastkm import _backend, addressing, matrix_normal, posterior, reading, writing
+from fastkm import _backend, reading
 from fastkm.__main__ import main
 from fastkm.cli import measure, operations
 from fastkm.cli.console import CommandError
@@ -134,16 +136,6 @@ def broken(run, error):
     return wrong
 
 
-KERNELS = {
-    "update_posterior": posterior._RUN,
-    "write": writing._RUN,
-    "read": reading._RUN,
-    "solve_addressing": addressing._RUN,
-    "kl_memory": matrix_normal._RUN_KL_MEMORY,
-    "logdet": matrix_normal._RUN_LOGDET,
-}
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize(
@@ -152,7 +144,7 @@ KERNELS = {
 def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypatch):
     if reason := _backend.why_not(kernel, backend):
         pytest.skip(reason)
-    monkeypatch.setitem(KERNELS[kernel], backend, broken(KERNELS[kernel][backend], error))
+    replace_kernel(monkeypatch, kernel, backend, partial(broken, error=error))
     verdict = measure.verify(kernel, episode.to(kind))[backend]
     assert verdict.ok is False
     assert "off" in verdict.note
@@ -162,7 +154,7 @@ def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypa
 def test_a_wrong_kernel_is_not_timed(backend, bench, monkeypatch):
     if reason := _backend.why_not("write", backend):
         pytest.skip(reason)
-    monkeypatch.setitem(writing._RUN, backend, broken(writing._RUN[backend], 0.1))
+    replace_kernel(monkeypatch, "write", backend, partial(broken, error=0.1))
     status, out, records = bench()
     assert status == 1
     wrong = [r for r in records if (r["operation"], r["backend"]) == ("write", backend)]

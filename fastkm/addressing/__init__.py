@@ -8,9 +8,10 @@ from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.addressing import native, reference
 
-__all__ = ["METHODS", "solve_addressing"]
+__all__ = ["METHODS", "SQUARED_GRAM", "solve_addressing"]
 
-METHODS = ("ridge", "deepmind")
+SQUARED_GRAM = {"ridge": False, "deepmind": True}  # method -> what the operators take
+METHODS = tuple(SQUARED_GRAM)
 _RUN: dict[str, Callable] = {
     "reference": reference.solve_addressing,
     "native": native.solve_addressing,
@@ -51,13 +52,15 @@ def solve_addressing(
 
     Source: Wu et al., NeurIPS 2018, eq. 8.
     """
-    check = _check.Signature()
-    mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC", low_precision=True)
-    ridge = check.per_memory("ridge", ridge)
-    _check.choice("method", method, METHODS)
-    backend = _backend.resolve("solve_addressing", backend, mean, queries, ridge)
-    (queries,) = _backend.accepted(backend, mean, queries)
-    weights, info = _RUN[backend](mean, queries, ridge, method == "deepmind")
-    _check.factored(info, "mean meanᵀ + ridge I")
-    return weights
+    outputs = _backend.straight(native.operator, backend, mean, queries, ridge, _check.meaning(method, SQUARED_GRAM))
+    if outputs is None:
+        check = _check.Signature()
+        mean = check.tensor("mean", mean, "BKC")
+        queries = check.tensor("queries", queries, "BQC", low_precision=True)
+        ridge = check.per_memory("ridge", ridge)
+        _check.choice("method", method, METHODS)
+        backend = _backend.resolve("solve_addressing", backend, mean, queries, ridge)
+        (queries,) = _backend.accepted(backend, mean, queries)
+        outputs = _RUN[backend](mean, queries, ridge, SQUARED_GRAM[method])
+        _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+    return outputs[0]

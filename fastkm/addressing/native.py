@@ -5,11 +5,10 @@ import torch
 import fastkm._schema  # noqa: F401  declares the operators
 from fastkm._autograd import differentiable
 
-_operators = torch.ops.fastkm
-
+operator = torch.ops.fastkm.solve_addressing.default
 solve_addressing = differentiable(
-    _operators.solve_addressing.default,
-    _operators.read_backward.default,
+    operator,
+    torch.ops.fastkm.read_backward.default,
     # A solve is a read of one iteration whose values nobody took.
     lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, 0, None, grad),
 )

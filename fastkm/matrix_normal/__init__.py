@@ -68,6 +68,8 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
 
     Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
     """
+    if method == "exact" and (outputs := _backend.straight(native.kl_operator, backend, state, prior)):
+        return outputs[0]
     check = _check.Signature()
     tensors = (*check.state("state", state), *check.state("prior", prior))
     if _check.choice("method", method, ("exact", "deepmind")) == "deepmind":
@@ -97,6 +99,8 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
         torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
     """
+    if outputs := _backend.straight(native.logdet_operator, backend, cov):
+        return outputs[0]
     cov = _check.Signature().tensor("cov", cov, "BKK")
     values, info = _RUN_LOGDET[_backend.resolve("logdet", backend, cov)](cov)
     _check.factored(info, "cov")

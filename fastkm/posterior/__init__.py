@@ -75,17 +75,20 @@ def update_posterior(
 
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
-    check = _check.Signature()
-    mean, cov = check.state("state", state)
-    weights = check.tensor("weights", weights, "BTK", low_precision=True)
-    values = check.tensor("values", values, "BTC", low_precision=True)
-    noise_var = check.noise("noise_var", noise_var)
-    mask = check.mask("mask", mask, "BT")
-    rounding = _check.precision(precision)
-    backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
-    weights, values = _backend.accepted(backend, mean, weights, values)
-    mean, cov, innovation_var, kl, log_evidence, info = _RUN[backend](
-        mean, cov, weights, values, noise_var, mask, rounding
+    outputs = _backend.straight(
+        native.operator, backend, state, weights, values, noise_var, mask, _check.meaning(precision, _check.ROUNDING)
     )
-    _check.factored(info, "state.cov")
+    if outputs is None:
+        check = _check.Signature()
+        mean, cov = check.state("state", state)
+        weights = check.tensor("weights", weights, "BTK", low_precision=True)
+        values = check.tensor("values", values, "BTC", low_precision=True)
+        noise_var = check.noise("noise_var", noise_var)
+        mask = check.mask("mask", mask, "BT")
+        rounding = _check.precision(precision)
+        backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
+        weights, values = _backend.accepted(backend, mean, weights, values)
+        outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
+        _check.factored(outputs[-1], "state.cov")
+    mean, cov, innovation_var, kl, log_evidence, _ = outputs
     return PosteriorUpdate(MemoryState(mean, cov), innovation_var, kl, log_evidence)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
-from fastkm.addressing import METHODS
+from fastkm.addressing import METHODS, SQUARED_GRAM
 from fastkm.reading import native, reference
 from fastkm.state import MemoryState
 
@@ -84,17 +84,30 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    check = _check.Signature()
-    mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC", low_precision=True)
-    ridge = check.per_memory("ridge", ridge)
-    _check.count("num_iters", num_iters)
-    _check.choice("method", method, METHODS)
-    rounding = _check.precision(precision)
-    backend = _backend.resolve("read", backend, mean, queries, ridge)
-    (queries,) = _backend.accepted(backend, mean, queries)
-    values, weights, info = _RUN[backend](mean, queries, ridge, num_iters, method == "deepmind", rounding)
-    _check.factored(info, "mean meanᵀ + ridge I")
+    rounding = _check.meaning(precision, _check.ROUNDING)
+    outputs = _backend.straight(
+        native.operator,
+        backend,
+        mean,
+        queries,
+        ridge,
+        _check.exact_int(num_iters),
+        _check.meaning(method, SQUARED_GRAM),
+        rounding,
+    )
+    if outputs is None:
+        check = _check.Signature()
+        mean = check.tensor("mean", mean, "BKC")
+        queries = check.tensor("queries", queries, "BQC", low_precision=True)
+        ridge = check.per_memory("ridge", ridge)
+        _check.count("num_iters", num_iters)
+        _check.choice("method", method, METHODS)
+        rounding = _check.precision(precision)
+        backend = _backend.resolve("read", backend, mean, queries, ridge)
+        (queries,) = _backend.accepted(backend, mean, queries)
+        outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
+        _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+    values, weights, _ = outputs
     return ReadResult(values, weights)
 
 

@@ -8,5 +8,6 @@ from fastkm.reading import reference
 
 _operators = torch.ops.fastkm
 
-read = differentiable(_operators.read.default, _operators.read_backward.default)
+operator = _operators.read.default
+read = differentiable(operator, _operators.read_backward.default)
 attractor_read = reference.without_gradient(_operators.factor_addressing.default, _operators.solve_factored.default)

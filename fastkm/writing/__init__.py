@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
-from fastkm.addressing import METHODS
+from fastkm.addressing import METHODS, SQUARED_GRAM
 from fastkm.state import MemoryState
 from fastkm.writing import native, reference
 
@@ -78,19 +78,33 @@ def write(
 
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
-    check = _check.Signature()
-    mean, cov = check.state("state", state)
-    values = check.tensor("values", values, "BTC", low_precision=True)
-    noise_var = check.noise("noise_var", noise_var)
-    ridge = check.per_memory("ridge", ridge)
-    _check.count("num_opt_iters", num_opt_iters)
-    _check.choice("method", method, METHODS)
-    mask = check.mask("mask", mask, "BT")
-    rounding = _check.precision(precision)
-    backend = _backend.resolve("write", backend, mean, cov, values, noise_var, ridge)
-    (values,) = _backend.accepted(backend, mean, values)
-    mean, cov, weights, innovation_var, kl, info = _RUN[backend](
-        mean, cov, values, noise_var, ridge, num_opt_iters, method == "deepmind", mask, rounding
+    outputs = _backend.straight(
+        native.operator,
+        backend,
+        state,
+        values,
+        noise_var,
+        ridge,
+        _check.exact_int(num_opt_iters),
+        _check.meaning(method, SQUARED_GRAM),
+        mask,
+        _check.meaning(precision, _check.ROUNDING),
     )
-    _check.factored(info, "state.cov")
+    if outputs is None:
+        check = _check.Signature()
+        mean, cov = check.state("state", state)
+        values = check.tensor("values", values, "BTC", low_precision=True)
+        noise_var = check.noise("noise_var", noise_var)
+        ridge = check.per_memory("ridge", ridge)
+        _check.count("num_opt_iters", num_opt_iters)
+        _check.choice("method", method, METHODS)
+        mask = check.mask("mask", mask, "BT")
+        rounding = _check.precision(precision)
+        backend = _backend.resolve("write", backend, mean, cov, values, noise_var, ridge)
+        (values,) = _backend.accepted(backend, mean, values)
+        outputs = _RUN[backend](
+            mean, cov, values, noise_var, ridge, num_opt_iters, SQUARED_GRAM[method], mask, rounding
+        )
+        _check.factored(outputs[-1], "state.cov")
+    mean, cov, weights, innovation_var, kl, _ = outputs
     return WriteResult(MemoryState(mean, cov), weights, innovation_var, kl)

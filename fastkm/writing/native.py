@@ -5,10 +5,5 @@ import torch
 import fastkm._schema  # noqa: F401  declares the operators
 from fastkm._autograd import differentiable
 
-_operators = torch.ops.fastkm
-
-write = differentiable(
-    _operators.write.default,
-    _operators.write_backward.default,
-    keep=slice(2, 3),  # the weights it found
-)
+operator = torch.ops.fastkm.write.default
+write = differentiable(operator, torch.ops.fastkm.write_backward.default, keep=slice(2, 3))  # the weights it found
