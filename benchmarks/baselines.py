@@ -150,7 +150,9 @@ def write_gram(mean, cov, values, noise_var, ridge, step, inverted) -> Result:
 def write_gram_all(mean, cov, values, noise_var, ridge, step, inverted) -> Result:
     """All fields: the update in block form with the weights that were found."""
     weights, _, _ = gram_space(mean, cov, values, noise_var, ridge, step, inverted)
-    return {**update_block(mean, cov, weights, values, noise_var), "weights": weights}
+    updated = update_block(mean, cov, weights, values, noise_var)
+    del updated["log_evidence"]  # not a field of a write
+    return {**updated, "weights": weights}
 
 
 # ---- read and solve_addressing ----------------------------------------------------------------------------------
@@ -332,9 +334,7 @@ COMPILED: dict[str, dict[str, Callable[[], Form]]] = {
     "kl_memory": {"compiled closed form": compiled_whole(kl_inputs, kl_memory)},
     "update_posterior" + GRADIENT: {"compiled block form": compiled_whole(update_inputs, update_block)},
     "write" + GRADIENT: {
-        "compiled Gram space": compiled_step(
-            write_inputs, write_gram_all, WOODBURY_KEEPING["step"], inverted=True
-        )
+        "compiled Gram space": compiled_step(write_inputs, write_gram_all, WOODBURY_KEEPING["step"], inverted=True)
     },
     "read" + GRADIENT: {"compiled K-space": compiled_whole(read_inputs, read_power)},
 }

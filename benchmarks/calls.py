@@ -6,12 +6,12 @@ import sys
 from typing import Any
 
 import torch
+from timing import interleave
 
 import fastkm
 from fastkm import MemoryState, _backend
 from fastkm.cli.peak import peak_of_step
 from fastkm.cli.presets import PRESETS
-from timing import interleave
 
 PROCESSES = 7
 PEAK_BATCH = 64

@@ -4,11 +4,11 @@ import math
 import time
 
 import torch
+from timing import clock
 
 from fastkm.cli import roofline
 from fastkm.cli.gradients import GRADIENT
 from fastkm.cli.presets import Preset
-from timing import clock
 
 SIZES = (512, 1024, 2048)  # of the matrices whose product is timed
 COPIED = 2**27  # bytes; far more than any cache holds
@@ -29,7 +29,9 @@ class Ceiling:
         """Products of all sizes and copies in turn; called at the start, in between and at the end of a run."""
         now = dict.fromkeys((*DTYPES, "copy"), 0.0)
         operands = {
-            (name, n): [torch.rand(n, n, dtype=dtype) for _ in range(3)] for name, dtype in DTYPES.items() for n in SIZES
+            (name, n): [torch.rand(n, n, dtype=dtype) for _ in range(3)]
+            for name, dtype in DTYPES.items()
+            for n in SIZES
         }
         source, target = torch.ones(COPIED // 4), torch.zeros(COPIED // 4)
         for _ in range(repeats):
@@ -44,7 +46,9 @@ class Ceiling:
         self.last = time.monotonic()
 
     def told(self) -> str:
-        products = (f"{name} {rate / 1e9:.0f} Gflop/s at {self.product_at[name]}²" for name, rate in self.product.items())
+        products = (
+            f"{name} {rate / 1e9:.0f} Gflop/s at {self.product_at[name]}²" for name, rate in self.product.items()
+        )
         return f"matrix product {', '.join(products)}; copy {self.bandwidth / 1e9:.1f} GB/s, read and written"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from baselines import LOOP
+
 from fastkm.cli.gradients import GRADIENT
 
 NATIVE = "native"
@@ -147,7 +148,9 @@ def verdicts(data: dict[str, Any]) -> list[Claim]:
         found = group("write" + GRADIENT, preset)
         claims.append(at_least(5, f"write {preset}, B = 16, forward and backward, literal loop", found, loop, 12))
         found, block = group("update_posterior" + GRADIENT, preset), containing("block form", PYTORCH)
-        claims.append(at_least(5, f"update_posterior {preset}, B = 16, forward and backward, block form", found, block, 2.5))
+        claims.append(
+            at_least(5, f"update_posterior {preset}, B = 16, forward and backward, block form", found, block, 2.5)
+        )
     for letter, operations in (("B", ("write", "update_posterior", "read")), ("T", ("write", "update_posterior"))):
         claims += [linear(data, letter, operation) for operation in operations]
     calls = data["calls"]

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from baselines import Form
 from torch.nn.functional import scaled_dot_product_attention
 
-from baselines import Form
 from fastkm.cli.episodes import Episode
 from fastkm.cli.operations import Result
 
@@ -94,7 +94,9 @@ def multivariate_normal_kl(e: Episode) -> Form:
     """torch.distributions.MultivariateNormal with the dense KC × KC covariance."""
     batch, rows, columns = e.prior.mean.shape
     if rows * columns > LARGEST_DENSE or batch > MOST_DENSE:
-        raise Unsuitable(f"B = {batch} dense covariances of {rows * columns:,} × {rows * columns:,} numbers are too large")
+        raise Unsuitable(
+            f"B = {batch} dense covariances of {rows * columns:,} × {rows * columns:,} numbers are too large"
+        )
 
     def dense(state):
         one = torch.eye(columns, dtype=state.cov.dtype)
@@ -122,7 +124,9 @@ def nearest_code(e: Episode) -> Form:
     queries = e.queries.numpy()
 
     def run(e: Episode) -> Result:
-        found = [torch.from_numpy(index.search(asked, 1)[1][:, 0]) for index, asked in zip(indices, queries, strict=True)]
+        found = [
+            torch.from_numpy(index.search(asked, 1)[1][:, 0]) for index, asked in zip(indices, queries, strict=True)
+        ]
         return {"values": torch.stack([codes[i] for codes, i in zip(e.values, found, strict=True)])}
 
     return run

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from claims import NATIVE, best_pytorch, candidate, median
 from baselines import LOOP
+from claims import NATIVE, best_pytorch, by_name, candidate, median, ratio
+
 from fastkm.cli.console import extra, markdown_table, show_table
 
 HEADERS = ("operation", "preset", "B", "Q", "dtype", "candidate", "error", "allowed", "median ms", "± %", "per second",
            "Gflop/s", "% product", "GB/s", "% copy", "native is × faster")  # fmt: skip
+SUMMARY = ("operation", "preset", "B", "Q", "dtype", "native ms", "% product / copy", "PyTorch ms", "best of PyTorch",
+           "× best", "× loop")  # fmt: skip
 CLAIMS = ("", "promise", "target", "measured", "verdict")
 EAGER_OF_SWEEPS = {
     "write": "Gram space, Woodbury, state only",
@@ -60,6 +63,23 @@ def rows(groups: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [row(g, r, best_pytorch(g)) for g in groups for r in g["candidates"]]
 
 
+def summary(groups: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A line a group: native against the best of PyTorch and the literal loop."""
+    lines = []
+    for g in groups:
+        own, best = candidate(g, NATIVE), best_pytorch(g)
+        where = (g["operation"], g["preset"]["name"], str(g["batch"]), f"{g['queries']:,}", g["dtype"])
+        if not own or own["status"] != "timed":
+            lines.append((*where, "FAILED" if own and own["status"] == "failed" else "–", *[""] * 5))
+            continue
+        bound = f"{100 * own['of_product']:.0f} / {100 * own['of_bandwidth']:.0f}"
+        times = (f"{x:.2f}" if (x := ratio(g, base)) else "–" for base in (best, by_name(LOOP)(g)))
+        told = (f"{1e3 * best['seconds']['median']:.4g}", best["candidate"]) if best else ("–", "–")
+        times = ("void", "void") if g["void"] else times
+        lines.append((*where, f"{1e3 * own['seconds']['median']:.4g}", bound, *told, *times))
+    return lines
+
+
 def facts_of_calls(calls: dict[str, Any]) -> list[str]:
     if not calls:
         return []
@@ -71,7 +91,9 @@ def facts_of_calls(calls: dict[str, Any]) -> list[str]:
         told.append(f"{r['operation']}, numbers as {r['given']}: {r['call']:.1f} µs a call, of which operator "
                     f"{r['operator']:.1f} µs, beyond it {added:.1f} µs.")  # fmt: skip
     told.append(f"Overhead is {calls['overhead_is']}.")
-    peaks = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in calls["peak_bytes"].items() if size is not None)
+    peaks = ", ".join(
+        f"{name} {size / 2**20:,.1f} MiB" for name, size in calls["peak_bytes"].items() if size is not None
+    )
     told.append(f"Peak memory of {calls['peak_of']}: {peaks}.")
     return told
 
@@ -80,7 +102,8 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "suite.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
     lines = rows(data["groups"])
-    show_table("Every candidate", HEADERS, lines, right=HEADERS[6:], group=1)
+    show_table("float32 and float64, medians; every candidate is in suite.md", SUMMARY, summary(data["groups"]),
+               right=SUMMARY[5:], group=1)  # fmt: skip
     void = [f"{g['operation']} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
             f"{', '.join(f'{x:.0%}' for x in g['gaps'])}" for g in data["groups"] if g["void"]]  # fmt: skip
     promises = [(str(c["number"]), c["what"], c["target"], c["measured"], c["verdict"]) for c in data["claims"]]

@@ -14,6 +14,7 @@ from fastkm.cli.measure import Timing
 
 SHORTEST = 1e-3  # seconds of one sample; a shorter call is repeated within it
 MOST, FEWEST = 41, 3  # samples of a candidate
+SLOW = 0.25  # seconds; of a call that takes longer two samples have to do
 LARGEST_GAP = 0.05  # between two timings of one thing; beyond it nothing is concluded
 ATTEMPTS = 3
 
@@ -38,11 +39,12 @@ def clock(call: Callable[[], object], calls: int = 1) -> float:
 def schedule(costs: Mapping[str, float], seconds: float) -> list[str]:
     """Who is timed when: rounds in which the order is drawn anew, slow candidates only in some, evenly spread.
 
-    Every candidate gets about the same share of ``seconds``, and between ``FEWEST`` and ``MOST`` samples. A drift of
+    Every candidate gets about the same share of ``seconds``, and no fewer than ``FEWEST`` and no more than ``MOST`` samples. A drift of
     the machine meets all alike, and none is always timed after the same other one.
     """
     share, draw = seconds / len(costs), random.Random(0)
-    samples = {name: min(MOST, max(FEWEST, round(share / cost))) for name, cost in costs.items()}
+    least = {name: FEWEST if cost < SLOW else 2 for name, cost in costs.items()}
+    samples = {name: min(MOST, max(least[name], round(share / cost))) for name, cost in costs.items()}
     rounds, order = max(samples.values()), []
     for r in range(rounds):
         now = [name for name, count in samples.items() if (r + 1) * count // rounds > r * count // rounds]
@@ -53,7 +55,8 @@ def schedule(costs: Mapping[str, float], seconds: float) -> list[str]:
 
 def interleave(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
     """Median and quartiles of the seconds a call takes, all candidates in turn."""
-    first = {name: min(clock(call), clock(call) if seconds else math.inf) for name, call in candidates.items()}
+    first = {name: clock(call) for name, call in candidates.items()}
+    first |= {name: min(once, clock(candidates[name])) for name, once in first.items() if once < SLOW}
     calls = {name: max(1, math.ceil(SHORTEST / once)) for name, once in first.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
@@ -77,11 +80,15 @@ def gap(first: Timing, again: Timing) -> float:
 
 
 def interleave_until_quiet(
-    candidates: Mapping[str, Callable[[], object]], pair: tuple[str, str], seconds: float
+    candidates: Mapping[str, Callable[[], object]], twins: Mapping[str, str], seconds: float
 ) -> tuple[dict[str, Timing], list[float]]:
-    """Timings, and the gap between the two of ``pair`` in every attempt; the last decides whether they are void."""
-    gaps: list[float] = []
-    while not gaps or (gaps[-1] > LARGEST_GAP and len(gaps) < ATTEMPTS):
+    """Timings of the quietest attempt, and the largest gap between ``twins`` in every attempt.
+
+    ``twins`` are candidates that are one thing under two names. The group is void if no attempt is quiet.
+    """
+    attempts: list[tuple[float, dict[str, Timing]]] = []
+    while not attempts or (attempts[-1][0] > LARGEST_GAP and len(attempts) < ATTEMPTS):
         timings = interleave(candidates, seconds)
-        gaps.append(gap(*(timings[name] for name in pair)))
-    return timings, gaps
+        attempts.append((max(gap(timings[name], timings[twin]) for name, twin in twins.items()), timings))
+    gaps = [largest for largest, _ in attempts]
+    return attempts[gaps.index(min(gaps))][1], gaps
