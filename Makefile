@@ -23,7 +23,7 @@ FORMATTED := $(SOURCES) $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.
 .PHONY: help setup bench bench-full bench-compare study gpu kernels test lint format readme clean distclean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Variables: TORCH='$(TORCH)' PYTHON='$(PYTHON)' ARGS='$(ARGS)'"
 
 setup: $(VENV)/.installed ## create .venv with the package, its C++ kernels and all tools

@@ -151,8 +151,8 @@ def draw_sweeps(plt, sweeps: list[dict[str, Any]]):
     for letter, axis in zip(letters, axes if len(letters) > 1 else [axes], strict=True):
         for operation, colour in COLOURS.items():
             for name, style in ((NATIVE, "-"), (EAGER_OF_SWEEPS[operation], "--")):
-                points = [(g["size"], 1e3 * t, g["void"]) for g in sweeps
-                          if (g["letter"], g["operation"]) == (letter, operation) and (t := median(g, name))]  # fmt: skip
+                own = [g for g in sweeps if (g["letter"], g["operation"]) == (letter, operation) and median(g, name)]
+                points = [(g["size"], 1e3 * median(g, name), g["void"]) for g in own]
                 if points:
                     x, y, void = zip(*points, strict=True)
                     label = f"{operation}, {'native' if name == NATIVE else 'PyTorch'}"

@@ -43,7 +43,8 @@ REFERENCE, AGAIN = "reference", ", again"
 LARGE = ("XL", "LLM")  # presets
 DISTINCT = 8  # memories; a larger batch holds each of them several times
 CHECKED = 4  # memories of a batch whose results are compared with float64
-LONGEST = 1.5  # seconds of a call; what would take longer is left out
+LONGEST = 2.5  # seconds of a call; what would take longer is left out
+ENDLESS = 600  # seconds, for a call that is not compiled
 FACTOR = 8  # times the reference's own error, granted to a form that rounds in another order
 STATE = ("mean", "cov")
 ESSENTIAL = {"update_posterior": STATE, "write": STATE, "read": ("values",)}  # a form may leave out the others
@@ -174,46 +175,41 @@ class Group:
 
     def __init__(self, case: Case, expected: dict[str, float], compile_limit: int) -> None:
         """``expected``: seconds a call by candidate, where a smaller case tells."""
-        self.case, self.records = case, {}
-        self.ready: dict[str, Callable[[], Result]] = {}
+        self.case, self.compile_limit = case, compile_limit
+        self.ready: dict[str, Callable[[], Result]] = {}  # what is to be timed
+        self.records: dict[str, dict[str, Any]] = {}
+        self.gaps: list[float] = []
         e = episode(case)
         self.units, self.unit = units(ALL[case.operation], e), ALL[case.operation].unit
         truth = Truth(case.operation, e)
         torch._dynamo.reset()
         for name, candidate in candidates(case).items():
-            self.records[name] = record = {"candidate": name, "kind": candidate.kind}
-            if reason := self.why_not(candidate.kind, expected.get(name, 0.0)):
-                record |= {"status": "left out", "note": reason}
-                continue
-            begin = time.perf_counter()
-            try:
-                with at_most(compile_limit if candidate.kind == "compiled" else 600):
-                    call = partial(candidate.make(e), e)
-                    result = call()
-            except (TooSlow, Unsuitable) as why:
-                record |= {"status": "left out", "note": str(why)}
-                continue
-            except Exception as error:  # whatever a candidate raises is its result, and the others are still heard
-                record |= {"status": "failed", "note": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-                continue
-            record["first_seconds"] = time.perf_counter() - begin
-            if candidate.kind == "other job":
-                record |= {"status": "timed", "note": "computes something else"}
-            else:
-                verdict = truth.judge(candidate.kind, result)
-                record |= {"error": verdict.error, "allowed": verdict.allowed, "note": verdict.note}
-                record["status"] = "timed" if verdict.ok else "failed"
-            if (
-                record["status"] == "timed"
-                and candidate.kind not in (NATIVE, "compiled")
-                and record["first_seconds"] > LONGEST
-            ):
-                record |= {
-                    "status": "left out",
-                    "note": f"a call takes {record['first_seconds']:.1f} s; it is verified",
-                }
-            if record["status"] == "timed":
-                self.ready[name] = call
+            reason = self.why_not(candidate.kind, expected.get(name, 0.0))
+            found = {"status": "left out", "note": reason} if reason else self.verify(name, candidate, e, truth)
+            self.records[name] = {"candidate": name, "kind": candidate.kind, **found}
+
+    def verify(self, name: str, candidate: Candidate, e: Episode, truth: Truth) -> dict[str, Any]:
+        """What became of a candidate; it is ready to be timed if its result is right."""
+        begin = time.perf_counter()
+        try:
+            with at_most(self.compile_limit if candidate.kind == "compiled" else ENDLESS):
+                call = partial(candidate.make(e), e)
+                result = call()
+        except (TooSlow, Unsuitable) as why:
+            return {"status": "left out", "note": str(why)}
+        except Exception as error:  # whatever a candidate raises is its result, and the others are still heard
+            return {"status": "failed", "note": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
+        took = time.perf_counter() - begin
+        found: dict[str, Any] = {"first_seconds": took, "status": "timed", "note": "computes something else"}
+        if candidate.kind != "other job":
+            verdict = truth.judge(candidate.kind, result)
+            found |= {"error": verdict.error, "allowed": verdict.allowed, "note": verdict.note}
+            found["status"] = "timed" if verdict.ok else "failed"
+        if took > LONGEST and found["status"] == "timed" and candidate.kind not in (NATIVE, "compiled"):
+            found |= {"status": "left out", "note": f"verified, but a call takes {took:.1f} s"}
+        if found["status"] == "timed":
+            self.ready[name] = call
+        return found
 
     def why_not(self, kind: str, expected: float) -> str | None:
         if kind in (NATIVE, REFERENCE):
@@ -224,7 +220,6 @@ class Group:
 
     def time(self, seconds: float) -> None:
         """Native and the fastest form in PyTorch are timed twice under two names, or whatever there is."""
-        self.gaps: list[float] = []
         pytorch = [name for name in self.ready if self.records[name]["kind"] in PYTORCH]
         quickest = min(pytorch, key=lambda name: clock(self.ready[name]), default=None)
         twins = {name: name + AGAIN for name in (NATIVE, quickest) if name in self.ready}

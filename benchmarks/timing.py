@@ -39,8 +39,8 @@ def clock(call: Callable[[], object], calls: int = 1) -> float:
 def schedule(costs: Mapping[str, float], seconds: float) -> list[str]:
     """Who is timed when: rounds in which the order is drawn anew, slow candidates only in some, evenly spread.
 
-    Every candidate gets about the same share of ``seconds``, and no fewer than ``FEWEST`` and no more than ``MOST`` samples. A drift of
-    the machine meets all alike, and none is always timed after the same other one.
+    Every candidate gets about the same share of ``seconds``, within ``FEWEST`` and ``MOST`` samples. A drift of the
+    machine meets all alike, and none is always timed after the same other one.
     """
     share, draw = seconds / len(costs), random.Random(0)
     least = {name: FEWEST if cost < SLOW else 2 for name, cost in costs.items()}

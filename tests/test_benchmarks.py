@@ -170,8 +170,9 @@ def test_slopes_leave_out_void_sizes():
     from claims import MET, VOID
 
     def sweep(void_from):
-        return [{**group(native=1e-5 * size if i < void_from else 1.0, void=i >= void_from), "letter": "B", "size": size}
-                for i, size in enumerate((2, 4, 8, 16, 32, 64, 128))]  # fmt: skip
+        sizes = (2, 4, 8, 16, 32, 64, 128)
+        groups = [group(native=1e-5 * n if i < void_from else 1.0, void=i >= void_from) for i, n in enumerate(sizes)]
+        return [{**g, "letter": "B", "size": size} for g, size in zip(groups, sizes, strict=True)]
 
     def verdict(points):
         return next(c for c in claims_of(sweeps=points) if c.what == "write: cost over B").verdict
