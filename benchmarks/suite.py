@@ -173,8 +173,10 @@ def run_backend(run: Callable[[Episode, str], Result], backend: str, e: Episode)
 class Group:
     """Verified, then timed: all candidates of one case."""
 
-    def __init__(self, case: Case, expected: dict[str, float], compile_limit: int) -> None:
-        """``expected``: seconds a call by candidate, where a smaller case tells."""
+    def __init__(
+        self, case: Case, expected: dict[str, float], compile_limit: int, only: tuple[str, ...] | None = None
+    ) -> None:
+        """``expected``: seconds a call by candidate, where a smaller case tells. ``only``: names; all without it."""
         self.case, self.compile_limit = case, compile_limit
         self.ready: dict[str, Callable[[], Result]] = {}  # what is to be timed
         self.records: dict[str, dict[str, Any]] = {}
@@ -184,6 +186,8 @@ class Group:
         truth = Truth(case.operation, e)
         torch._dynamo.reset()
         for name, candidate in candidates(case).items():
+            if only is not None and name not in only:
+                continue
             reason = self.why_not(candidate.kind, expected.get(name, 0.0))
             found = {"status": "left out", "note": reason} if reason else self.verify(name, candidate, e, truth)
             self.records[name] = {"candidate": name, "kind": candidate.kind, **found}
@@ -318,9 +322,8 @@ def measure_sweeps(options: argparse.Namespace) -> list[dict[str, Any]]:
     with progress("against one size", len(cases), seconds=5) as start:
         for letter, size, case in cases:
             start(f"{case.operation}, {case.preset.name}")
-            group = Group(case, {}, options.compile_limit)
-            keep = (NATIVE, report.EAGER_OF_SWEEPS[case.operation])
-            group.ready = {name: call for name, call in group.ready.items() if name in keep}
+            shown = (NATIVE, report.EAGER_OF_SWEEPS[case.operation])
+            group = Group(case, {}, options.compile_limit, only=shown)
             group.time(options.seconds / 4)
             found.append({"letter": letter, "size": size, **group.result()})
     return found
