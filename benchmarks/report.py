@@ -102,8 +102,9 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "suite.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
     lines = rows(data["groups"])
-    show_table("float32 and float64, medians; every candidate is in suite.md", SUMMARY, summary(data["groups"]),
-               right=SUMMARY[5:], group=1)  # fmt: skip
+    if data["groups"]:
+        title = "Medians; every candidate is in suite.md"
+        show_table(title, SUMMARY, summary(data["groups"]), right=SUMMARY[5:], group=1)
     void = [f"{g['operation']} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
             f"{', '.join(f'{x:.0%}' for x in g['gaps'])}" for g in data["groups"] if g["void"]]  # fmt: skip
     promises = [(str(c["number"]), c["what"], c["target"], c["measured"], c["verdict"]) for c in data["claims"]]
