@@ -20,16 +20,22 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
 FORMATTED := $(SOURCES) $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench study gpu kernels test lint format readme clean distclean
+.PHONY: help setup bench bench-full bench-compare study gpu kernels test lint format readme clean distclean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 	@echo "Variables: TORCH='$(TORCH)' PYTHON='$(PYTHON)' ARGS='$(ARGS)'"
 
 setup: $(VENV)/.installed ## create .venv with the package, its C++ kernels and all tools
 
 bench: setup ## real images through every backend: checks, timings, a picture
 	$(BIN)/python -m fastkm bench $(ARGS)
+
+bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages beside the kernels, ceilings, promises; 25 minutes
+	$(BIN)/python benchmarks/suite.py $(ARGS)
+
+bench-compare: setup ## the kernels of another revision beside these: make bench-compare BASE=main
+	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error name the other revision: make bench-compare BASE=main)) $(ARGS)
 
 study: setup ## train the generative model on DATA='mnist PATH ...' and print every figure about it; an hour
 	$(BIN)/python -m fastkm study --data $(DATA) $(ARGS)
@@ -82,4 +88,10 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0  # says 3.12 but runs on 3.11; its needs are ours
 	@$(BIN)/python -m fastkm doctor
+	@touch $@
+
+# Packages to compare with, without what they depend on: nothing may replace the torch that is measured. One that cannot
+# be had is left out of the comparison, and named there.
+$(VENV)/.peers: $(VENV)/.installed
+	-@$(PIP) --no-deps torch-kf linear_operator jaxtyping wadler-lindig faiss-cpu
 	@touch $@

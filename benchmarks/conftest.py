@@ -1,4 +1,4 @@
-"""pytest-benchmark over the episodes of ``python -m fastkm bench``: what fails its check is not timed.
+"""pytest-benchmark over the candidates of the full benchmark: what fails its check is not timed.
 
 pytest benchmarks --benchmark-only --presets S LLM --benchmark-json=results/pytest.json
 """
@@ -7,27 +7,20 @@ from functools import cache
 
 import pytest
 import torch
+from suite import ITERS, Case, Group, candidates
 
-from fastkm import _backend
-from fastkm.cli.bench import LOOP
-from fastkm.cli.episodes import Episode, build_episode
-from fastkm.cli.images import load_images
-from fastkm.cli.measure import own_error, verify
-from fastkm.cli.operations import OPERATIONS, units
 from fastkm.cli.presets import PRESETS
 
-QUERIES, ITERS = 32, 10
-images = cache(load_images)
+COMPILE_LIMIT = 120  # seconds; nothing is compiled here
+
+
+def case(operation: str, preset: str, batch: int) -> Case:
+    return Case(operation, PRESETS[preset], batch)
 
 
 @cache
-def episode(preset: str, batch: int) -> Episode:
-    return build_episode(images(), PRESETS[preset], batch, QUERIES, ITERS).to(torch.float32)
-
-
-@cache
-def verdicts(operation: str, preset: str, batch: int):
-    return verify(operation, episode(preset, batch))
+def group(operation: str, preset: str, batch: int) -> Group:
+    return Group(case(operation, preset, batch), {}, COMPILE_LIMIT)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,31 +33,31 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's OPERATIONS and BATCHES against every preset and backend, and the literal loop where there is one."""
+    """A module's OPERATIONS and BATCHES against every preset and candidate."""
     cases = [
-        pytest.param(operation, preset, batch, backend, id=f"{operation}-{preset}-B{batch}-{backend.replace(' ', '-')}")
+        pytest.param(operation, preset, batch, name, id=f"{operation}-{preset}-B{batch}-{name.replace(' ', '-')}")
         for operation in metafunc.module.OPERATIONS
         for preset in metafunc.config.getoption("presets")
         for batch in metafunc.module.BATCHES
-        for backend in (*_backend.CAPABILITIES[operation], *([LOOP] if OPERATIONS[operation].loop else []))
+        for name in candidates(case(operation, preset, batch))
     ]
-    metafunc.parametrize(("operation", "preset", "batch", "backend"), cases)
+    metafunc.parametrize(("operation", "preset", "batch", "name"), cases)
 
 
 @pytest.fixture
 def measure(benchmark):
-    """Verify a backend, then hand it to pytest-benchmark with all that makes its figure readable."""
+    """Hand a verified candidate to pytest-benchmark with all that makes its figure readable."""
 
-    def run(operation: str, preset: str, batch: int, backend: str) -> None:
-        inputs, op = episode(preset, batch), OPERATIONS[operation]
-        verdict = own_error(operation, inputs) if backend == LOOP else verdicts(operation, preset, batch)[backend]
-        if verdict.ok is None:
-            pytest.skip(verdict.note)
-        assert verdict.ok, f"not timed: {verdict.note}, error {verdict.error:.1e}, allowed {verdict.allowed:.1e}"
-        shapes = {**PRESETS[preset]._asdict(), "B": batch, "Q": QUERIES, "n": ITERS}
+    def run(operation: str, preset: str, batch: int, name: str) -> None:
+        verified = group(operation, preset, batch)
+        record = verified.records[name]
+        if record["status"] == "left out":
+            pytest.skip(record["note"])
+        assert record["status"] == "timed", f"not timed: {record['note']}"
         benchmark.group = f"{operation} {preset} B={batch}"
-        benchmark.extra_info.update(shapes, error=verdict.error, threads=torch.get_num_threads())
-        benchmark.extra_info.update(units=units(op, inputs), unit=op.unit)
-        benchmark(op.loop, inputs) if backend == LOOP else benchmark(op.run, inputs, backend)
+        benchmark.extra_info.update(PRESETS[preset]._asdict(), B=batch, Q=verified.case.queries, n=ITERS)
+        benchmark.extra_info.update(error=record.get("error"), threads=torch.get_num_threads())
+        benchmark.extra_info.update(units=verified.units, unit=verified.unit)
+        benchmark(verified.ready[name])
 
     return run

@@ -1,0 +1,262 @@
+"""The full benchmark's own logic: what it compares computes the same thing, and a verdict needs a quiet group."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastkm.cli.gradients import ALL, GRADIENT
+from fastkm.cli.measure import Timing, errors
+from fastkm.cli.presets import PRESETS, Preset
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the source tree")
+SMALL = Preset("small", 7, 12, 9)
+OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet",
+              *(name + GRADIENT for name in ("update_posterior", "write", "read")))  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def case(operation, **options):
+    import suite
+
+    return suite.Case(operation, SMALL, 3, "float64", queries=5, synthetic=True, **options)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_form_and_peer_computes_the_same(operation):
+    """In float64, to a thousand roundings: the forms are algebra, not approximations."""
+    import suite
+    from peers import Unsuitable
+
+    e = suite.episode(case(operation))
+    truth = ALL[operation].definition(e)
+    seen = 0
+    for name, candidate in suite.candidates(case(operation)).items():
+        if candidate.kind in ("native", "other job"):
+            continue
+        try:
+            result = candidate.make(e)(e)
+        except Unsuitable:
+            continue
+        assert set(result) <= set(truth), name
+        assert set(result) >= set(suite.ESSENTIAL.get(operation, truth)), name
+        for field, error in errors(result, {field: truth[field] for field in result}).items():
+            assert error < 1e4 * torch.finfo(torch.float64).eps, (name, field)
+        seen += 1
+    assert seen >= 2
+
+
+def test_no_form_changes_its_inputs():
+    import suite
+
+    for operation in OPERATIONS:
+        e = suite.episode(case(operation))
+        before = suite.map_episode(torch.clone, e)
+        for form in suite.forms(operation).values():
+            form(e)
+        for field in ("prior", "written"):
+            assert all(torch.equal(x, y) for x, y in zip(getattr(e, field), getattr(before, field), strict=True))
+        for field in ("values", "weights", "queries", "noise_var", "ridge"):
+            assert torch.equal(getattr(e, field), getattr(before, field)), (operation, field)
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch):
+    import suite
+
+    right = suite.forms("write")["literal loop"]
+
+    def wrong(e):
+        result = right(e)
+        return {**result, "mean": result["mean"] + 1e-6}
+
+    def broken(e):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(suite, "forms", lambda operation: {"right": right, "wrong": wrong, "broken": broken})
+    group = suite.Group(case("write"), {}, 1)
+    status = {name: record["status"] for name, record in group.records.items()}
+    assert (status["right"], status["wrong"], status["broken"]) == ("timed", "failed", "failed")
+    assert not {"wrong", "broken"} & set(group.ready)
+    group.time(0.0)
+    assert "seconds" in group.records["right"]
+    assert "seconds" not in group.records["wrong"]
+    assert group.result()["flops"] > 0
+
+
+def test_what_would_take_too_long_is_left_out():
+    import suite
+
+    group = suite.Group(case("logdet"), {"closed form": 100.0}, 1)
+    assert group.records["closed form"]["status"] == "left out"
+    assert "closed form" not in group.ready
+
+
+def test_a_compilation_is_cut_off():
+    import time
+
+    import suite
+
+    with pytest.raises(suite.TooSlow), suite.at_most(1):
+        time.sleep(5)
+
+
+# ---- ratios, slopes, verdicts --------------------------------------------------------------------------------------
+
+
+def timed(name, kind, median, status="timed"):
+    return {"candidate": name, "kind": kind, "status": status,
+            "seconds": Timing(median, median, median, 3, 1)._asdict()}  # fmt: skip
+
+
+def group(operation="write", preset="S", batch=16, queries=32, void=False, **medians):
+    native, others = medians.pop("native", 1.0), medians.pop("others", ())
+    return {"operation": operation, "preset": PRESETS[preset]._asdict(), "batch": batch, "dtype": "float32",
+            "queries": queries, "void": void, "candidates": [timed("native", "native", native), *others]}  # fmt: skip
+
+
+def claims_of(*groups, sweeps=(), calls=None):
+    from claims import verdicts
+
+    return verdicts({"groups": list(groups), "sweeps": list(sweeps), "calls": calls or {}})
+
+
+def test_best_of_pytorch_is_the_fastest_that_passed_and_does_the_job():
+    from claims import best_pytorch
+
+    found = group(others=(
+        timed("slow", "eager", 9.0), timed("quick", "compiled", 7.0), timed("wrong", "eager", 1.0, "failed"),
+        timed("softmax", "other job", 2.0), timed("peer", "peer", 3.0), timed("quick, again", "again", 6.0),
+    ))  # fmt: skip
+    assert best_pytorch(found)["candidate"] == "quick"
+
+
+def test_a_claim_is_met_missed_void_or_not_measured():
+    from claims import ABSENT, MET, MISSED, VOID
+
+    others = (timed("literal loop", "loop", 20.0), timed("Gram space", "eager", 5.0))
+    first, second, *_, single = [c for c in claims_of(group(others=others)) if c.number == 1]
+    assert (first.verdict, second.verdict, single.verdict) == (MET, MISSED, ABSENT)
+    assert first.measured.startswith("20.00 × literal loop")
+    assert second.measured.startswith("5.00 × Gram space")
+    void = [c for c in claims_of(group(others=others, void=True)) if c.number == 1]
+    assert {c.verdict for c in void} == {VOID, ABSENT}
+
+
+def test_no_verdict_without_a_native_timing():
+    from claims import ABSENT
+
+    found = group(others=(timed("literal loop", "loop", 20.0),))
+    found["candidates"][0]["status"] = "failed"
+    assert {c.verdict for c in claims_of(found)} == {ABSENT}
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
+def test_slope_is_the_exponent(power):
+    from claims import slope
+
+    sizes = [2, 8, 32, 64]
+    assert slope(sizes, [3e-5 * size**power for size in sizes]) == pytest.approx(power)
+
+
+def test_slopes_leave_out_void_sizes():
+    from claims import MET, VOID
+
+    def sweep(void_from):
+        sizes = (2, 4, 8, 16, 32, 64, 128)
+        groups = [group(native=1e-5 * n if i < void_from else 1.0, void=i >= void_from) for i, n in enumerate(sizes)]
+        return [{**g, "letter": "B", "size": size} for g, size in zip(groups, sizes, strict=True)]
+
+    def verdict(points):
+        return next(c for c in claims_of(sweeps=points) if c.what == "write: cost over B").verdict
+
+    assert verdict(sweep(void_from=5)) == MET
+    assert verdict(sweep(void_from=4)) == VOID
+
+
+def test_a_group_is_repeated_until_quiet_and_then_given_up(monkeypatch):
+    import timing
+
+    def attempts(*gaps):
+        left = iter(gaps)
+        monkeypatch.setattr(timing, "interleave", lambda *_: {"a": Timing(1.0, 1, 1, 3, 1),
+                                                              "b": Timing(1 + next(left), 1, 1, 3, 1)})  # fmt: skip
+        timings, found = timing.interleave_until_quiet({}, {"a": "b"}, 0.0)
+        return timings["b"].median - 1, found
+
+    kept, found = attempts(0.3, 0.04)
+    assert kept == pytest.approx(0.04)
+    assert found == pytest.approx([0.3, 0.04])
+    kept, found = attempts(0.3, 0.1, 0.2)
+    assert kept == pytest.approx(0.1)
+    assert min(found) > timing.LARGEST_GAP
+
+
+def test_candidates_take_turns():
+    from timing import FEWEST, MOST, schedule
+
+    order = schedule({"quick": 1e-3, "again": 1e-3, "slow": 0.1}, seconds=0.6)
+    assert order.count("quick") == order.count("again") == MOST
+    assert order.count("slow") == FEWEST
+    spots = [i for i, name in enumerate(order) if name == "slow"]
+    assert max(b - a for a, b in zip([0, *spots], [*spots, len(order)], strict=True)) <= len(order) // 2
+    assert len({tuple(order[i : i + 2]) for i in range(0, 20, 2)}) > 1  # not always in one order
+
+
+def test_flops_of_an_update_are_those_of_its_block_form():
+    from ceiling import flops, least_bytes
+
+    _, K, C, T = SMALL
+    exact = 2 * T * K * K + T * T * K + T**3 / 3 + T * T * K + 2 * T * K * C + T * T * C + 2 * T * K * C + T * K * K
+    assert flops("update_posterior", SMALL, 5) == pytest.approx(exact, rel=0.1)  # a triangle has its diagonal
+    assert flops("update_posterior" + GRADIENT, SMALL, 5) > 2 * exact
+    single, double = (least_bytes("write", SMALL, 3, 5, dtype) for dtype in ("float32", "float64"))
+    assert double == 2 * single
+
+
+def test_a_comparison_with_itself():
+    from compare import summarise
+
+    taken = summarise([{"base": 2.0 * x, "this": x, "again": 1.01 * x} for x in (1.0, 1.5, 9.0)])
+    assert taken["ratio"] == pytest.approx(2.0)  # turn by turn, so the drift is not in it
+    assert not taken["void"]
+    assert summarise([{"base": 2.0, "this": 1.0, "again": 1.2}] * 3)["void"]
+
+
+class Assumed:
+    """Ceilings that nobody measured: a test does not depend on time."""
+
+    product, bandwidth, history, last = {"float32": 1e11, "float64": 5e10}, 1e10, (), float("inf")
+
+    def measure(self, repeats=1):
+        pass
+
+    def told(self):
+        return "assumed"
+
+
+def test_a_run_writes_everything(tmp_path, monkeypatch, capsys):
+    import json
+
+    pytest.importorskip("matplotlib", reason="in the bench extra")
+    import suite
+
+    monkeypatch.setattr(suite, "groups", lambda options: [case("write"), case("logdet")._replace(dtype="float32")])
+    monkeypatch.setattr(suite, "pin", lambda threads: "not pinned: a test")
+    monkeypatch.setattr(suite, "Ceiling", Assumed)
+    arguments = ["--sections", "groups", "--seconds", "0", "--output", str(tmp_path)]
+    assert suite.main(arguments) == 0
+    data = json.loads((tmp_path / "suite.json").read_text())
+    assert len(data["groups"]) == 2
+    assert data["claims"]
+    page, out = (tmp_path / "suite.md").read_text(), capsys.readouterr().out
+    assert "## Must show" in page
+    assert "Must show" in out
+    assert "literal loop" in page
