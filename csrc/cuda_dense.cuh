@@ -488,6 +488,7 @@ __device__ void add_outer_part(float* m, int first, int end, int ld, float facto
     const int i = first + static_cast<int>(tile / across) * 4, j = first + static_cast<int>(tile % across) * 4;
     if (kLower && j > i) continue;
     float4 sum[4] = {};
+#pragma unroll 4
     for (int t = 0; t < count; ++t) {
       const float4 left = *reinterpret_cast<const float4*>(x + int64_t(t) * ld + i);
       const float4 right = *reinterpret_cast<const float4*>(y + int64_t(t) * ld + j);
@@ -670,6 +671,7 @@ __device__ inline void eliminate(const float* m, int width, int count, const flo
   for (int tile = static_cast<int>(threadIdx.x); tile < across * down; tile += kThreads) {
     const int i = begin + tile / across * 4, j = tile % across * 4;
     float4 sum[4] = {};
+#pragma unroll 4
     for (int t = 0; t < count; ++t) {
       const float4 left = *reinterpret_cast<const float4*>(m + int64_t(t) * width + i);
       const float4 right = *reinterpret_cast<const float4*>(solved + int64_t(t) * ld + j);
