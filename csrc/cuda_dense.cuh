@@ -59,6 +59,9 @@ struct Space {
     return at;
   }
 
+  // What may stay where it is unless there is room for it.
+  __host__ __device__ bool fits(int64_t count) const { return (count + 3) / 4 * 4 <= shared_left; }
+
   // For what is too large or too rarely used.
   __host__ __device__ float* take_global(int64_t count) {
     float* const at = global + global_used;
@@ -475,6 +478,55 @@ __device__ __forceinline__ void product(int rows, int columns, int length, const
         product_tile<kRounding, kRows, kColumns>(i0, j0, rows, columns, length, a, b, block, store);
     __syncthreads();
   }
+}
+
+// The lower triangle of A Aᵀ for a matrix A of at most kOnePassRows rows, and with `kWithOther` B Aᵀ for at most 16
+// rows B: every entry is read once, where `product` reads a row once for each tile it is a part of. The sums are the
+// same to the last bit.
+constexpr int kOnePassRows = 128;
+
+template <bool kWithOther, class StoreGram, class StoreOther>
+__device__ __forceinline__ void products_in_one_pass(int rows, int length, const Side& a, int count, const Side& b,
+                                                     Block& block, const StoreGram& store_gram,
+                                                     const StoreOther& store_other) {
+  constexpr int kLdA = SliceLoader<kOnePassRows>::kLd, kLdB = SliceLoader<16>::kLd;
+  static_assert(kSlice * (kLdA + kLdB) <= kStageFloats, "both slices fit the stage");
+  static_assert(kOnePassRows == 2 * 64, "three tiles cover the lower triangle");
+  float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
+  Tile<64, 64> first, below, second;
+  Tile<16, kOnePassRows> other;
+  SliceLoader<kOnePassRows> of_a;
+  SliceLoader<16> of_b;
+  of_a.fetch(a, 0, rows, 0, length);
+  if (kWithOther) of_b.fetch(b, 0, count, 0, length);
+  for (int k = 0; k < length; k += kSlice) {
+    __syncthreads();
+    of_a.stage(a, stage_a);
+    if (kWithOther) of_b.stage(b, stage_b);
+    __syncthreads();
+    if (k + kSlice < length) {
+      of_a.fetch(a, 0, rows, k + kSlice, length);
+      if (kWithOther) of_b.fetch(b, 0, count, k + kSlice, length);
+    }
+    first.add(stage_a, kLdA, stage_a, kLdA, block);
+    if (rows > 64) {
+      below.add(stage_a + 64, kLdA, stage_a, kLdA, block);
+      second.add(stage_a + 64, kLdA, stage_a + 64, kLdA, block);
+    }
+    if (kWithOther) other.add(stage_b, kLdB, stage_a, kLdA, block);
+  }
+  const auto store_tile = [&](const auto& tile, int i0, int j0) {
+    tile.store([&](int i, int j, const auto& values) {
+      if (i0 + i < rows && j0 + j < rows) store_gram(i0 + i, j0 + j, values);
+    });
+  };
+  store_tile(first, 0, 0);
+  if (rows > 64) store_tile(below, 64, 0), store_tile(second, 64, 64);
+  if (kWithOther)
+    other.store([&](int i, int j, const auto& values) {
+      if (i < count && j < rows) store_other(i, j, values);
+    });
+  __syncthreads();
 }
 
 // M += factor · Σ_t (x_t y_tᵀ), rows of x and y [count, ·] `ld` apart, the part [first, end)² of M, whose rows are `ld`

@@ -31,13 +31,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   clear_space<Conditioned>(workspace);
   const int K = chunk.K, C = chunk.C, width = chunk.width, columns = chunk.columns;
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
-    float* const mean_bar = element(grads.to_mean, b);
     load_memory(chunk, args, grads, b);
     condition_all(chunk, args, b);
     for (int64_t first = (args.T_ - 1) / kChunk * kChunk; first >= 0 && args.T_ > 0; first -= kChunk) {
       restore_chunk(chunk, args, b, first);
       search<kCondition>(chunk);
-      condition_backward(chunk, {mean_bar, C, 1}, grads, {}, b, first);
+      condition_backward(chunk, grads, {}, b, first);
       const int count = chunk.count;
       for (int n = threadIdx.x; n < count * K; n += kThreads) {
         const int t = n / K, k = n % K;
@@ -53,11 +52,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       // R̄ = R̄' − Wᵀ Z̄, Ū = Ū' + sym(Wᵀ V̄)
       product<kEither, 64, 64>(K, C, count, Side{chunk.w, 1, width}, Side{chunk.values_bar, 1, columns}, chunk, false,
                                [&](int i, int j, const auto& sums) {
-                                 float* const at = mean_bar + int64_t(i) * C + j;
+                                 float* const at = mean_bar_at(chunk, i, j);
                                  put_sum(at, at, 1, -1, sums, C - j);
                                });
       add_to_cov_bar(chunk);
     }
+    store_mean_bar(chunk, grads, b);
     store_cov_bar(chunk, grads, b);
     __syncthreads();
   }

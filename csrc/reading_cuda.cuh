@@ -58,13 +58,17 @@ __device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>&
     gram[outside * width + inside] = gram[inside * width + outside] = 0;
     a.data[outside * width + inside] = a.data[inside * width + outside] = 0;
   }
-  product<kExact, 64, 64>(K, K, block.C, mean, mean, block, true, [&](int i, int j, const auto& sums) {
+  const auto store = [&](int i, int j, const auto& sums) {
     int n = 0;
     for (float sum : sums) {
       const int column = j + n++;
       if (column <= i) gram[int64_t(i) * width + column] = gram[int64_t(column) * width + i] = sum;
     }
-  });
+  };
+  if (K <= kOnePassRows)
+    products_in_one_pass<false>(K, block.C, mean, 0, mean, block, store, store);
+  else
+    product<kExact, 64, 64>(K, K, block.C, mean, mean, block, true, store);
   if (args.squared_gram) {
     const Side side{gram, width, 1};
     product<kExact, 64, 64>(K, K, K, side, side, block, true,

@@ -6,6 +6,7 @@ namespace {
 
 struct Forward : Chunk {
   Attempts attempts;
+  float* state;  // R [K, columns] while it fits on chip, else null: then the new mean is worked on where it goes
 };
 
 // Where the buffers of a block are; most used first.
@@ -17,6 +18,8 @@ __host__ __device__ void lay_out(Forward& chunk, Space& space, const WritingArgs
   chunk.x = space.take(panel), chunk.y = space.take(panel), chunk.values = space.take(kChunk * chunk.columns);
   chunk.inverse = space.take(square), chunk.cov = space.take(square), chunk.system = space.take(square);
   if (!factors_once(args)) take_attempts(chunk.attempts, space, args, chunk.width);
+  const int64_t state = int64_t(chunk.K) * chunk.columns;
+  chunk.state = space.fits(state) ? space.take(state) : nullptr;
 }
 
 // What the write reports of each pattern, a warp a pattern; rows of Δ stand in `values`.
@@ -55,8 +58,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
     if (threadIdx.x == 0) {
       chunk.ridge = *element(args.ridge, b);
-      chunk.mean = side_of(shared.mean, b);
+      chunk.mean = chunk.state ? Side{chunk.state, columns, 1} : side_of(shared.mean, b);
     }
+    if (chunk.state) load_rows(chunk.state, K, C, K, columns, side_of(shared.mean, b));
     load_rows(chunk.cov, K, K, width, width, side_of(shared.cov, b));
     __syncthreads();
     check_symmetry(chunk.cov, K, width, chunk);
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       // Condition on the chunk: Δ, then R + Cᵀ Δ and U − Cᵀ diag(s) C.
       whiten(chunk);
       report(args, chunk, b, first);
-      const Side mean = chunk.mean, new_mean = side_of(shared.new_mean, b);
+      const Side mean = chunk.mean, new_mean = chunk.state ? mean : side_of(shared.new_mean, b);
       product<kEither, 64, 64>(K, C, chunk.count, Side{chunk.c, 1, width}, Side{chunk.values, 1, columns}, chunk, false,
                                [&](int i, int j, const auto& sums) {
                                  put_sum(const_cast<float*>(new_mean.at(i, j)), mean.at(i, j), mean.inner, 1, sums,
@@ -90,10 +94,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                                });
       scale_rows(chunk, chunk.c);
       add_outer(chunk.cov, width, -1, chunk.count, chunk.c, chunk.c);
-      if (threadIdx.x == 0) chunk.mean = side_of(shared.new_mean, b);
+      if (threadIdx.x == 0) chunk.mean = new_mean;
       __syncthreads();
     }
-    if (shared.T_ == 0)
+    if (chunk.state)
+      store_rows(shared.new_mean, b, K, C, chunk.state, columns);
+    else if (shared.T_ == 0)
       for (int64_t n = threadIdx.x; n < int64_t(K) * C; n += kThreads)
         *element(shared.new_mean, b, n / C, n % C) = *element(shared.mean, b, n / C, n % C);
     for (int64_t n = threadIdx.x; n < int64_t(K) * K; n += kThreads)
