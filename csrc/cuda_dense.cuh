@@ -97,11 +97,10 @@ __device__ Space space_of_block(const Workspace& workspace) {
   return {dynamic_shared() + kHeadFloats<Head>, workspace.shared_floats - kHeadFloats<Head>, workspace.of_block()};
 }
 
-// Blocks that run at the same time, two a multiprocessor where shared memory allows it.
-inline int64_t resident_blocks(const Device& device, const Workspace& workspace) {
-  constexpr int64_t kReserved = 1024;  // of each block, for the system
-  const bool two = 2 * (workspace.shared_bytes() + kReserved) <= device.shared_bytes + kReserved;
-  return device.multiprocessors * (two ? 2 : 1);
+// Blocks of a kernel that run at the same time.
+template <class Kernel>
+int64_t resident_blocks(const Device& device, Kernel kernel, const Workspace& workspace) {
+  return int64_t(device.multiprocessors) * blocks_held(kernel, kThreads, workspace.shared_bytes());
 }
 
 __device__ inline void fill_zero(float* to, int64_t count) {

@@ -71,7 +71,7 @@ const char* cuda::update_posterior_backward(const PosteriorArgs<float>& args, co
   const Device device = current_device();
   Workspace workspace =
       measure<Conditioned>(device, [&](Conditioned& head, Space& space) { lay_out(head, space, args); });
-  const int64_t blocks = min(B, resident_blocks(device, workspace));
+  const int64_t blocks = min(B, resident_blocks(device, update_backward_kernel, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(update_backward_kernel, blocks, kThreads, workspace.shared_bytes(), context.stream, args, grads, B,
                 workspace);

@@ -251,7 +251,8 @@ const char* start(const Device& device, const ReadingArgs<float>& args, const Re
   plan.workspace = measure<Reverse>(device, [&](Reverse& head, Space& space) { lay_out(head, space, args, plan); });
   // Blocks that share a memory leave their sums to the last of them, so none may go on to another item.
   const int64_t items = B * plan.blocks_each;
-  const int64_t blocks = plan.blocks_each > 1 ? items : min(items, resident_blocks(device, plan.workspace));
+  const int64_t blocks =
+      plan.blocks_each > 1 ? items : min(items, resident_blocks(device, read_backward_kernel, plan.workspace));
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
   return launch(read_backward_kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, grads, B,

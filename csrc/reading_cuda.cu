@@ -95,27 +95,27 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> ar
 template <Rounding kRounding>
 const char* start(const Device& device, const ReadingArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
   plan.workspace = measure<Reader>(device, [&](Reader& head, Space& space) { lay_out(head, space, args, plan); });
-  const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
+  const auto kernel = read_kernel<kRounding>;
+  const int64_t resident = resident_blocks(device, kernel, plan.workspace), tiles = (args.Q + kQueries - 1) / kQueries;
+  plan.blocks_each = plan.answer ? max(int64_t(1), min(tiles, resident / B)) : 1;
+  const int64_t blocks = min(B * plan.blocks_each, resident);
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(read_kernel<kRounding>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
+  return launch(kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
 }
 
 const char* run(const ReadingArgs<float>& args, const Batch<const float>& given, int64_t B, cuda::Context& context) {
   if (B == 0) return nullptr;
   const Device device = current_device();
-  const int64_t tiles = (args.Q + kQueries - 1) / kQueries;
   Plan plan{};
   plan.given = given;
   plan.factor = true;
-  plan.blocks_each = 1;
   if (args.K > kFusedRows) {
     plan.factors = allocate_factors(context, args, B);
     if (const char* error = start<kExact>(device, args, B, plan, context)) return error;
     plan.factor = false;
   }
   plan.answer = true;
-  plan.blocks_each = max(int64_t(1), min(tiles, 2 * device.multiprocessors / B));
   return args.precision == kIeee ? start<kExact>(device, args, B, plan, context)
                                  : start<kTensor>(device, args, B, plan, context);
 }
@@ -136,7 +136,6 @@ const char* cuda::factor_addressing(const ReadingArgs<float>& args, const Batch<
   if (B == 0) return nullptr;
   Plan plan{};
   plan.factor = true;
-  plan.blocks_each = 1;
   plan.to_factor = factor;
   return start<kExact>(current_device(), args, B, plan, context);
 }

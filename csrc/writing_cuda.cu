@@ -113,7 +113,7 @@ template <bool kAfresh>
 const char* start(const WritingArgs<float>& args, int64_t B, cuda::Context& context) {
   const Device device = current_device();
   Workspace workspace = measure<Forward>(device, [&](Forward& head, Space& space) { lay_out(head, space, args); });
-  const int64_t blocks = min(B, resident_blocks(device, workspace));
+  const int64_t blocks = min(B, resident_blocks(device, write_kernel<kAfresh>, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(write_kernel<kAfresh>, blocks, kThreads, workspace.shared_bytes(), context.stream, args, B, workspace);
 }

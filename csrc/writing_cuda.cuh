@@ -112,8 +112,12 @@ __device__ inline bool invert(float* a, int size, int width, float* panel, Chunk
         solved[i] = swept ? -sum : sum;
         panel[i * width + k] = swept ? 0 : column[i];
       }
-      for (int i = 0; i < count && k < size; ++i) a[int64_t(first + i) * width + k] = solved[i];
-      for (int i = 0; i < count && k < size && !swept; ++i) a[int64_t(k) * width + first + i] = solved[i];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (i >= count || k >= size) continue;
+        a[int64_t(first + i) * width + k] = solved[i];
+        if (!swept) a[int64_t(k) * width + first + i] = solved[i];
+      }
     }
     __syncthreads();
     add_outer(a, width, -1, kChunk, panel, panel);
