@@ -115,7 +115,7 @@ class Counter(HostBuild):
     """Runs the kernels on the host and counts their accesses."""
 
     def __init__(self) -> None:
-        os.environ["FASTKM_SIMT_SMS"] = str(DEVICES["sm_90"][1])
+        os.environ.setdefault("FASTKM_SIMT_SMS", str(DEVICES["sm_90"][1]))
         super().__init__("count_bytes.cpp")
 
     def traffic(self, operator: str, preset: Preset, batch: int) -> Traffic:
