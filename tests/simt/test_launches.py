@@ -1,4 +1,4 @@
-"""How many launches a call makes, and of how many blocks: told by the launchers themselves, on an H100 that is not there."""
+"""How many launches a call makes, and of how many blocks: the launchers say it themselves, for an H100 not there."""
 
 import json
 import subprocess
