@@ -402,10 +402,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       // The steps of the search again, and back through them.
       if constexpr (kAfresh) {
-        take_inner_products(chunk, chunk.system, 0);
+        take_inner_products<true>(chunk, chunk.system, 0);
         search_afresh(chunk, chunk.attempts);
       } else {
-        take_inner_products(chunk, chunk.inverse, chunk.ridge);
+        take_inner_products<true>(chunk, chunk.inverse, chunk.ridge);
         if (!invert(chunk.inverse, K, width, chunk.p, chunk)) hide_patterns(chunk);
         search<kReplay>(chunk);
       }

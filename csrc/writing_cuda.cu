@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
       // Find the weights.
       if constexpr (kAfresh) {
-        take_inner_products(chunk, chunk.system, 0);
+        take_inner_products<false>(chunk, chunk.system, 0);
         search_afresh(chunk, chunk.attempts);
       } else {
-        take_inner_products(chunk, chunk.system, chunk.ridge);
+        take_inner_products<true>(chunk, chunk.system, chunk.ridge);
         copy(chunk.inverse, chunk.system, int64_t(width) * width);
         if (!invert(chunk.inverse, K, width, chunk.p, chunk)) hide_patterns(chunk);
         product<kExact, 16, 128>(chunk.count, K, K, Side{chunk.x, width, 1}, Side{chunk.inverse, width, 1}, chunk,

@@ -292,7 +292,8 @@ __device__ void search(Chunk& chunk) {
 // ---- around the search ---------------------------------------------------------------------------------------------
 
 // The inner products a search starts from: A = R Rᵀ + λI, X = Z Rᵀ, Q = Z Zᵀ, with λ as given. They are what is solved,
-// so they are always float32.
+// so they are always float32. In one pass they take more registers than a kernel of all else may have left.
+template <bool kOnePass>
 __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
   const Side mean = chunk.mean;
   const Side values{chunk.values, chunk.columns, 1};
@@ -308,7 +309,7 @@ __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
     }
   };
   const auto store_x = [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); };
-  if (K <= kOnePassRows) {
+  if (kOnePass && K <= kOnePassRows) {
     products_in_one_pass<true>(K, chunk.C, mean, chunk.count, values, chunk, store_gram, store_x);
   } else {
     product<kExact, 64, 64>(K, K, chunk.C, mean, mean, chunk, true, store_gram);
