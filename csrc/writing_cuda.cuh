@@ -112,11 +112,13 @@ __device__ inline bool invert(float* a, int size, int width, float* panel, Chunk
         solved[i] = swept ? -sum : sum;
         panel[i * width + k] = swept ? 0 : column[i];
       }
+      float* down = a + int64_t(first) * width + k;
+      float* const across = a + int64_t(k) * width + first;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
+      for (int i = 0; i < kChunk; ++i, down += width) {
         if (i >= count || k >= size) continue;
-        a[int64_t(first + i) * width + k] = solved[i];
-        if (!swept) a[int64_t(k) * width + first + i] = solved[i];
+        *down = solved[i];
+        if (!swept) across[i] = solved[i];
       }
     }
     __syncthreads();
