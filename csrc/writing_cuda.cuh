@@ -294,7 +294,7 @@ __device__ void search(Chunk& chunk) {
 // ---- around the search ---------------------------------------------------------------------------------------------
 
 // The inner products a search starts from: A = R Rᵀ + λI, X = Z Rᵀ, Q = Z Zᵀ, with λ as given. They are what is solved,
-// so they are always float32. In one pass they take more registers than a kernel of all else may have left.
+// so they are always float32. One pass over R saves bytes and costs registers.
 template <bool kOnePass>
 __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
   const Side mean = chunk.mean;
