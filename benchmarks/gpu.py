@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from fastkm import _backend, _schema
+from fastkm import MemoryState, _backend, _schema
 from fastkm.cli import roofline
 from fastkm.cli.bench import LOOP, TIMED, TRAINED
 from fastkm.cli.console import markdown_table, show_table
@@ -30,7 +30,7 @@ from fastkm.cli.episodes import Episode, build_episode
 from fastkm.cli.gradients import ALL, GRADIENT
 from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import judge, own_error, reference_errors, verify
+from fastkm.cli.measure import errors, judge, own_error, reference_errors, verify
 from fastkm.cli.operations import Result
 from fastkm.cli.presets import PRESETS, Preset
 
@@ -38,8 +38,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU that torch can use; there is none here"
 QUERIES = 32
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SANITIZED = ("tests/gpu/test_posterior.py", "-k", "oracle")  # a sanitized kernel is 10 to 100 times slower
+SANITIZED = ("tests/gpu", "-k", "memory_in_the_batch")  # every family, few and small: 10 to 100 times slower
 COMPILED, BLOCK_FORM = "torch.compile", "block form"
+KERNELS = ("native", "triton")
+COMPILED_PRESETS = ("S", "M")  # a compiler unrolls the reference's loop over patterns, which takes minutes beyond
+LARGE, FEW = ("XL", "LLM"), 64  # presets with no more memories than this: the definition in float64 has to fit too
+# Bits of a factor that a product with codes keeps; for a unit that drops the other bits rather than round.
+SIGNIFICANT = {"tf32x3": 20, "tf32": 10}
+ROUNDED = ("update_posterior", "write", "read")  # operations that take a precision
+DEVICE = "cuda"
 MODES = ("cold", "hot", "graph cold", "graph hot")
 HEADERS = ("operation", "preset", "B", "candidate", "max error", *(f"{mode} µs" for mode in MODES), "% of the bound")
 
@@ -73,7 +80,8 @@ def build() -> str:
             raise Skip("needs nvcc; there is none here")
         pip = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
         command(sys.executable, *pip, FASTKM_CUDA="1")
-    # In a fresh process, which loads what was just built.
+        raise RuntimeError("the CUDA kernels are built only now, and this process has none: run it again")
+    # In a fresh process, as it will be loaded.
     return command(sys.executable, "-c", "from fastkm.cli.doctor import cuda; print(cuda())")
 
 
@@ -123,16 +131,44 @@ def attempt(name: str, work: Callable[[], str]) -> Step:
 
 
 def candidates(operation: str, episode: Episode) -> dict[str, Callable[[], Result]]:
-    """Every way to the same numbers, those with a name of a backend among them."""
-    op = ALL[operation]
-    known = _backend.CAPABILITIES[operation.removesuffix(GRADIENT)]
+    """Every way to the same numbers: each backend by its name, and by its name and a precision that is not exact."""
+    op, forward = ALL[operation], operation.removesuffix(GRADIENT)
+    known = _backend.CAPABILITIES[forward]
     ways = {name: partial(op.run, episode, name) for name in known}
-    ways[COMPILED] = torch.compile(lambda: op.run(episode, "reference"))
+    if forward in ROUNDED:
+        for name in (name for name in KERNELS if name in known):
+            for precision in SIGNIFICANT:
+                ways[f"{name} {precision}"] = partial(op.run, episode, name, precision=precision)
+    if episode.prior.mean.shape[1] <= max(PRESETS[name].K for name in COMPILED_PRESETS):
+        torch._dynamo.reset()  # or the ninth call compiled from here would run uncompiled, without a word
+        ways[COMPILED] = torch.compile(lambda: op.run(episode, "reference"))
     if operation.startswith("write"):
         ways[BLOCK_FORM] = partial(op.other, episode)  # in Gram space
     if op.loop is not None:
         ways[LOOP] = partial(op.definition, episode)
     return ways
+
+
+def precision_of(candidate: str) -> str:
+    precision = candidate.rpartition(" ")[2]
+    return precision if precision in SIGNIFICANT else "ieee"
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
+
+
+def rounding_errors(operation: str, episode: Episode, bits: int, truth: Result) -> dict[str, float]:
+    """What it costs to round once all that products with codes multiply: memories, weights, codes."""
+
+    def coarse(state: MemoryState) -> MemoryState:
+        return state._replace(mean=rounded(state.mean, bits))
+
+    names = ("weights", "values", "queries")
+    given = {name: rounded(getattr(episode, name), bits) for name in names}
+    given |= {name: coarse(getattr(episode, name)) for name in ("prior", "written")}
+    return errors(ALL[operation].run(episode._replace(**given), "reference"), truth)
 
 
 def verified(operation: str, episode: Episode) -> dict[str, tuple[Callable[[], Result], float, str]]:
@@ -148,6 +184,9 @@ def verified(operation: str, episode: Episode) -> dict[str, tuple[Callable[[], R
                 else:
                     reference = op.run(episode, "reference")
                     own = reference_errors(operation, episode, reference, truth)
+                    if bits := SIGNIFICANT.get(precision_of(name)):
+                        once = rounding_errors(operation, episode, bits, truth)
+                        own = {field: max(error, once[field]) + 2.0**-bits for field, error in own.items()}
                     verdicts[name] = judge(call(), truth, own, factor=8)
             except Exception as error:
                 found[name] = (call, float("nan"), f"{type(error).__name__}: {error}")
@@ -190,12 +229,13 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 def measure(operation: str, preset: Preset, episode: Episode, rounds: int, flush: torch.Tensor) -> list[dict[str, Any]]:
     forward = operation.removesuffix(GRADIENT)
-    least = [roofline.bound(name, preset, len(episode.values), QUERIES).seconds
-             for name in (forward, f"{forward}_backward")[: 1 + operation.endswith(GRADIENT)]]  # fmt: skip
+    operators = (forward, f"{forward}_backward")[: 1 + operation.endswith(GRADIENT)]
     records = []
     for name, (call, error, refused) in verified(operation, episode).items():
         record: dict[str, Any] = {"operation": operation, "preset": preset.name, "batch": len(episode.values)}
-        record |= {"candidate": name, "error": error, "bound_seconds": sum(least), "refused": refused, "seconds": {}}
+        bounds = [roofline.bound(o, preset, len(episode.values), QUERIES, precision_of(name)) for o in operators]
+        record |= {"candidate": name, "precision": precision_of(name), "error": error, "refused": refused}
+        record |= {"bound_seconds": sum(bound.seconds for bound in bounds), "seconds": {}}
         if not refused:
             seconds = record["seconds"]
             seconds["cold"] = time_on_device(call, rounds, flush)
@@ -224,17 +264,25 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
 def benchmark(options: argparse.Namespace, records: list[dict[str, Any]]) -> str:
     need_gpu()
     images = load_images()
-    flush = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    flush = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=DEVICE)
+    problems = []
     for preset in (PRESETS[name] for name in options.presets):
-        for batch in options.batch:
+        for batch in sorted({min(batch, FEW) if preset.name in LARGE else batch for batch in options.batch}):
             episode = build_episode(images, preset, batch, QUERIES, num_iters=10).to(torch.float32)
-            episode = tree_map(lambda x: x.cuda() if isinstance(x, torch.Tensor) else x, episode)
+            episode = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, episode)
             for operation in (*TIMED, *TRAINED):
-                records += measure(operation, preset, episode, options.rounds, flush)
+                try:
+                    records += measure(operation, preset, episode, options.rounds, flush)
+                except Exception as error:  # of too little memory, say; the others are still timed
+                    problems.append(f"{operation} {preset.name} B = {batch}: {type(error).__name__}: {error}")
+                    print(problems[-1], flush=True)
+                    torch.cuda.empty_cache()
     wrong = [f"{r['operation']} {r['preset']} {r['candidate']}" for r in records
-             if r["refused"] and r["candidate"] in ("native", "triton")]  # fmt: skip
+             if r["refused"] and r["candidate"].startswith(KERNELS)]  # fmt: skip
     if wrong:
-        raise RuntimeError(f"not timed as they failed their check: {', '.join(wrong)}")
+        problems.append(f"not timed as they failed their check: {', '.join(wrong)}")
+    if problems:
+        raise RuntimeError("; ".join(problems))
     return f"{len(records)} candidates"
 
 

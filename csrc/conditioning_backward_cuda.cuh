@@ -10,11 +10,13 @@ namespace fastkm {
 namespace {
 
 struct Conditioned : Chunk {
-  float* w_bar;                      // [count, width], cotangent of w
-  float *given, *gain;               // rows [count, width]: cotangent of V = W U, and G = L⁻¹ V
-  float* cov_bar;                    // [width, width]
-  float *delta, *values_bar;         // [count, columns]
-  float* state;                      // R [K, columns], working copy
+  float* w_bar;               // [count, width], cotangent of w
+  float *given, *gain;        // rows [count, width]: cotangent of V = W U, and G = L⁻¹ V
+  float* cov_bar;             // [width, width]
+  float *delta, *values_bar;  // [count, columns]
+  float* state;               // R [K, columns], working copy
+  float* own_mean_bar;        // R̄ [K, columns] while it fits on chip, else null: then it is worked on where it goes
+  Side mean_bar;
   float *all_c, *all_delta, *all_s;  // of every pattern
 
   float noise_bar[kChunk], pivot_bar[kChunk], energy_bar[kChunk];
@@ -24,12 +26,18 @@ struct Conditioned : Chunk {
   __device__ float root_at(int t, int j) const { return j > t ? 0 : sqrtf(s[j]) * (j == t ? 1 : step[t][j]); }
 };
 
-// What is too large for shared memory or rarely read: the state, and what the first pass leaves.
+// What is used a few times a chunk: the state and its cotangent, and what the first pass leaves.
 __host__ __device__ inline void take_passes(Conditioned& chunk, Space& space, const PosteriorArgs<float>& args) {
-  chunk.state = space.take_global(int64_t(chunk.K) * chunk.columns);
-  chunk.all_c = space.take_global(args.T_ * chunk.width);
-  chunk.all_delta = space.take_global(args.T_ * chunk.columns);
-  chunk.all_s = space.take_global(args.T_);
+  const int64_t state = int64_t(chunk.K) * chunk.columns;
+  chunk.state = space.take(state);
+  chunk.own_mean_bar = space.fits(state) ? space.take(state) : nullptr;
+  chunk.all_s = space.take(args.T_);
+  chunk.all_c = space.take(args.T_ * chunk.width);
+  chunk.all_delta = space.take(args.T_ * chunk.columns);
+}
+
+__device__ inline float* mean_bar_at(const Conditioned& chunk, int i, int j) {
+  return const_cast<float*>(chunk.mean_bar.at(i, j));
 }
 
 // Bring the prior and the cotangents of the posterior in, these into the places of the prior's.
@@ -39,18 +47,31 @@ __device__ inline void load_memory(Conditioned& chunk, const PosteriorArgs<float
   if (threadIdx.x == 0) {
     chunk.status = kGood;
     chunk.mean = {chunk.state, columns, 1};
-  }
-  load_rows(chunk.cov, K, K, width, width, side_of(args.cov, b));
-  load_rows(chunk.state, K, C, K, columns, side_of(args.mean, b));
-  float* const mean_bar = element(told.to_mean, b);
-  for (int64_t n = threadIdx.x; n < int64_t(K) * C; n += kThreads)
-    mean_bar[n] = told.mean.data ? *element(told.mean, b, n / C, n % C) : 0;
-  for (int64_t n = threadIdx.x; n < int64_t(width) * width; n += kThreads) {
-    const int64_t i = n / width, j = n % width;
-    const bool inside = told.cov.data && i < K && j < K;
-    chunk.cov_bar[n] = inside ? 0.5f * (*element(told.cov, b, i, j) + *element(told.cov, b, j, i)) : 0;
+    float* const own = chunk.own_mean_bar;
+    chunk.mean_bar = own ? Side{own, columns, 1} : Side{element(told.to_mean, b), C, 1};
   }
   __syncthreads();
+  load_rows(chunk.cov, K, K, width, width, side_of(args.cov, b));
+  load_rows(chunk.state, K, C, K, columns, side_of(args.mean, b));
+  for (int n = threadIdx.x; n < K * C; n += kThreads)
+    *mean_bar_at(chunk, n / C, n % C) = told.mean.data ? *element(told.mean, b, n / C, n % C) : 0;
+  if (!told.cov.data) {
+    fill_zero(chunk.cov_bar, int64_t(width) * width);
+    __syncthreads();
+    return;
+  }
+  load_rows(chunk.cov_bar, K, K, width, width, side_of(told.cov, b));
+  __syncthreads();
+  for (int n = threadIdx.x; n < K * K; n += kThreads) {
+    const int i = n / K, j = n % K;
+    float &lower = chunk.cov_bar[i * width + j], &upper = chunk.cov_bar[j * width + i];
+    if (j < i) lower = upper = 0.5f * (lower + upper);
+  }
+  __syncthreads();
+}
+
+__device__ inline void store_mean_bar(const Conditioned& chunk, const PosteriorGrads<float>& told, int64_t b) {
+  if (chunk.own_mean_bar) store_rows(told.to_mean, b, chunk.K, chunk.C, chunk.own_mean_bar, chunk.columns);
 }
 
 // R + factor · Cᵀ Δ and U − factor · Cᵀ diag(s) C; the gain is left in `gain`.
@@ -186,8 +207,9 @@ __device__ void factor_backward(Conditioned& chunk) {
 //   L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ) + 2 diag(L_tt s̄_t)      S̄ from L̄
 //   V̄ += S̄ W     W̄ += S̄ V − Z̄ Rᵀ + V̄ U
 // Leaves V̄ in `given`, Z̄ in `values_bar`; E stands in `delta`.
-__device__ void condition_backward(Conditioned& chunk, const Side& mean_bar, const PosteriorGrads<float>& told,
+__device__ void condition_backward(Conditioned& chunk, const PosteriorGrads<float>& told,
                                    const Batch<const float>& of_weights, int64_t b, int64_t first) {
+  const Side mean_bar = chunk.mean_bar;
   const int K = chunk.K, C = chunk.C, width = chunk.width, columns = chunk.columns, count = chunk.count;
   pattern_cotangents(chunk, told, b, first);
 

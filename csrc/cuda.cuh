@@ -33,6 +33,13 @@ inline float* dynamic_shared() { return simt::shared_memory(); }
 
 inline Device current_device() { return {simt::shared_limit(), simt::multiprocessors()}; }
 
+// Blocks of a kernel that a multiprocessor holds at once. Nothing is known of registers here: one, as of every kernel
+// with more than 128 of them in 256 threads, which are most.
+template <class Kernel>
+int blocks_held(Kernel, int, int64_t) {
+  return 1;
+}
+
 // Run `blocks` blocks of the kernel; what went wrong, in words, or null.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
@@ -76,11 +83,27 @@ inline Device current_device() {
   return {shared_bytes, multiprocessors};
 }
 
+template <class Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int64_t shared_bytes) {
+  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  return cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
+}
+
+// As the driver counts them, from registers, threads and shared memory; one where it finds none, so that the launch
+// says what is wrong.
+template <class Kernel>
+int blocks_held(Kernel kernel, int threads, int64_t shared_bytes) {
+  int blocks = 0;
+  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes));
+  return error == cudaSuccess && blocks > 0 ? blocks : 1;
+}
+
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
                    const Arguments&... arguments) {
-  const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  cudaError_t error = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
+  cudaError_t error = allow_shared_memory(kernel, shared_bytes);
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(blocks));

@@ -59,6 +59,9 @@ struct Space {
     return at;
   }
 
+  // What may stay where it is unless there is room for it.
+  __host__ __device__ bool fits(int64_t count) const { return (count + 3) / 4 * 4 <= shared_left; }
+
   // For what is too large or too rarely used.
   __host__ __device__ float* take_global(int64_t count) {
     float* const at = global + global_used;
@@ -94,11 +97,10 @@ __device__ Space space_of_block(const Workspace& workspace) {
   return {dynamic_shared() + kHeadFloats<Head>, workspace.shared_floats - kHeadFloats<Head>, workspace.of_block()};
 }
 
-// Blocks that run at the same time, two a multiprocessor where shared memory allows it.
-inline int64_t resident_blocks(const Device& device, const Workspace& workspace) {
-  constexpr int64_t kReserved = 1024;  // of each block, for the system
-  const bool two = 2 * (workspace.shared_bytes() + kReserved) <= device.shared_bytes + kReserved;
-  return device.multiprocessors * (two ? 2 : 1);
+// Blocks of a kernel that run at the same time.
+template <class Kernel>
+int64_t resident_blocks(const Device& device, Kernel kernel, const Workspace& workspace) {
+  return int64_t(device.multiprocessors) * blocks_held(kernel, kThreads, workspace.shared_bytes());
 }
 
 __device__ inline void fill_zero(float* to, int64_t count) {
@@ -477,6 +479,55 @@ __device__ __forceinline__ void product(int rows, int columns, int length, const
   }
 }
 
+// The lower triangle of A Aᵀ for a matrix A of at most kOnePassRows rows, and with `kWithOther` B Aᵀ for at most 16
+// rows B: every entry is read once, where `product` reads a row once for each tile it is a part of. The sums are the
+// same to the last bit.
+constexpr int kOnePassRows = 128;
+
+template <bool kWithOther, class StoreGram, class StoreOther>
+__device__ __forceinline__ void products_in_one_pass(int rows, int length, const Side& a, int count, const Side& b,
+                                                     Block& block, const StoreGram& store_gram,
+                                                     const StoreOther& store_other) {
+  constexpr int kLdA = SliceLoader<kOnePassRows>::kLd, kLdB = SliceLoader<16>::kLd;
+  static_assert(kSlice * (kLdA + kLdB) <= kStageFloats, "both slices fit the stage");
+  static_assert(kOnePassRows == 2 * 64, "three tiles cover the lower triangle");
+  float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
+  Tile<64, 64> first, below, second;
+  Tile<16, kOnePassRows> other;
+  SliceLoader<kOnePassRows> of_a;
+  SliceLoader<16> of_b;
+  of_a.fetch(a, 0, rows, 0, length);
+  if (kWithOther) of_b.fetch(b, 0, count, 0, length);
+  for (int k = 0; k < length; k += kSlice) {
+    __syncthreads();
+    of_a.stage(a, stage_a);
+    if (kWithOther) of_b.stage(b, stage_b);
+    __syncthreads();
+    if (k + kSlice < length) {
+      of_a.fetch(a, 0, rows, k + kSlice, length);
+      if (kWithOther) of_b.fetch(b, 0, count, k + kSlice, length);
+    }
+    first.add(stage_a, kLdA, stage_a, kLdA, block);
+    if (rows > 64) {
+      below.add(stage_a + 64, kLdA, stage_a, kLdA, block);
+      second.add(stage_a + 64, kLdA, stage_a + 64, kLdA, block);
+    }
+    if (kWithOther) other.add(stage_b, kLdB, stage_a, kLdA, block);
+  }
+  const auto store_tile = [&](const auto& tile, int i0, int j0) {
+    tile.store([&](int i, int j, const auto& values) {
+      if (i0 + i < rows && j0 + j < rows) store_gram(i0 + i, j0 + j, values);
+    });
+  };
+  store_tile(first, 0, 0);
+  if (rows > 64) store_tile(below, 64, 0), store_tile(second, 64, 64);
+  if (kWithOther)
+    other.store([&](int i, int j, const auto& values) {
+      if (i < count && j < rows) store_other(i, j, values);
+    });
+  __syncthreads();
+}
+
 // M += factor · Σ_t (x_t y_tᵀ), rows of x and y [count, ·] `ld` apart, the part [first, end)² of M, whose rows are `ld`
 // apart as well; with `kLower` only tiles that touch the lower triangle. `first` and `end` are multiples of four.
 // Called with y = x it leaves M as symmetric as it was, to the last bit. No barrier.
@@ -488,6 +539,7 @@ __device__ void add_outer_part(float* m, int first, int end, int ld, float facto
     const int i = first + static_cast<int>(tile / across) * 4, j = first + static_cast<int>(tile % across) * 4;
     if (kLower && j > i) continue;
     float4 sum[4] = {};
+#pragma unroll 4
     for (int t = 0; t < count; ++t) {
       const float4 left = *reinterpret_cast<const float4*>(x + int64_t(t) * ld + i);
       const float4 right = *reinterpret_cast<const float4*>(y + int64_t(t) * ld + j);
@@ -670,6 +722,7 @@ __device__ inline void eliminate(const float* m, int width, int count, const flo
   for (int tile = static_cast<int>(threadIdx.x); tile < across * down; tile += kThreads) {
     const int i = begin + tile / across * 4, j = tile % across * 4;
     float4 sum[4] = {};
+#pragma unroll 4
     for (int t = 0; t < count; ++t) {
       const float4 left = *reinterpret_cast<const float4*>(m + int64_t(t) * width + i);
       const float4 right = *reinterpret_cast<const float4*>(solved + int64_t(t) * ld + j);

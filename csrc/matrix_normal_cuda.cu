@@ -272,7 +272,7 @@ const char* run(Kernel kernel, Task task, int64_t K, int64_t B, cuda::Context& c
   if (B == 0) return nullptr;
   const Device device = current_device();
   Workspace workspace = measure<Distance>(device, [&](Distance& head, Space& space) { lay_out(head, space, K, task); });
-  const int64_t blocks = min(B, resident_blocks(device, workspace));
+  const int64_t blocks = min(B, resident_blocks(device, kernel, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(kernel, blocks, kThreads, workspace.shared_bytes(), context.stream, arguments..., B, workspace);
 }

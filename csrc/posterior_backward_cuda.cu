@@ -17,8 +17,10 @@ __host__ __device__ void lay_out(Conditioned& chunk, Space& space, const Posteri
   take_passes(chunk, space, args);
 }
 
-// Bytes a memory: inputs and cotangents are read once and theirs written once; a working copy of R and that of its
-// cotangent are read and written once more a chunk and pass, and T (K + C) numbers go to the workspace and back.
+// Bytes a memory: inputs and cotangents are read once, Z and W once more for the way back, and cotangents are written
+// once, 1.2 times the least, while R and its cotangent fit on chip, up to K = 64 at C = 200. Where the cotangent does
+// not, it is read three times a chunk and written once, 3.6 times the least at K = 128; the working copy of R and
+// T (K + C) numbers then go to the workspace and back.
 __global__ void __launch_bounds__(kThreads, 1)
     update_backward_kernel(FASTKM_IN_PLACE PosteriorArgs<float> args, FASTKM_IN_PLACE PosteriorGrads<float> grads,
                            int64_t B, FASTKM_IN_PLACE Workspace workspace) {
@@ -31,13 +33,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   clear_space<Conditioned>(workspace);
   const int K = chunk.K, C = chunk.C, width = chunk.width, columns = chunk.columns;
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
-    float* const mean_bar = element(grads.to_mean, b);
     load_memory(chunk, args, grads, b);
     condition_all(chunk, args, b);
     for (int64_t first = (args.T_ - 1) / kChunk * kChunk; first >= 0 && args.T_ > 0; first -= kChunk) {
       restore_chunk(chunk, args, b, first);
       search<kCondition>(chunk);
-      condition_backward(chunk, {mean_bar, C, 1}, grads, {}, b, first);
+      condition_backward(chunk, grads, {}, b, first);
       const int count = chunk.count;
       for (int n = threadIdx.x; n < count * K; n += kThreads) {
         const int t = n / K, k = n % K;
@@ -53,11 +54,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       // R̄ = R̄' − Wᵀ Z̄, Ū = Ū' + sym(Wᵀ V̄)
       product<kEither, 64, 64>(K, C, count, Side{chunk.w, 1, width}, Side{chunk.values_bar, 1, columns}, chunk, false,
                                [&](int i, int j, const auto& sums) {
-                                 float* const at = mean_bar + int64_t(i) * C + j;
+                                 float* const at = mean_bar_at(chunk, i, j);
                                  put_sum(at, at, 1, -1, sums, C - j);
                                });
       add_to_cov_bar(chunk);
     }
+    store_mean_bar(chunk, grads, b);
     store_cov_bar(chunk, grads, b);
     __syncthreads();
   }
@@ -71,7 +73,7 @@ const char* cuda::update_posterior_backward(const PosteriorArgs<float>& args, co
   const Device device = current_device();
   Workspace workspace =
       measure<Conditioned>(device, [&](Conditioned& head, Space& space) { lay_out(head, space, args); });
-  const int64_t blocks = min(B, resident_blocks(device, workspace));
+  const int64_t blocks = min(B, resident_blocks(device, update_backward_kernel, workspace));
   if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
   return launch(update_backward_kernel, blocks, kThreads, workspace.shared_bytes(), context.stream, args, grads, B,
                 workspace);

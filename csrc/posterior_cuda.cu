@@ -281,11 +281,13 @@ const char* start(const Device& device, const PosteriorArgs<float>& args, int64_
                   cuda::Context& context) {
   plan.workspace =
       measure<Update>(device, [&](Update& head, Space& space) { lay_out<kColumns>(head, space, args, plan); });
-  const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
+  const auto kernel = update_kernel<kRounding, kColumns>;
+  const int64_t resident = resident_blocks(device, kernel, plan.workspace);
+  plan.blocks_each = plan.apply ? min(plan.tiles, max(int64_t(1), resident / B)) : 1;
+  const int64_t blocks = min(B * plan.blocks_each, resident);
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(update_kernel<kRounding, kColumns>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream,
-                args, B, plan);
+  return launch(kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
 }
 
 template <int kColumns>
@@ -318,12 +320,10 @@ const char* cuda::update_posterior(const PosteriorArgs<float>& args, int64_t B, 
                      context.allocate(context, max(int64_t(1), B * chunks_of(args.T_) * kChunk * kChunk)),
                      context.allocate(context, max(int64_t(1), B * args.T_))};
     plan.factor = true;
-    plan.blocks_each = 1;
     if (const char* error = start<64>(device, args, B, plan, context)) return error;
   }
   plan.factor = fused;
   plan.apply = true;
-  plan.blocks_each = min(plan.tiles, max(int64_t(1), 2 * device.multiprocessors / B));
   return narrow ? start<64>(device, args, B, plan, context) : start<128>(device, args, B, plan, context);
 }
 

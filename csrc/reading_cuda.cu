@@ -28,12 +28,13 @@ __host__ __device__ void lay_out(Reader& block, Space& space, const ReadingArgs<
   if (plan.answer) block.x = space.take(tile);
   if (plan.factor && !plan.factors.squares) take_factor(block, space, args.squared_gram);
   if (plan.answer && (args.num_iters > 1 || args.squared_gram)) block.y = space.take(tile);
+  take_mean(block, space);
 }
 
 // Queries [first, first + count): w₁ = A⁻¹ R z, w ← w − λ A⁻¹ w, ẑ = Rᵀ w.
 //
-// Bytes: queries are read once, weights and values written once, the least possible; R is read twice a tile, from the
-// second tile on from the cache.
+// Bytes: queries are read once, weights and values written once, the least possible; R is read twice a tile unless it
+// stays on chip, from the second tile on from the cache.
 template <Rounding kRounding>
 __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b, int64_t first, int count) {
   const int K = block.K, columns = round_up(count, 4);
@@ -56,11 +57,12 @@ __device__ void answer(Reader& block, const ReadingArgs<float>& args, int64_t b,
     *element(args.weights, b, first + n / K, n % K) = x[n % K * kLdQueries + n / K];
   if (!args.values.data) return;
   product<kRounding, 64, 64>(
-      count, block.C, K, Side{x, 1, kLdQueries}, transposed(side_of(args.mean, b)), block, false,
+      count, block.C, K, Side{x, 1, kLdQueries}, transposed(block.mean), block, false,
       [&](int q, int c, const auto& sums) { put(element(args.values, b, first + q, c), sums, block.C - c); });
 }
 
-// Bytes of the factor phase: R is read once for its Gram matrix, the least possible.
+// Bytes of the factor phase: R is read once for its Gram matrix, up to K = 128, the least possible. Where it then stays
+// on chip, up to K = 64 at C = 200, a whole call reads and writes everything once.
 template <Rounding kRounding>
 __global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> args, int64_t B, Plan plan) {
   Reader& block = *reinterpret_cast<Reader*>(dynamic_shared());
@@ -72,12 +74,12 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> ar
   __syncthreads();
   for (int64_t item = blockIdx.x; item < B * plan.blocks_each; item += gridDim.x) {
     const int64_t b = item / plan.blocks_each, share = item % plan.blocks_each;
-    choose_factor(block, plan.factors, args, b);
+    choose_memory(block, plan.factors, args, b);
     if (plan.factor) {
       if (plan.given.data)
         take_given(block, side_of(plan.given, b));
       else
-        factor_memory(block, args, b);
+        factor_memory(block, args);
       if (share == 0 && threadIdx.x == 0 && args.info) args.info[b] = block.positive ? kGood : kNotPositiveDefinite;
       if (plan.to_factor.data)
         for (int64_t n = threadIdx.x; n < args.K * args.K; n += kThreads) {
@@ -95,27 +97,27 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> ar
 template <Rounding kRounding>
 const char* start(const Device& device, const ReadingArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
   plan.workspace = measure<Reader>(device, [&](Reader& head, Space& space) { lay_out(head, space, args, plan); });
-  const int64_t blocks = min(B * plan.blocks_each, resident_blocks(device, plan.workspace));
+  const auto kernel = read_kernel<kRounding>;
+  const int64_t resident = resident_blocks(device, kernel, plan.workspace), tiles = (args.Q + kQueries - 1) / kQueries;
+  plan.blocks_each = plan.answer ? max(int64_t(1), min(tiles, resident / B)) : 1;
+  const int64_t blocks = min(B * plan.blocks_each, resident);
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
-  return launch(read_kernel<kRounding>, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
+  return launch(kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
 }
 
 const char* run(const ReadingArgs<float>& args, const Batch<const float>& given, int64_t B, cuda::Context& context) {
   if (B == 0) return nullptr;
   const Device device = current_device();
-  const int64_t tiles = (args.Q + kQueries - 1) / kQueries;
   Plan plan{};
   plan.given = given;
   plan.factor = true;
-  plan.blocks_each = 1;
   if (args.K > kFusedRows) {
     plan.factors = allocate_factors(context, args, B);
     if (const char* error = start<kExact>(device, args, B, plan, context)) return error;
     plan.factor = false;
   }
   plan.answer = true;
-  plan.blocks_each = max(int64_t(1), min(tiles, 2 * device.multiprocessors / B));
   return args.precision == kIeee ? start<kExact>(device, args, B, plan, context)
                                  : start<kTensor>(device, args, B, plan, context);
 }
@@ -136,7 +138,6 @@ const char* cuda::factor_addressing(const ReadingArgs<float>& args, const Batch<
   if (B == 0) return nullptr;
   Plan plan{};
   plan.factor = true;
-  plan.blocks_each = 1;
   plan.to_factor = factor;
   return start<kExact>(current_device(), args, B, plan, context);
 }

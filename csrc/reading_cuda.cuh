@@ -20,14 +20,23 @@ struct Factors {
 };
 
 struct Addressed : Block {
-  int K, C, width;
+  int K, C, width, columns;  // columns: C in whole vectors
   float ridge;
+  float* own_mean;     // R [K, columns] while it fits on chip, else null
+  Side mean;           // R, wherever it is read
   Square own, square;  // A = L Lᵀ: this block's space for it, and the one in use
   float *own_gram, *gram;
 };
 
 __host__ __device__ inline void set_sizes(Addressed& block, const ReadingArgs<float>& args) {
-  block.K = static_cast<int>(args.K), block.C = static_cast<int>(args.C), block.width = round_up(block.K, 4);
+  block.K = static_cast<int>(args.K), block.width = round_up(block.K, 4);
+  block.C = static_cast<int>(args.C), block.columns = round_up(block.C, 4);
+}
+
+// Space for R, after everything else.
+__host__ __device__ inline void take_mean(Addressed& block, Space& space) {
+  const int64_t state = int64_t(block.K) * block.columns;
+  block.own_mean = space.fits(state) ? space.take(state) : nullptr;
 }
 
 // Space for a factor of its own.
@@ -48,23 +57,27 @@ inline Factors allocate_factors(cuda::Context& context, const ReadingArgs<float>
 }
 
 // A = G + λI, or G² + λI, and its factor.
-__device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>& args, int64_t b) {
+__device__ inline void factor_memory(Addressed& block, const ReadingArgs<float>& args) {
   const int K = block.K, width = block.width;
   const Square& a = block.square;
-  const Side mean = side_of(args.mean, b);
+  const Side mean = block.mean;
   float* const gram = args.squared_gram ? block.gram : a.data;
   for (int n = threadIdx.x; n < (width - K) * width; n += kThreads) {
     const int64_t outside = K + n / width, inside = n % width;
     gram[outside * width + inside] = gram[inside * width + outside] = 0;
     a.data[outside * width + inside] = a.data[inside * width + outside] = 0;
   }
-  product<kExact, 64, 64>(K, K, block.C, mean, mean, block, true, [&](int i, int j, const auto& sums) {
+  const auto store = [&](int i, int j, const auto& sums) {
     int n = 0;
     for (float sum : sums) {
       const int column = j + n++;
       if (column <= i) gram[int64_t(i) * width + column] = gram[int64_t(column) * width + i] = sum;
     }
-  });
+  };
+  if (K <= kOnePassRows)
+    products_in_one_pass<false>(K, block.C, mean, 0, mean, block, store, store);
+  else
+    product<kExact, 64, 64>(K, K, block.C, mean, mean, block, true, store);
   if (args.squared_gram) {
     const Side side{gram, width, 1};
     product<kExact, 64, 64>(K, K, K, side, side, block, true,
@@ -107,7 +120,7 @@ __device__ __forceinline__ void project(Addressed& block, const ReadingArgs<floa
                                         int count, float* x) {
   Codes queries = codes_of(args.queries, args.queries_type, b);
   queries.skip(first);
-  product<kRounding, 64, 64>(block.K, count, block.C, side_of(args.mean, b), queries, block, false,
+  product<kRounding, 64, 64>(block.K, count, block.C, block.mean, queries, block, false,
                              [&](int k, int q, const auto& sums) { put(x + k * kLdQueries + q, sums, kQueries - q); });
 }
 
@@ -118,8 +131,8 @@ __device__ __forceinline__ void multiply_gram(Addressed& block, const float* x, 
                           [&](int k, int q, const auto& sums) { put(y + k * kLdQueries + q, sums, kQueries - q); });
 }
 
-// Which memory's factor the block works with: of another launch, or its own.
-__device__ inline void choose_factor(Addressed& block, const Factors& factors, const ReadingArgs<float>& args,
+// Which memory the block works with; its factor is of another launch, or the block's own.
+__device__ inline void choose_memory(Addressed& block, const Factors& factors, const ReadingArgs<float>& args,
                                      int64_t b) {
   if (threadIdx.x == 0) {
     const bool given = factors.squares != nullptr;
@@ -127,7 +140,9 @@ __device__ inline void choose_factor(Addressed& block, const Factors& factors, c
     block.square = given ? factors.square(b, block.K, block.width) : block.own;
     block.gram = given ? factors.grams + (factors.grams ? b * area : 0) : block.own_gram;
     block.ridge = args.ridge.data ? *element(args.ridge, b) : 0;
+    block.mean = block.own_mean ? Side{block.own_mean, block.columns, 1} : side_of(args.mean, b);
   }
+  if (block.own_mean) load_rows(block.own_mean, block.K, block.C, block.K, block.columns, side_of(args.mean, b));
   __syncthreads();
 }
 

