@@ -55,15 +55,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("kernels", BACKENDS.get(metafunc.config.getoption("--kernels"), ("none",)), indirect=True)
 
 
-# Written by many programs and read by the one that drew the last ticket; ttsem does not see that order.
-ORDERED_BY_TICKETS = frozenset({"p_energy"})
-
-
-def spans_of(record, names, exchanged):
-    """The bytes [start, end) of the tensors of a launch with these names."""
-    return [(base, base + record.pre[name].nbytes) for name, base in record.bases.items() if name in names]
-
-
 @pytest.fixture(scope="session")
 def cuda_on_the_host():
     """``torch.ops.fastkm`` runs CUDA kernels, on the CPU; they live as long as what is returned here."""
@@ -89,10 +80,12 @@ def kernels(request, monkeypatch):
         if rung == "ttsem":
             from ttsem import sanitize
 
-            monkeypatch.setattr(sanitize, "lookback_buffers", lambda *_: ORDERED_BY_TICKETS)
-            monkeypatch.setattr(sanitize, "_protocol_spans", spans_of)
-            with sanitize.session(cuda_is_cpu=False):
+            from gpu import semantics
+
+            semantics.install(monkeypatch)
+            with sanitize.session(cuda_is_cpu=False) as session:
                 yield Kernels(backend, device)
+            assert not session.races_unchecked
         else:
             yield Kernels(backend, device)
     finally:
