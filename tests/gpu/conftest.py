@@ -39,15 +39,6 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.gpu)
             if chosen in (None, "aot"):
                 item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
-            elif chosen == "ttsem" and _takes_long(item):
-                item.add_marker(pytest.mark.skip(reason="takes too long in ttsem"))
-
-
-def _takes_long(item) -> bool:
-    """Several seconds in ttsem: there, only the plain forward computation goes beyond the smallest of the SHAPES."""
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    unusual = "gradients" in item.name or given.get("way") or given.get("method") == "deepmind"
-    return "shape" in given and given["shape"][3] > 5 and bool(unusual or given.get("masked"))
 
 
 def pytest_generate_tests(metafunc):
