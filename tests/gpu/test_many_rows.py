@@ -13,7 +13,7 @@ ROWS = 512
 def p(request, kernels):
     if request.config.getoption("--kernels") not in ("ttsem", "gpu"):
         pytest.skip("takes minutes")
-    return problem(1, 2, 2, ROWS, 4, torch.float32)
+    return problem(1, 2, 2, ROWS, 40, torch.float32)
 
 
 @pytest.mark.parametrize(
