@@ -10,8 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,6 +102,17 @@ class Recorder(HostBuild):
         return found
 
 
+def example(operator: str, preset: Preset, batch: int) -> tuple:
+    """Arguments of an operator that hold numbers it can compute with."""
+    arguments = inputs(operator, preset, batch, QUERIES, 0, "cpu")
+    for x in {id(x): x for x in arguments if isinstance(x, Tensor)}.values():
+        if x.dim() == 3 and x.shape[1] == x.shape[2] == preset.K:
+            x.copy_(torch.eye(preset.K).expand_as(x))  # a covariance, or a factor
+        else:
+            x.fill_(1) if x.dim() < 3 else x.normal_(0, 0.3)
+    return arguments
+
+
 class Traffic(NamedTuple):
     """Bytes that a call asks for, of its arguments and results; what is asked for twice counts twice."""
 
@@ -119,13 +130,8 @@ class Counter(HostBuild):
         super().__init__("count_bytes.cpp")
 
     def traffic(self, operator: str, preset: Preset, batch: int) -> Traffic:
-        arguments = inputs(operator, preset, batch, QUERIES, 0, "cpu")
+        arguments = example(operator, preset, batch)
         given = {id(x): x for x in arguments if isinstance(x, Tensor)}.values()
-        for x in given:
-            if x.dim() == 3 and x.shape[1] == x.shape[2] == preset.K:
-                x.copy_(torch.eye(preset.K).expand_as(x))  # a covariance, or a factor
-            else:
-                x.fill_(1) if x.dim() < 3 else x.normal_(0, 0.3)
         self.library.count_from_zero()
         results = self.call(operator, arguments)
         read = sum(self._within(x)[0] for x in given)
@@ -139,6 +145,7 @@ class Counter(HostBuild):
         return read.value, written.value
 
 
+TRITON_TRAFFIC_HEADERS = ("Triton: inputs read", "results written", "results read", "× least")
 TRAFFIC_HEADERS = ("operator", "preset", "least", "inputs read", "results written", "results read", "× least")
 
 
@@ -181,6 +188,22 @@ def triton_rows() -> Iterator[tuple[str, ...]]:
         yield f"`{row.kernel}`", "Triton", row.target, use, *resources, busy, *counts
 
 
+def triton_traffic_rows(presets: Iterable[Preset], batch: int) -> list[tuple[str, ...]]:
+    """The rest of ``traffic_rows``: the same counts for the Triton kernels, in Triton's interpreter."""
+    import gpu.launches  # noqa: F401  registers the operators
+    from gpu.traffic import Counter as TritonCounter
+
+    counter, rows = TritonCounter(), []
+    for preset, operator in product(presets, OPERATORS):
+        arguments = example(operator, preset, batch)
+        given = {id(x): x for x in arguments if isinstance(x, Tensor)}.values()
+        call = getattr(torch.ops.fastkm_triton, operator)
+        moved = counter.of(lambda call=call, arguments=arguments: call(*arguments), given)
+        kib = (f"{count / batch / 1024:,.1f}" for count in moved)
+        rows.append((*kib, f"{sum(moved) / bytes_to_move(operator, inputs(operator, preset, batch, QUERIES)):.2f}"))
+    return rows
+
+
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 HEADERS = (
@@ -206,6 +229,9 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["triton-traffic"]:  # in a process of its own, which interprets
+        print(json.dumps(triton_traffic_rows([PRESETS["S"], PRESETS["L"]], 1)))
+        return
     os.environ.pop("TRITON_INTERPRET", None)
     if sys.argv[1:2] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
         counter = Counter()
@@ -215,10 +241,13 @@ def main() -> None:
         raise SystemExit(f"make kernels: {reason}")
     command = [sys.executable, __file__, "traffic", "S", "M", "L"]
     counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command, environment = [sys.executable, __file__, "triton-traffic"], {**os.environ, "TRITON_INTERPRET": "1"}
+    triton = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+    counted = [(*cuda, *rest) for cuda, rest in zip(counted, triton, strict=True)]
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
     rows = list(chain(cuda_rows(recorder), triton_rows()))
-    traffic = markdown_table(TRAFFIC_HEADERS, counted)
+    traffic = markdown_table((*TRAFFIC_HEADERS, *TRITON_TRAFFIC_HEADERS), counted)
     update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=traffic)
     spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[6] != "0"})
     print(f"{len(rows)} rows into {PAGE.relative_to(ROOT)}. Spill: {', '.join(spilling) or 'none'}")

@@ -39,29 +39,11 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.gpu)
             if chosen in (None, "aot"):
                 item.add_marker(pytest.mark.skip(reason="needs --kernels=simt, interpreter, ttsem or gpu"))
-            elif chosen == "ttsem" and _takes_long(item):
-                item.add_marker(pytest.mark.skip(reason="takes too long in ttsem"))
-
-
-def _takes_long(item) -> bool:
-    """Several seconds in ttsem: there, only the plain forward computation goes beyond the smallest of the SHAPES."""
-    given = item.callspec.params if hasattr(item, "callspec") else {}
-    unusual = "gradients" in item.name or given.get("way") or given.get("method") == "deepmind"
-    return "shape" in given and given["shape"][3] > 5 and bool(unusual or given.get("masked"))
 
 
 def pytest_generate_tests(metafunc):
     if "kernels" in metafunc.fixturenames:
         metafunc.parametrize("kernels", BACKENDS.get(metafunc.config.getoption("--kernels"), ("none",)), indirect=True)
-
-
-# Written by many programs and read by the one that drew the last ticket; ttsem does not see that order.
-ORDERED_BY_TICKETS = frozenset({"p_energy"})
-
-
-def spans_of(record, names, exchanged):
-    """The bytes [start, end) of the tensors of a launch with these names."""
-    return [(base, base + record.pre[name].nbytes) for name, base in record.bases.items() if name in names]
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +71,12 @@ def kernels(request, monkeypatch):
         if rung == "ttsem":
             from ttsem import sanitize
 
-            monkeypatch.setattr(sanitize, "lookback_buffers", lambda *_: ORDERED_BY_TICKETS)
-            monkeypatch.setattr(sanitize, "_protocol_spans", spans_of)
-            with sanitize.session(cuda_is_cpu=False):
+            from gpu import semantics
+
+            semantics.install(monkeypatch)
+            with sanitize.session(cuda_is_cpu=False) as session:
                 yield Kernels(backend, device)
+            assert not session.races_unchecked
         else:
             yield Kernels(backend, device)
     finally:

@@ -52,7 +52,8 @@ def calls(preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: b
 OPERATORS = tuple(calls("S", B=1, Q=1))
 EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
-    ("L", {"B": 2, "Q": 100}, ("update_posterior", "write", "read", "solve_factored", "kl_memory")),
+    ("L", {"B": 2, "Q": 100}, ("update_posterior", "update_posterior_backward", "write", "write_backward")),
+    ("L", {"B": 2, "Q": 100}, ("read", "read_backward", "solve_factored", "kl_memory", "kl_memory_backward")),
     ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward")),
     ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read")),
     ("LLM", {"B": 2, "Q": 100}, ("update_posterior", "write", "write_backward", "read")),

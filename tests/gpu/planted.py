@@ -49,3 +49,21 @@ def multiply(p_a, p_b, p_out, STATED: tl.constexpr, N: tl.constexpr):
 def add_in_bfloat16(p_a, p_b, p_out, N: tl.constexpr):
     o = tl.arange(0, N)
     tl.store(p_out + o, tl.load(p_a + o) + tl.load(p_b + o))
+
+
+@triton.jit
+def sum_by_the_last(p_in, p_parts, p_ticket, p_out, n, SEM: tl.constexpr, GUARDED: tl.constexpr, EARLY: tl.constexpr):
+    """Every program leaves a part, and the one that draws the last ticket adds them up."""
+    i = tl.program_id(0)
+    part = 2 * tl.load(p_in + i)
+    if not EARLY:
+        tl.store(p_parts + i, part)
+    tl.debug_barrier()
+    ticket = tl.atomic_add(p_ticket, 1, sem=SEM)
+    if EARLY:
+        tl.store(p_parts + i, part)
+    if ticket == n - 1 or not GUARDED:
+        total = 0.0
+        for j in range(n):
+            total += tl.load(p_parts + j)
+        tl.store(p_out, total)

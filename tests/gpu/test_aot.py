@@ -50,3 +50,33 @@ def test_exact_products_do_not(rows):
     """Triton's own default for float32 would be tf32."""
     exact = [row for row in rows if row.precision == "ieee" and row.target != "gfx942"]
     assert not [row for row in exact if row.built.tensor_cores]
+
+
+@pytest.mark.parametrize(
+    ("preset", "programs"),  # those of the apply phase: one for 32 columns
+    [("L", 7), ("XL", 16), ("LLM", 24)],
+)
+def test_an_update_of_one_memory_is_spread_over_its_columns(request, preset, programs):
+    assert max(programs_of(request, "update_posterior", preset, Q=1)) == programs
+
+
+def test_many_queries_of_one_memory_fill_a_chip(request):
+    factored, answered = programs_of(request, "read", "L", Q=100_000)
+    assert (factored, answered) == (1, 3125)
+    assert answered > 132  # multiprocessors of an H100
+
+
+@pytest.mark.parametrize("operation", ["write", "write_backward", "update_posterior_backward", "read_backward"])
+def test_these_take_one_program_a_memory(request, operation):
+    """And leave a chip empty when there are few memories, which docs/kernels.md says."""
+    assert set(programs_of(request, operation, "L", Q=32)) == {1}
+
+
+def programs_of(request, operation, preset, Q):
+    """Of every launch for one memory."""
+    if request.config.getoption("--kernels") != "aot":
+        pytest.skip("needs --kernels=aot")
+    from gpu import aot
+    from gpu.launches import calls
+
+    return [launch.grid[0] for launch in aot.record(calls(preset, B=1, Q=Q)[operation], "sm_90")]

@@ -1,6 +1,5 @@
-"""K = 512, of which a CUDA block holds only pieces on chip: factors and their like go through its workspace.
-
-Everything else is small, so that it runs in seconds on the host as well.
+"""Memories of 512 rows, on few numbers otherwise: every block of a blocked factor, every row of a split search, and of
+what a CUDA block computes only pieces on chip.
 """
 
 import oracle
@@ -10,30 +9,41 @@ from oracle import map_tensors, problem
 
 from gpu.support import USES, outputs, widened
 
-SHAPE = (1, 2, 2, 512, 5)  # B, T, Q, K, C
-OPERATIONS = tuple(USES)
+ROWS = 512
 
 
-@pytest.fixture(autouse=True)
-def only_where_it_is_fast(request):
-    if request.config.getoption("--kernels") not in ("simt", "gpu"):
-        pytest.skip("needs --kernels=simt or gpu")
+@pytest.fixture
+def rung(request):
+    return request.config.getoption("--kernels")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_equals_the_reference(kernels, operation):
-    p = problem(*SHAPE, torch.float32)
-    kernels.judge(operation, p, outputs(operation, map_tensors(p, widened), "reference"))
+@pytest.fixture
+def p(rung, kernels):
+    if rung == "interpreter":
+        pytest.skip("takes minutes")
+    return problem(1, 2, 2, ROWS, 40, torch.float32)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_gradients(kernels, operation):
-    kernels.judge_gradient(operation, problem(*SHAPE, torch.float32))
+CALLS = [(operation, {}) for operation in USES if operation != "read"]
+CALLS += [("read", {"num_iters": 2}), ("update_posterior", {"precision": "tf32x3"})]
 
 
-def test_factor_once_solve_again(kernels):
+@pytest.mark.parametrize(("operation", "options"), CALLS, ids=str)
+def test_equals_the_reference(kernels, p, operation, options):
+    kernels.judge(operation, p, outputs(operation, map_tensors(p, widened), "reference", **options), draws=8, **options)
+
+
+@pytest.mark.parametrize("operation", USES)
+def test_gradients(rung, kernels, p, operation):
+    if rung == "ttsem":
+        pytest.skip("takes minutes")
+    kernels.judge_gradient(operation, p)
+
+
+def test_factor_once_solve_again(rung, kernels, p):
+    if rung == "ttsem":
+        pytest.skip("takes minutes")
     operators = torch.ops.fastkm if kernels.backend == "native" else torch.ops.fastkm_triton
-    p = problem(*SHAPE, torch.float32)
     mean, queries, ridge = kernels.put((p.state.mean, p.queries, p.ridge))
     lower, info = operators.factor_addressing(mean, ridge)
     assert not info.any()

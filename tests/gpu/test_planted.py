@@ -58,6 +58,28 @@ def test_programs_that_write_one_entry(request, planted, fault):
     assert len({x.item() for x in written}) > 1
 
 
+@pytest.mark.parametrize(
+    "mistake", [{"SEM": "relaxed"}, {"SEM": "acquire"}, {"GUARDED": False}, {"EARLY": True}, {}], ids=str
+)
+def test_a_ticket_that_does_not_order(request, planted, fault, mistake):
+    """Drawn without acquiring and releasing; parts read before all are there; a ticket drawn before the part is."""
+    if request.config.getoption("--kernels") != "ttsem":
+        pytest.skip("programs of the interpreter run one after the other")
+    ticket, out, chosen = torch.zeros(1, dtype=torch.int32), torch.empty(1), {"SEM": "acq_rel", "GUARDED": True}
+
+    def launch():
+        planted.sum_by_the_last[(4,)](
+            torch.ones(4), torch.zeros(4), ticket, out, 4, **({"EARLY": False} | chosen | mistake)
+        )
+
+    if mistake:
+        with pytest.raises(fault, match="both touch element"):
+            launch()
+    else:
+        launch()
+        assert out == 8
+
+
 def test_a_product_of_no_stated_precision(planted):
     a, b = torch.randn(32, 32), torch.randn(32, 32)
     stated, default = torch.empty(32, 32), torch.empty(32, 32)
