@@ -200,7 +200,8 @@ def triton_traffic_rows(presets: Iterable[Preset], batch: int) -> list[tuple[str
         call = getattr(torch.ops.fastkm_triton, operator)
         moved = counter.of(lambda call=call, arguments=arguments: call(*arguments), given)
         kib = (f"{count / batch / 1024:,.1f}" for count in moved)
-        rows.append((*kib, f"{sum(moved) / bytes_to_move(operator, inputs(operator, preset, batch, QUERIES)):.2f}"))
+        times = sum(moved) / bytes_to_move(operator, inputs(operator, preset, batch, QUERIES))
+        rows.append((f"`{operator}`", preset.name, *kib, f"{times:.2f}"))
     return rows
 
 
@@ -230,7 +231,7 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     if sys.argv[1:] == ["triton-traffic"]:  # in a process of its own, which interprets
-        print(json.dumps(triton_traffic_rows([PRESETS["S"], PRESETS["L"]], 1)))
+        print(json.dumps(triton_traffic_rows([PRESETS["S"]], 1)))  # a larger one takes the interpreter minutes a call
         return
     os.environ.pop("TRITON_INTERPRET", None)
     if sys.argv[1:2] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
@@ -243,7 +244,8 @@ def main() -> None:
     counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     command, environment = [sys.executable, __file__, "triton-traffic"], {**os.environ, "TRITON_INTERPRET": "1"}
     triton = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
-    counted = [(*cuda, *rest) for cuda, rest in zip(counted, triton, strict=True)]
+    beside = {tuple(row[:2]): row[2:] for row in triton}
+    counted = [(*row, *beside.get(tuple(row[:2]), ["–"] * len(TRITON_TRAFFIC_HEADERS))) for row in counted]
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
     rows = list(chain(cuda_rows(recorder), triton_rows()))
