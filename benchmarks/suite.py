@@ -270,10 +270,13 @@ def groups(options: argparse.Namespace) -> list[Case]:
         doubles = [case._replace(dtype="float64", compile=False) for case in few]
     else:
         doubles = []
-    singles = cases if "float32" in options.dtypes else []
+    singles = list(cases) if "float32" in options.dtypes else []
     if "read" in options.families and "float32" in options.dtypes:
         singles += [Case("read", PRESETS[name], 1, queries=MANY_QUERIES)
                     for name in options.presets or ("S", "M", "L") if name not in LARGE]  # fmt: skip
+    alone = Case("write", PRESETS["S"], 1)  # promised, so never left out
+    if "write" in options.families and "float32" in options.dtypes and alone not in cases:
+        singles.append(alone)
     return singles + doubles
 
 

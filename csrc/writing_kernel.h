@@ -141,8 +141,9 @@ void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c,
 }
 
 // The ridge solve, once a pattern. With w exact, R δ = λ w, so A changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ, and its
-// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. One
-// factorisation a chunk; its inverse is never written again, so a pattern costs one pass over H and one over U.
+// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. What H
+// has lost to rounding, one step of refinement against A gives back to w. One factorisation a chunk, and no matrix is
+// written after it: a pattern reads H twice, A and U once.
 template <class T>
 Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first, Search<T>& search,
                     Arena& arena) {
