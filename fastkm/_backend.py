@@ -129,14 +129,13 @@ def straight(operator: OpOverload, backend: str | None, *arguments: Any) -> tupl
                 x = _constant(x, plain[0].dtype)
             elif kind is MemoryState:
                 mean, x = x
-                if gradients and mean.requires_grad:
+                if not mean.is_cpu or (gradients and mean.requires_grad):
                     return None
                 plain.append(mean)
-            if gradients and kind not in _NUMBERS and x.requires_grad:
+            # One tensor on the meta device, and the operator would answer without computing.
+            if kind not in _NUMBERS and (not x.is_cpu or (gradients and x.requires_grad)):
                 return None
             plain.append(x)
-        if not plain[0].is_cpu:
-            return None
         outputs = operator(*plain)
         return None if any(outputs[-1].tolist()) else outputs
     except Exception:  # whatever it is, the guards find it too
