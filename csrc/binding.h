@@ -75,7 +75,7 @@ inline void prefer_large_pages(const Tensor& made) {
 #endif
 }
 
-// Like torch's own new_empty, at a quarter of its cost: a call on a small memory makes seven of them.
+// Like torch's own new_empty, without its way through the dispatcher, which a call on a small memory takes six times.
 inline Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes,
                    std::optional<ScalarType> type = std::nullopt) {
   int64_t strides[3] = {1, 1, 1};
