@@ -66,10 +66,12 @@ void fill_zero(const Matrix<T>& m) {
   for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(T));
 }
 
+// Up to a whole vector.
 template <class T>
 void clear_padding(const Matrix<T>& m) {
+  const int64_t end = round_up(m.columns, kLanes<T>);
   for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = m.columns; j < m.ld; ++j) m.row(i)[j] = 0;
+    for (int64_t j = m.columns; j < end; ++j) m.row(i)[j] = 0;
 }
 
 // Copy in, with the padding set to zero.
@@ -294,6 +296,27 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
   __builtin_memcpy(inverse, root.entry, sizeof root.entry);
   transpose_block(inverse_transposed, kBlock, root.entry[0], kBlock);
   return good;
+}
+
+// The inverse of a factor of one block, row by row: L⁻¹ = diag(1/L_tt) (I − the rows above, by what L has of them).
+template <class T>
+void invert_block(const Factor<T>& f) {
+  constexpr int64_t W = kLanes<T>;
+  Square<T> root = {};
+  for (int64_t i = 0; i < kBlock; ++i) {
+    T* row = root.entry[i];
+    row[i] = 1;
+    if (i >= f.size()) continue;
+    const T* lower = f.lower.row(i);
+    const T reciprocal = 1 / lower[i];
+    for (int64_t c = 0; c <= i; c += W) {
+      Vec<T> sum = load(row + c);
+      for (int64_t j = c; j < i; ++j) sum -= lower[j] * load(root.entry[j] + c);
+      store<T>(row + c, sum * reciprocal);
+    }
+  }
+  __builtin_memcpy(f.inverse, root.entry, sizeof root.entry);
+  transpose_block(f.inverse_transposed, kBlock, root.entry[0], kBlock);
 }
 
 // Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from

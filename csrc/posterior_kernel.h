@@ -134,12 +134,11 @@ void absorb(const Memory<T>& memory, const Chunk<T>& chunk) {
   mirror(memory.cov);
 }
 
-// Condition on one chunk of patterns, from `first` on, and write what is known of each. `values` is consumed.
+// Condition on one chunk of patterns, from `first` on, and write what is known of each.
 template <class T>
-Status condition(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
-                 const PosteriorArgs<T>& args, int64_t b, int64_t first, T& log_evidence, Arena& arena) {
+Status condition(const Memory<T>& memory, const Chunk<T>& chunk, const PosteriorArgs<T>& args, int64_t b, int64_t first,
+                 T& log_evidence) {
   constexpr T kTwoPi = T(6.283185307179586476925286766559);
-  const Chunk<T> chunk = whiten(memory, weights, values, args, b, first, arena);
   absorb(memory, chunk);
   for (int64_t t = 0; t < chunk.count(); ++t) {
     const bool seen = args.seen(b, first + t);
@@ -174,7 +173,8 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
       const Matrix<T> chunk_weights = weights.rows_from(0, count), chunk_values = values.rows_from(0, count);
       load_patterns(chunk_weights, args.weights, args, b, first);
       load_patterns(chunk_values, args.values, args, b, first);
-      const Status done = condition(memory, chunk_weights, chunk_values, args, b, first, log_evidence, arena);
+      const Chunk<T> chunk = whiten(memory, chunk_weights, chunk_values, args, b, first, arena);
+      const Status done = condition(memory, chunk, args, b, first, log_evidence);
       if (status == kGood) status = done;
     }
     store_memory(memory, args, b);

@@ -44,6 +44,25 @@ template <int STAGE, bool LOWER, class T, size_t... LANE>
   return __builtin_shuffle(a, b, mask);
 }
 
+// The sums of the lanes of as many vectors as one has lanes, as one vector: each stage halves their number.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> lane_sums(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int W = static_cast<int>(kLanes<T>);
+  constexpr auto lanes = std::make_index_sequence<W>();
+  const auto halve = [&]<int STAGE>() {
+    if constexpr (STAGE < W)
+#pragma GCC unroll 16
+      for (int i = 0; i < W; i += 2 * STAGE)
+        rows[i] = interleave<STAGE, false, T>(rows[i], rows[i + STAGE], lanes) +
+                  interleave<STAGE, true, T>(rows[i], rows[i + STAGE], lanes);
+  };
+  halve.template operator()<1>();
+  halve.template operator()<2>();
+  halve.template operator()<4>();
+  halve.template operator()<8>();
+  return rows[0];
+}
+
 // Transpose a square of kLanes × kLanes in registers: at every stage the off-diagonal quarters of squares of twice the
 // stage change places.
 template <class T>

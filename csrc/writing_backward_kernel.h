@@ -71,7 +71,7 @@ void find_weights_backward(const GramSpace<T>& space, Search<T>& search, const W
     if (!args.posterior.seen(b, first + t)) continue;
     search.cov.count -= 1;
     search.inverse.count -= 2;
-    const T *a = search.cov.right.row(search.cov.count), *c = search.c.row(t), *x = space.cross.row(t);
+    const T *a = search.a.row(t), *c = search.c.row(t), *x = space.cross.row(t);
     const T s = search.s[t], d = search.d[t];
     T* x_bar = bar.cross.row(t);
     __builtin_memcpy(w, space.weights.row(t), static_cast<size_t>(K) * sizeof(T));
@@ -109,8 +109,8 @@ void find_weights_backward(const GramSpace<T>& space, Search<T>& search, const W
     cov_bar.subtract(a_bar, w);
     cov_bar.subtract(w, a_bar);
   }
-  product<Into::kSubtract>(bar.gram, gram_bar.count, left(gram_bar.left), gram_bar.right);
-  product<Into::kSubtract>(bar.cov, cov_bar.count, left(cov_bar.left), cov_bar.right);
+  product<Into::kSubtract>(bar.gram, gram_bar.count, transposed(gram_bar.left), gram_bar.right);
+  product<Into::kSubtract>(bar.cov, cov_bar.count, transposed(cov_bar.left), cov_bar.right);
   for (int64_t k = 0; k < K; ++k) bar.ridge += bar.gram.row(k)[k];
 }
 
@@ -270,7 +270,8 @@ void address_chunk_backward(const WritingArgs<T>& args, const Memory<T>& memory,
   const Matrix<T> stacked = take_matrix<T>(arena, K + count, args.posterior.C);
   copy_rows(stacked.rows_from(0, K), memory.mean);
   load_patterns(stacked.rows_from(K, count), args.posterior.values, args.posterior, b, first);
-  const GramSpace<T> space = take_gram_space(memory, stacked, take_matrix<T>(arena, count, K), arena);
+  const GramSpace<T> space =
+      take_gram_space(memory, stacked, take_matrix<T>(arena, count, K), !factors_once(args), arena);
   SearchCotangents<T> search{.weights = bar.weights,
                              .gram = take_zero<T>(arena, K, K),
                              .cross = take_zero<T>(arena, count, K),

@@ -14,8 +14,10 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Patterns whose weights are found before the mean is moved.
-constexpr int64_t kSearchChunk = kChunk;
+// Patterns whose weights are found before the mean is moved. A chunk costs a Gram product, a factor and an inverse, and
+// each of its patterns a correction for those before it.
+constexpr int64_t kLargestSearchChunk = 2 * kChunk;
+inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : kLargestSearchChunk; }
 
 // What the search for the weights needs, kept up to date with what was written.
 template <class T>
@@ -72,28 +74,44 @@ void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
   combine<Into::kSet, 1>(m, m.rows, padded, {x}, {y});
 }
 
+// y = M x for the first `rows` rows of M, which has more, up to a whole vector; `padded` columns.
+template <class T>
+void dots(const Matrix<T>& m, int64_t rows, int64_t padded, const T* x, T* y) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += W) {
+    Vec<T> sum[W] = {};
+    for (int64_t j = 0; j < padded; j += W) {
+      const Vec<T> entry = load(x + j);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row) sum[row] += load(m.row(i + row) + j) * entry;
+    }
+    store<T>(y + i, lane_sums<T>(sum));
+  }
+}
+
 // A symmetric matrix and what was taken from it since, of low rank: M = base − Σ_j l_j r_jᵀ. Products with it read the
 // base and never write it; changes cost what their rank costs.
 template <class T>
 struct Downdated {
-  Matrix<T> base;   // [K, K], or of no rows: then it is zero
-  Matrix<T> left;   // [K, changes], as columns: products with them need no sums across lanes
-  Matrix<T> right;  // [changes, K]
+  Matrix<T> base;         // [K, K], or of no rows: then it is zero
+  Matrix<T> left, right;  // [changes, K]
+  Matrix<T> along;        // [2, changes], l_j · x of the last product
   int64_t count = 0;
 
   void subtract(const T* l, const T* r) {
-    for (int64_t i = 0; i < left.rows; ++i) left.row(i)[count] = l[i];
-    __builtin_memcpy(right.row(count++), r, static_cast<size_t>(right.columns) * sizeof(T));
+    const size_t bytes = static_cast<size_t>(round_up(right.columns, kLanes<T>)) * sizeof(T);
+    __builtin_memcpy(left.row(count), l, bytes);
+    __builtin_memcpy(right.row(count++), r, bytes);
   }
 
   // y −= Σ_j r_j (l_j · x), all that changed since.
   template <size_t N>
   void correct(int64_t padded, const std::array<const T*, N>& x, const std::array<T*, N>& y) const {
-    alignas(64) T along[N][2 * kSearchChunk];
     std::array<const T*, N> factors;
-    std::array<T*, N> sums;
-    for (size_t n = 0; n < N; ++n) factors[n] = sums[n] = along[n];
-    combine<Into::kSet, N>(left, left.rows, round_up(count, kLanes<T>), x, sums);
+    for (size_t n = 0; n < N; ++n) {
+      dots(left, count, padded, x[n], along.row(n));
+      factors[n] = along.row(n);
+    }
     combine<Into::kSubtract, N>(right, count, padded, factors, y);
   }
 
@@ -107,20 +125,23 @@ struct Downdated {
 
 template <class T>
 Downdated<T> take_downdated(const Matrix<T>& base, int64_t K, int64_t changes, Arena& arena) {
-  const Downdated<T> m{base, take_matrix<T>(arena, K, changes), take_matrix<T>(arena, changes, K)};
-  fill_zero(m.left);
-  fill_zero(m.right);
+  const int64_t rows = round_up(changes, kLanes<T>);
+  const Downdated<T> m{base, take_matrix<T>(arena, rows, K), take_matrix<T>(arena, rows, K),
+                       take_matrix<T>(arena, 2, rows)};
+  fill_zero(m.left);  // dots go over whole vectors of rows
   return m;
 }
 
-// The search as it went, for its backward; rows are patterns, and those of masked patterns are not set.
+// The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero;
+// their s and d are not set.
 template <class T>
 struct Search {
   Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern
   Downdated<T> cov;      // U: by c aᵀ a pattern
-  Matrix<T> c;           // [t, K]
+  Matrix<T> a, c;        // [t, K]
+  Matrix<T> past;        // [t, t], c_earlier · w_t
   Matrix<T> along;       // [t, t], δ_t · z_later
-  T s[kSearchChunk], d[kSearchChunk];
+  T s[kLargestSearchChunk], d[kLargestSearchChunk];
 };
 
 // The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z). With `solved`, rows
@@ -162,14 +183,15 @@ Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64
   product<Into::kSet>(solved, K, left(space.cross), inverse);
 
   // Vectors of length K with their padding at zero, so that dot products run over whole vectors.
-  const Matrix<T> vectors = take_matrix<T>(arena, 7, K);
+  const Matrix<T> vectors = take_matrix<T>(arena, 6, K);
   fill_zero(vectors);
-  T *w = vectors.row(0), *a = vectors.row(1), *p = vectors.row(2), *q = vectors.row(3), *e = vectors.row(4),
-    *f = vectors.row(5), *residual = vectors.row(6);
+  T *w = vectors.row(0), *p = vectors.row(1), *q = vectors.row(2), *e = vectors.row(3), *f = vectors.row(4),
+    *residual = vectors.row(5);
+  int64_t before[kLargestSearchChunk];  // the patterns that U has seen
   for (int64_t t = 0; t < count; ++t) {
     if (!args.posterior.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
-    T* c = search.c.row(t);
+    T *a = search.a.row(t), *c = search.c.row(t);
     __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(T));
     search.inverse.template correct<1>(padded, {x}, {w});
     now.template multiply<1>(padded, {w}, {residual});
@@ -178,6 +200,8 @@ Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64
     for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
     search.cov.template multiply<1>(padded, {w}, {a});
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
+    for (int64_t j = 0; j < search.cov.count; ++j) search.past.row(t)[before[j]] = search.cov.along.row(0)[j];
+    before[search.cov.count] = t;
 
     const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
@@ -211,11 +235,14 @@ template <class T>
 Search<T> take_search(const GramSpace<T>& space, Arena& arena) {
   const int64_t K = space.cov.rows, count = space.weights.rows;
   const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-  const Matrix<T> c = take_matrix<T>(arena, count, K);
-  fill_zero(c);
+  const Matrix<T> a = take_matrix<T>(arena, count, K), c = take_matrix<T>(arena, count, K);
+  const Matrix<T> past = take_matrix<T>(arena, count, count);
+  for (const Matrix<T>* m : {&a, &c, &past}) fill_zero(*m);
   return {.inverse = take_downdated<T>(inverse, K, 2 * count, arena),
           .cov = take_downdated<T>(space.cov, K, count, arena),
+          .a = a,
           .c = c,
+          .past = past,
           .along = take_matrix<T>(arena, count, count)};
 }
 
@@ -365,63 +392,115 @@ Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args
   return status;
 }
 
-// The inner products of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z].
 template <class T>
-GramSpace<T> take_gram_space(const Memory<T>& memory, const Matrix<T>& stacked, const Matrix<T>& weights,
+bool factors_once(const WritingArgs<T>& args) {
+  return args.num_opt_iters == 1 && !args.squared_gram;
+}
+
+// The inner products of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z]. `own`: G and U are
+// copies, for the search that factors afresh writes to them.
+template <class T>
+GramSpace<T> take_gram_space(const Memory<T>& memory, const Matrix<T>& stacked, const Matrix<T>& weights, bool own,
                              Arena& arena) {
   const int64_t K = memory.cov.rows, count = weights.rows, both = stacked.rows;
   const Matrix<T> stacked_transposed = take_matrix<T>(arena, stacked.columns, both);
   const Matrix<T> products = take_matrix<T>(arena, both, both);  // Y Yᵀ = [G Xᵀ; X Q]
   transpose(stacked_transposed, stacked);
   product_lower<Into::kSet>(products, stacked.columns, left(stacked), stacked_transposed);
-  const GramSpace<T> space{.gram = take_matrix<T>(arena, K, K),
-                           .cross = take_matrix<T>(arena, count, K),
+  const Matrix<T> gram = products.block(0, K, 0, K), cross = products.block(K, count, 0, K);
+  mirror(gram);
+  const auto copy = [&](const Matrix<T>& from) {
+    const Matrix<T> to = take_matrix<T>(arena, from.rows, K);
+    copy_rows(to, from);
+    return to;
+  };
+  const GramSpace<T> space{.gram = own ? copy(gram) : gram,
+                           .cross = copy(cross),
                            .inner = products.block(K, count, K, count),
-                           .cov = take_matrix<T>(arena, K, K),
+                           .cov = own ? copy(memory.cov) : memory.cov,
                            .weights = weights};
-  copy_rows(space.gram, products.block(0, K, 0, K));
-  mirror(space.gram);
-  copy_rows(space.cross, products.block(K, count, 0, K));
-  copy_rows(space.cov, memory.cov);
   for (const Matrix<T>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
   fill_zero(weights);
   return space;
 }
 
+// What conditioning on the weights of a search needs is known from it: with L̃ the c_earlier · w_t and a unit diagonal,
+// S = L Lᵀ for L = L̃ diag(√s), and G = L⁻¹ W U has the rows a/√s.
 template <class T>
-bool factors_once(const WritingArgs<T>& args) {
-  return args.num_opt_iters == 1 && !args.squared_gram;
+Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t from, const Matrix<T>& weights,
+                      const Matrix<T>& values, const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+  const int64_t K = args.K, count = weights.rows;
+  Chunk<T> chunk{.weights = weights,
+                 .values = take_matrix<T>(arena, count, args.C),
+                 .projected = {},
+                 .gain = take_matrix<T>(arena, count, K),
+                 .factor = take_factor<T>(arena, count),
+                 .good = true};
+  T root[kChunk];
+  for (int64_t t = 0; t < count; ++t) {
+    const T noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
+    const T s = args.seen(b, first + t) ? search.s[from + t] : noise;
+    const T slack = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(s);
+    T pivot = s;
+    chunk.good &= admit(pivot, Floors<T>{&noise, &slack}, 0);
+    root[t] = std::sqrt(pivot);
+    const T reciprocal = 1 / root[t];
+    T *lower = chunk.factor.lower.row(t), *gain = chunk.gain.row(t);
+    const T *past = search.past.row(from + t) + from, *a = search.a.row(from + t);
+    for (int64_t j = 0; j < t; ++j) lower[j] = past[j] * root[j];
+    lower[t] = root[t];
+    for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
+  }
+  invert_block(chunk.factor);
+  product<Into::kSubtract>(values, K, left(weights), memory.mean);
+  solve_lower_into(chunk.factor, values, chunk.values, arena);
+  return chunk;
 }
 
+// Find the weights of a chunk of patterns, which stand below the mean in `stacked`, and condition on them.
 template <class T>
-Status address_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
-                     const Matrix<T>& weights, int64_t b, int64_t first, Arena& arena) {
-  const GramSpace<T> space = take_gram_space(memory, stacked, weights, arena);
-  if (!factors_once(args)) return find_weights_afresh(space, args, b, first, arena);
-  Search<T> search = take_search(space, arena);
-  return find_weights(space, args, b, first, search, arena);
+Status write_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
+                   const Matrix<T>& weights, int64_t b, int64_t first, T& log_evidence, Arena& arena) {
+  const PosteriorArgs<T>& shared = args.posterior;
+  const int64_t count = weights.rows;
+  const bool once = factors_once(args);
+  const GramSpace<T> space = take_gram_space(memory, stacked, weights, !once, arena);
+  Search<T> search = once ? take_search(space, arena) : Search<T>{};
+  Status status =
+      once ? find_weights(space, args, b, first, search, arena) : find_weights_afresh(space, args, b, first, arena);
+  const Arena::Mark searched = arena.mark();
+  for (int64_t t = 0; t < count; t += kChunk) {
+    arena.release(searched);
+    const int64_t now = smaller(kChunk, count - t);
+    const Matrix<T> found = weights.rows_from(t, now), values = stacked.rows_from(args.posterior.K + t, now);
+    const Chunk<T> chunk = once ? whiten_found(memory, search, t, found, values, shared, b, first + t, arena)
+                                : whiten(memory, found, values, shared, b, first + t, arena);
+    const Status updated = condition(memory, chunk, shared, b, first + t, log_evidence);
+    status = status > updated ? status : updated;
+  }
+  return status;
 }
 
 template <class T>
 void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<T>& shared = args.posterior;
-  const int64_t K = shared.K, C = shared.C, patterns = shared.T_, most = smaller(kChunk, patterns);
+  const int64_t K = shared.K, size = search_chunk(K), most = smaller(size, shared.T_);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Matrix<T> stacked = take_matrix<T>(arena, K + most, C), all_weights = take_matrix<T>(arena, most, K);
+    const Matrix<T> stacked = take_matrix<T>(arena, K + most, shared.C), all_weights = take_matrix<T>(arena, most, K);
     const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
     Status status = load_memory(memory, shared, b);
     T log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < patterns; first += kChunk) {
+    for (int64_t first = 0; first < shared.T_; first += size) {
       arena.release(chunk_start);
-      const int64_t count = smaller(kChunk, patterns - first);
-      const Matrix<T> values = stacked.rows_from(K, count), weights = all_weights.rows_from(0, count);
-      load_patterns(values, shared.values, shared, b, first);
-      const Status found = address_chunk(args, memory, stacked.rows_from(0, K + count), weights, b, first, arena);
-      const Status updated = condition(memory, weights, values, shared, b, first, log_evidence, arena);
+      const int64_t count = smaller(size, shared.T_ - first);
+      const Matrix<T> weights = all_weights.rows_from(0, count);
+      load_patterns(stacked.rows_from(K, count), shared.values, shared, b, first);
+      const Matrix<T> both = stacked.rows_from(0, K + count);
+      const Status done = write_chunk(args, memory, both, weights, b, first, log_evidence, arena);
       store_matrix(args.new_weights.from_row(first), b, weights);
-      if (status == kGood) status = found > updated ? found : updated;
+      if (status == kGood) status = done;
     }
     store_memory(memory, shared, b);
     shared.info[b] = status;
