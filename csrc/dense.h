@@ -146,16 +146,21 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
   for (; i < rows; ++i) product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
 }
 
+// Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
+constexpr int64_t kTileVectors = 3;
+
 // Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
 constexpr int64_t kSumRun = 128;
 
-// One column of tiles of C (=, +=, −=) A B, `columns` wide but at most two vectors.
+// One column of tiles of C (=, +=, −=) A B, `columns` wide but at most kTileVectors.
 template <Into INTO, class T>
 void product_strip(int64_t rows, int64_t columns, int64_t k, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
   const auto run = [&]<Into HOW>(int64_t first) {
     const int64_t count = smaller(kSumRun, k - first);
     const Left<T> part{a.data + first * a.column, a.row, a.column};
-    if (columns > kLanes<T>)
+    if (columns > 2 * kLanes<T>)
+      product_column<HOW, 3>(rows, count, part, b + first * ldb, ldb, c, ldc);
+    else if (columns > kLanes<T>)
       product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, c, ldc);
     else
       product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, c, ldc);
@@ -168,14 +173,14 @@ void product_strip(int64_t rows, int64_t columns, int64_t k, Left<T> a, const T*
 // C (=, +=, −=) A B, where C is [rows, columns] and B is [k, columns].
 template <Into INTO, class T>
 void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t j = 0; j < c.columns; j += 2 * kLanes<T>)
+  for (int64_t j = 0; j < c.columns; j += kTileVectors * kLanes<T>)
     product_strip<INTO>(c.rows, c.columns - j, k, a, b.data + j, b.ld, c.data + j, c.ld);
 }
 
 // The same for a square C of which only the lower triangle is wanted; what ends up above it is meaningless.
 template <Into INTO, class T>
 void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t j = 0; j < c.columns; j += 2 * kLanes<T>) {
+  for (int64_t j = 0; j < c.columns; j += kTileVectors * kLanes<T>) {
     const Left<T> below{a.data + j * a.row, a.row, a.column};
     product_strip<INTO>(c.rows - j, c.columns - j, k, below, b.data + j, b.ld, c.row(j) + j, c.ld);
   }

@@ -14,6 +14,6 @@
 #pragma GCC target("arch=x86-64-v3")
 #define FASTKM_LEVEL avx2
 #define FASTKM_VECTOR_BYTES 32
-#define FASTKM_TILE_ROWS 6
+#define FASTKM_TILE_ROWS 4
 #include "level.h"
 #endif

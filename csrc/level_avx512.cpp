@@ -14,6 +14,6 @@
 #pragma GCC target("arch=x86-64-v4")
 #define FASTKM_LEVEL avx512
 #define FASTKM_VECTOR_BYTES 64
-#define FASTKM_TILE_ROWS 12
+#define FASTKM_TILE_ROWS 8
 #include "level.h"
 #endif
