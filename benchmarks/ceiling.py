@@ -4,10 +4,10 @@ import math
 import time
 
 import torch
-from timing import clock
 
 from fastkm.cli import roofline
 from fastkm.cli.gradients import GRADIENT
+from fastkm.cli.measure import clock
 from fastkm.cli.presets import Preset
 
 SIZES = (512, 1024, 2048)  # of the matrices whose product is timed

@@ -22,7 +22,7 @@ from baselines import LOOP, compiled_forms, forms
 from ceiling import DTYPES, Ceiling, flops, least_bytes
 from claims import NATIVE, PYTORCH, verdicts
 from peers import PEERS, Unsuitable
-from timing import LARGEST_GAP, clock, interleave_until_quiet, pin
+from timing import LARGEST_GAP, interleave_until_quiet, pin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -32,7 +32,7 @@ from fastkm.cli.episodes import Episode, build_episode
 from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
 from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import Verdict, errors, judge, reference_errors
+from fastkm.cli.measure import Verdict, clock, errors, judge, reference_errors
 from fastkm.cli.operations import Result, units
 from fastkm.cli.presets import PRESETS, Preset
 from fastkm.writing.reference import write_gram_space

@@ -1,16 +1,13 @@
 """Timing that can be trusted: pinned threads, candidates in turn, and one of them twice under two names."""
 
-import gc
 import math
 import os
 import random
-import statistics
-import time
 from collections.abc import Callable, Mapping
 
 import torch
 
-from fastkm.cli.measure import Timing
+from fastkm.cli.measure import Timing, clock, no_collection
 
 SHORTEST = 1e-3  # seconds of one sample; a shorter call is repeated within it
 MOST, FEWEST = 41, 3  # samples of a candidate
@@ -27,13 +24,6 @@ def pin(threads: int) -> str:
     cores = sorted(os.sched_getaffinity(0))[:threads]
     os.sched_setaffinity(0, cores)
     return f"{threads} on cores {', '.join(map(str, cores))}"
-
-
-def clock(call: Callable[[], object], calls: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
 
 
 def schedule(costs: Mapping[str, float], seconds: float) -> list[str]:
@@ -59,19 +49,10 @@ def interleave(candidates: Mapping[str, Callable[[], object]], seconds: float) -
     first |= {name: min(once, clock(candidates[name])) for name, once in first.items() if once < SLOW}
     calls = {name: max(1, math.ceil(SHORTEST / once)) for name, once in first.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         for name in schedule({name: once * calls[name] for name, once in first.items()}, seconds):
             samples[name].append(clock(candidates[name], calls[name]))
-    finally:
-        if collecting:
-            gc.enable()
-    timings = {}
-    for name, times in samples.items():
-        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-        timings[name] = Timing(median, lower, upper, len(times), calls[name])
-    return timings
+    return {name: Timing.of(times, calls[name]) for name, times in samples.items()}
 
 
 def gap(first: Timing, again: Timing) -> float:

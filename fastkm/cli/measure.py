@@ -4,7 +4,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -111,6 +112,31 @@ class Timing(NamedTuple):
     rounds: int
     calls: int  # a round
 
+    @classmethod
+    def of(cls, times: list[float], calls: int) -> "Timing":
+        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
+        return cls(median, lower, upper, len(times), calls)
+
+
+def clock(call: Callable[[], object], calls: int = 1) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """The garbage collector would meet whoever is timed just then."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
 
 def time_interleaved(
     candidates: Mapping[str, Callable[[], object]], seconds: float, shortest: float = 1e-3
@@ -120,33 +146,17 @@ def time_interleaved(
     A drift of the machine then meets all of them alike. Calls are repeated until a round takes ``shortest`` seconds.
     What is too slow for three rounds in four times ``seconds`` gets two.
     """
-    samples = {name: [_clock(call, 1)] for name, call in candidates.items()}  # to warm up, and to see how long it takes
+    samples = {name: [clock(call)] for name, call in candidates.items()}  # to warm up, and to see how long it takes
     calls = {name: max(1, math.ceil(shortest / first)) for name, (first,) in samples.items()}
     for times in samples.values():
         if times[0] < SLOW:
             times.clear()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         start = time.perf_counter()
         for rounds in range(50):
             spent = time.perf_counter() - start
             if spent > (seconds if rounds >= 3 else 4 * seconds) and min(map(len, samples.values())) >= 2:
                 break
             for name, call in candidates.items():
-                samples[name].append(_clock(call, calls[name]))
-    finally:
-        if collecting:
-            gc.enable()
-    timings = {}
-    for name, times in samples.items():
-        lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-        timings[name] = Timing(median, lower, upper, len(times), calls[name])
-    return timings
-
-
-def _clock(call: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - start) / calls
+                samples[name].append(clock(call, calls[name]))
+    return {name: Timing.of(times, calls[name]) for name, times in samples.items()}
