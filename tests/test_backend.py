@@ -147,18 +147,18 @@ def test_gradients_of_the_reference(operation):
 
 
 def test_variable_names_the_backend_of_calls_that_name_none(monkeypatch, extension):
-    monkeypatch.setenv("FASTKM_BACKEND", "reference")
+    monkeypatch.setattr(_backend, "CHOSEN", "reference")
     assert resolve("write", None, torch.ones(1)) == "reference"
     assert resolve("write", "native", torch.ones(1)) == "native"
-    monkeypatch.setenv("FASTKM_BACKEND", "")
+    monkeypatch.setattr(_backend, "CHOSEN", "native")
     assert resolve("write", None, torch.ones(1)) == "native"
 
 
 def test_variable_does_not_fall_back_either(monkeypatch, no_extension):
-    monkeypatch.setenv("FASTKM_BACKEND", "native")
+    monkeypatch.setattr(_backend, "CHOSEN", "native")
     with pytest.raises(BackendUnavailableError, match="backend 'native' cannot run write"):
         resolve("write", None, torch.ones(1))
-    monkeypatch.setenv("FASTKM_BACKEND", "cuda")
+    monkeypatch.setattr(_backend, "CHOSEN", "cuda")
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         resolve("write", None, torch.ones(1))
 

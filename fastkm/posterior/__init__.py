@@ -28,7 +28,6 @@ class PosteriorUpdate(NamedTuple):
     log_evidence: Tensor  # [B], ln p(values | weights), nats
 
 
-@in_float32
 def update_posterior(
     state: MemoryState,
     weights: Tensor,  # [B, T, K]
@@ -79,16 +78,23 @@ def update_posterior(
         native.operator, backend, state, weights, values, noise_var, mask, _check.meaning(precision, _check.ROUNDING)
     )
     if outputs is None:
-        check = _check.Signature()
-        mean, cov = check.state("state", state)
-        weights = check.tensor("weights", weights, "BTK", low_precision=True)
-        values = check.tensor("values", values, "BTC", low_precision=True)
-        noise_var = check.noise("noise_var", noise_var)
-        mask = check.mask("mask", mask, "BT")
-        rounding = _check.precision(precision)
-        backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
-        weights, values = _backend.accepted(backend, mean, weights, values)
-        outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
-        _check.factored(outputs[-1], "state.cov")
+        outputs = _guarded(state, weights, values, noise_var, mask, precision, backend)
     mean, cov, innovation_var, kl, log_evidence, _ = outputs
-    return PosteriorUpdate(MemoryState(mean, cov), innovation_var, kl, log_evidence)
+    state = tuple.__new__(MemoryState, (mean, cov))
+    return tuple.__new__(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
+
+
+@in_float32
+def _guarded(state, weights, values, noise_var, mask, precision, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean, cov = check.state("state", state)
+    weights = check.tensor("weights", weights, "BTK", low_precision=True)
+    values = check.tensor("values", values, "BTC", low_precision=True)
+    noise_var = check.noise("noise_var", noise_var)
+    mask = check.mask("mask", mask, "BT")
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
+    weights, values = _backend.accepted(backend, mean, weights, values)
+    outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
+    _check.factored(outputs[-1], "state.cov")
+    return outputs

@@ -41,7 +41,6 @@ class AttractorResult(NamedTuple):
     num_iters: Tensor  # [B, Q], int64, the iterations each query took
 
 
-@in_float32
 def read(
     mean: Tensor,  # [B, K, C]
     queries: Tensor,  # [B, Q, C]
@@ -84,7 +83,6 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    rounding = _check.meaning(precision, _check.ROUNDING)
     outputs = _backend.straight(
         native.operator,
         backend,
@@ -93,22 +91,28 @@ def read(
         ridge,
         _check.exact_int(num_iters),
         _check.meaning(method, SQUARED_GRAM),
-        rounding,
+        _check.meaning(precision, _check.ROUNDING),
     )
     if outputs is None:
-        check = _check.Signature()
-        mean = check.tensor("mean", mean, "BKC")
-        queries = check.tensor("queries", queries, "BQC", low_precision=True)
-        ridge = check.per_memory("ridge", ridge)
-        _check.count("num_iters", num_iters)
-        _check.choice("method", method, METHODS)
-        rounding = _check.precision(precision)
-        backend = _backend.resolve("read", backend, mean, queries, ridge)
-        (queries,) = _backend.accepted(backend, mean, queries)
-        outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
-        _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+        outputs = _guarded_read(mean, queries, ridge, num_iters, method, precision, backend)
     values, weights, _ = outputs
     return ReadResult(values, weights)
+
+
+@in_float32
+def _guarded_read(mean, queries, ridge, num_iters, method, precision, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_iters", num_iters)
+    _check.choice("method", method, METHODS)
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("read", backend, mean, queries, ridge)
+    (queries,) = _backend.accepted(backend, mean, queries)
+    outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
+    _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+    return outputs
 
 
 @in_float32
