@@ -51,7 +51,9 @@ def solve_addressing(
 
     Source: Wu et al., NeurIPS 2018, eq. 8.
     """
-    outputs = _backend.straight(native.operator, backend, mean, queries, ridge, _check.meaning(method, SQUARED_GRAM))
+    outputs = _backend.straight(
+        native.solve_addressing, backend, mean, queries, ridge, _check.meaning(method, SQUARED_GRAM)
+    )
     if outputs is None:
         outputs = _guarded(mean, queries, ridge, method, backend)
     return outputs[0]

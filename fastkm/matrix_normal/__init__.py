@@ -67,7 +67,7 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
 
     Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
     """
-    if method == "exact" and (outputs := _backend.straight(native.kl_operator, backend, state, prior)):
+    if method == "exact" and (outputs := _backend.straight(native.kl_memory, backend, state, prior)):
         return outputs[0]
     return _guarded_kl(state, prior, method, backend)
 
@@ -102,7 +102,7 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
         torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
     """
-    if outputs := _backend.straight(native.logdet_operator, backend, cov):
+    if outputs := _backend.straight(native.logdet, backend, cov):
         return outputs[0]
     return _guarded_logdet(cov, backend)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.posterior import native, reference
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
@@ -75,13 +75,20 @@ def update_posterior(
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
     outputs = _backend.straight(
-        native.operator, backend, state, weights, values, noise_var, mask, _check.meaning(precision, _check.ROUNDING)
+        native.update_posterior,
+        backend,
+        state,
+        weights,
+        values,
+        noise_var,
+        mask,
+        _check.meaning(precision, _check.ROUNDING),
     )
     if outputs is None:
         outputs = _guarded(state, weights, values, noise_var, mask, precision, backend)
     mean, cov, innovation_var, kl, log_evidence, _ = outputs
-    state = tuple.__new__(MemoryState, (mean, cov))
-    return tuple.__new__(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
+    state = made(MemoryState, (mean, cov))
+    return made(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
 
 
 @in_float32

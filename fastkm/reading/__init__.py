@@ -9,7 +9,7 @@ from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS, SQUARED_GRAM
 from fastkm.reading import native, reference
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
@@ -84,7 +84,7 @@ def read(
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
     outputs = _backend.straight(
-        native.operator,
+        native.read,
         backend,
         mean,
         queries,
@@ -96,7 +96,7 @@ def read(
     if outputs is None:
         outputs = _guarded_read(mean, queries, ridge, num_iters, method, precision, backend)
     values, weights, _ = outputs
-    return ReadResult(values, weights)
+    return made(ReadResult, (values, weights))
 
 
 @in_float32

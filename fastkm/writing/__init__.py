@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS, SQUARED_GRAM
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
@@ -78,7 +78,7 @@ def write(
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
     outputs = _backend.straight(
-        native.operator,
+        native.write,
         backend,
         state,
         values,
@@ -92,7 +92,8 @@ def write(
     if outputs is None:
         outputs = _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend)
     mean, cov, weights, innovation_var, kl, _ = outputs
-    return WriteResult(MemoryState(mean, cov), weights, innovation_var, kl)
+    state = made(MemoryState, (mean, cov))
+    return made(WriteResult, (state, weights, innovation_var, kl))
 
 
 @in_float32
