@@ -13,16 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch._C import _is_any_autocast_enabled
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastkm import _schema
-from fastkm._autograd import transformed, wants_gradient
+from fastkm._autograd import Differentiable, transformed, wants_gradient
 from fastkm._check import DTYPES
 from fastkm.state import MemoryState
 
 PREFERENCE = ("native", "triton", "reference")
 FLOAT32 = (torch.float32,)
+# The backend of every call that names none. Read once: to ask the environment took a fifth of what a call costs here.
+CHOSEN = os.environ.get("FASTKM_BACKEND") or None
 
 
 class Capability(NamedTuple):
@@ -92,10 +95,10 @@ def _not_installed(backend: str, device: str) -> str | None:
 def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     """The backend that will run ``operation`` on ``tensors``, of which the first is of the memory.
 
-    ``FASTKM_BACKEND`` names the backend of every call that names none.
+    ``FASTKM_BACKEND``, as it was when the package was imported, names the backend of every call that names none.
     """
     if backend is None:
-        backend = os.environ.get("FASTKM_BACKEND") or None
+        backend = CHOSEN
     if backend is None:
         return next(name for name in PREFERENCE if why_not(operation, name, *tensors) is None)
     if backend not in PREFERENCE:
@@ -105,41 +108,58 @@ def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     return backend
 
 
-_NUMBERS = (float, int, bool, type(None))
+_HERE = (None, "native")
+_NUMBERS = (int, bool, type(None))
 
 
-def straight(operator: OpOverload, backend: str | None, *arguments: Any) -> tuple[Tensor, ...] | None:
-    """What the compiled ``operator`` returns for a call as plain as most are, or None: then the guards must run.
+def straight(native: Differentiable, backend: str | None, *arguments: Any) -> tuple[Tensor, ...] | None:
+    """What the compiled operator returns for a call as plain as most are, or None: then the guards must run.
 
-    Plain is a call on tensors of the CPU, outside every transform and without a gradient, that names no backend but
-    this one. The operator refuses all that the guards refuse, before it touches memory, but cannot say it in their
-    words; so after a refusal, or a status that is not good, the guards have their say. ``arguments`` are the caller's
-    own: a state stands for its two tensors, a float for a tensor of the dtype of the first.
+    Plain is a call on tensors of the CPU, outside every transform and autocast, that names no backend but this one. The
+    operator refuses all that the guards refuse, before it touches memory, but cannot say it in their words; so after a
+    refusal, or a status that is not good, the guards have their say. ``arguments`` are the caller's own: a state stands
+    for its two tensors, a float for a tensor of the dtype of the first.
     """
-    if _schema.unavailable is not None or torch.compiler.is_compiling() or transformed():
+    if is_compiling() or _is_any_autocast_enabled() or transformed() or _schema.unavailable is not None:
         return None
-    if backend != "native" and (backend is not None or os.environ.get("FASTKM_BACKEND")):
+    if (CHOSEN if backend is None else backend) not in _HERE:
         return None
     plain: list = []
-    gradients = torch.is_grad_enabled()
+    gradient = False
     try:
         for x in arguments:
             kind = type(x)
-            if kind is float:
-                x = _constant(x, plain[0].dtype)
-            elif kind is MemoryState:
-                mean, x = x
-                if not mean.is_cpu or (gradients and mean.requires_grad):
-                    return None
-                plain.append(mean)
+            if kind is not Tensor:  # asked first: most are, and this loop is half of what a call costs here
+                if kind is float:
+                    plain.append(_constant(x, plain[0].dtype))
+                    continue
+                if kind in _NUMBERS:
+                    plain.append(x)
+                    continue
+                if kind is MemoryState:
+                    mean, x = x
+                    if not mean.is_cpu:
+                        return None
+                    gradient = gradient or mean.requires_grad
+                    plain.append(mean)
             # One tensor on the meta device, and the operator would answer without computing.
-            if kind not in _NUMBERS and (not x.is_cpu or (gradients and x.requires_grad)):
+            if not x.is_cpu:
                 return None
+            gradient = gradient or x.requires_grad
             plain.append(x)
-        outputs = operator(*plain)
-        return None if any(outputs[-1].tolist()) else outputs
+        gradient = gradient and torch.is_grad_enabled()
+        if not gradient:
+            outputs = native.operator(*plain)
+        elif CAPABILITIES[native.name]["native"].gradients:
+            with torch.no_grad():
+                outputs = native.operator(*plain)
+        else:
+            return None
+        if any(outputs[-1].tolist()):
+            return None
     except Exception:  # whatever it is, the guards find it too
         return None
+    return native.attach(outputs, plain) if gradient else outputs
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 from oracle import OPERATIONS, runs_on_cpu
 
-from fastkm import _schema
+from fastkm import _backend, _schema
 
 settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("fastkm")
@@ -41,6 +41,6 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def fixed_surroundings(monkeypatch):
     """No preset backend, one thread, a fixed seed."""
-    monkeypatch.delenv("FASTKM_BACKEND", raising=False)
+    monkeypatch.setattr(_backend, "CHOSEN", None)
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -84,6 +84,30 @@ def test_public_functions_run_what_they_were_told(operation, monkeypatch):
     assert ran == ["native", "native", "reference"]
 
 
+@NATIVE_MISSING
+@pytest.mark.parametrize("operation", [o for o in NATIVE_OPERATIONS if o in CALLABLE])
+def test_a_plain_call_that_wants_a_gradient_passes_no_guard(operation, monkeypatch):
+    """Nothing of what the guards would run is run, and the operator is, once."""
+    ran, p = [], with_gradient(problem(2, 3, 3, 4, 5))
+    table, native = KERNELS[operation]
+    monkeypatch.setattr(native, "operator", lambda *a, run=native.operator: ran.append("operator") or run(*a))
+    monkeypatch.setitem(table, "native", lambda *a: ran.append("guarded"))
+    results = oracle.flat(call(operation, p, None)).values()
+    assert any(x.requires_grad for x in results)
+    assert ran == ["operator"]
+
+
+@NATIVE_MISSING
+def test_a_plain_call_under_another_chosen_backend_is_not_native(monkeypatch):
+    ran = []
+    replace_kernel(monkeypatch, "read", "native", lambda run: lambda *a: ran.append("native") or run(*a))
+    monkeypatch.setattr(_backend, "CHOSEN", "reference")
+    call("read", problem(2, 3, 3, 4, 5), None)
+    assert not ran
+    call("read", problem(2, 3, 3, 4, 5), "native")
+    assert ran == ["native"]
+
+
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
@@ -147,18 +171,18 @@ def test_gradients_of_the_reference(operation):
 
 
 def test_variable_names_the_backend_of_calls_that_name_none(monkeypatch, extension):
-    monkeypatch.setenv("FASTKM_BACKEND", "reference")
+    monkeypatch.setattr(_backend, "CHOSEN", "reference")
     assert resolve("write", None, torch.ones(1)) == "reference"
     assert resolve("write", "native", torch.ones(1)) == "native"
-    monkeypatch.setenv("FASTKM_BACKEND", "")
+    monkeypatch.setattr(_backend, "CHOSEN", "native")
     assert resolve("write", None, torch.ones(1)) == "native"
 
 
 def test_variable_does_not_fall_back_either(monkeypatch, no_extension):
-    monkeypatch.setenv("FASTKM_BACKEND", "native")
+    monkeypatch.setattr(_backend, "CHOSEN", "native")
     with pytest.raises(BackendUnavailableError, match="backend 'native' cannot run write"):
         resolve("write", None, torch.ones(1))
-    monkeypatch.setenv("FASTKM_BACKEND", "cuda")
+    monkeypatch.setattr(_backend, "CHOSEN", "cuda")
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         resolve("write", None, torch.ones(1))
 

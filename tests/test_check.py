@@ -84,11 +84,16 @@ def run(function, given, **options):
 
 
 def refused(function, error, pattern, *, options=None, **changes):
-    """Every backend refuses the call in the same words."""
+    """Every backend refuses the call in the same words, whether or not it wants a gradient."""
     given = arguments(function) | changes
     for backend in BACKENDS:
-        with pytest.raises(error, match=pattern):
-            run(function, given, backend=backend, **(options or {}))
+        for wanted in (given, {name: with_gradient(x) for name, x in given.items()}):
+            with pytest.raises(error, match=pattern):
+                run(function, wanted, backend=backend, **(options or {}))
+
+
+def with_gradient(x):
+    return x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -356,8 +361,10 @@ def test_covariance_that_is_none(disease, which, operation, backend, dtype):
     words = "not symmetric" if disease == "asymmetric" else "(not symmetric|not positive definite)"
     words = "not positive definite" if disease in ("indefinite", "nan") else words
     memories = rf"{'memory' if len(which) == 1 else 'memories'} {re.escape(str(which))}"
-    with pytest.raises(torch.linalg.LinAlgError, match=rf"state\.cov.* is {words} in {memories}$"):
-        call(operation, sick(problem(5, 4, 3, K, C, dtype), which, disease), backend)
+    p = sick(problem(5, 4, 3, K, C, dtype), which, disease)
+    for state in (p.state, MemoryState(*map(with_gradient, p.state))):
+        with pytest.raises(torch.linalg.LinAlgError, match=rf"state\.cov.* is {words} in {memories}$"):
+            call(operation, p._replace(state=state), backend)
 
 
 def test_negative_direction_in_the_patterns_weights(backend, dtype):

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributions import Distribution
 
 import fastkm
-from fastkm import KanervaMemory, _schema
+from fastkm import KanervaMemory, _backend, _schema
 
 pytestmark = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
 
@@ -154,8 +154,8 @@ def test_errors_of_a_compiled_graph():
         compiled(p.state.mean, p.queries[:, :, 1:], p.ridge)
 
 
-def test_variable_is_read_while_tracing(monkeypatch):
-    """FASTKM_BACKEND decides for the graph."""
+def test_variable_decides_for_the_graph(monkeypatch):
+    """FASTKM_BACKEND is part of the graph."""
     p, operator = problem(2, 3, 3, 4, 6), torch.ops.fastkm.read.default
 
     def nodes():
@@ -170,7 +170,7 @@ def test_variable_is_read_while_tracing(monkeypatch):
         return seen
 
     assert operator in nodes()
-    monkeypatch.setenv("FASTKM_BACKEND", "reference")
+    monkeypatch.setattr(_backend, "CHOSEN", "reference")
     assert operator not in nodes()
 
 

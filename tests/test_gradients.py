@@ -151,19 +151,44 @@ def test_nothing_has_the_gradient_it_has_in_the_reference(operation, shape):
     assert_same(gradients(operation, p, "native"), gradients(operation, p, "reference"))
 
 
-@pytest.mark.parametrize("shape", ["0-d", "B", "BT"])
-def test_noise_and_ridge_get_gradients_of_their_own_shape(shape):
-    """One number for all patterns is the sum over patterns."""
+@pytest.mark.parametrize("shape", ["float", "0-d", "B", "BT"])
+@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "solve_addressing"])
+def test_noise_and_ridge_get_gradients_of_their_own_shape(operation, shape):
+    """One number for all patterns is the sum over patterns; a float has none, and the others have theirs beside it."""
     p = problem(2, 5, 3, 4, 6)
     found = {}
     for backend in ("native", "reference"):
-        noise = {"0-d": p.noise_var[0, 0], "B": p.noise_var[:, 0], "BT": p.noise_var}[shape].clone().requires_grad_()
-        ridge = (p.ridge[0] if shape == "0-d" else p.ridge).clone().requires_grad_()
-        result = fastkm.write(p.state, p.values, noise, ridge, backend=backend)
-        result.state.mean.square().sum().backward()
-        assert (noise.grad.shape, ridge.grad.shape) == (noise.shape, ridge.shape)
-        found[backend] = {"noise_var": noise.grad, "ridge": ridge.grad}
+        noise, ridge = p.noise_var, p.ridge
+        if shape != "BT":
+            noise, ridge = (noise[:, 0], ridge) if shape == "B" else (noise[0, 0], ridge[0])
+        inputs = leaves(operation, p._replace(noise_var=noise, ridge=ridge))
+        given = replaced(p, inputs)
+        if shape == "float":
+            inputs = {name: x for name, x in inputs.items() if name not in ("noise_var", "ridge")}
+            given = given._replace(noise_var=noise.item(), ridge=ridge.item())
+        outputs = run(operation, given, backend).values()
+        sum(x.square().sum() for x in outputs).backward()
+        assert all(x.grad.shape == x.shape for x in inputs.values())
+        found[backend] = {name: x.grad + x.grad.mT if name == "cov" else x.grad for name, x in inputs.items()}
     assert_same(found["native"], found["reference"])
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "guarded"])
+def test_what_a_hook_raises_is_raised_once(plain):
+    """What is not the operator's refusal is the caller's own, and no reason to compute again."""
+    p, packed = problem(2, 5, 3, 4, 6, torch.float32), []
+    values = p.values if plain else p.values.bfloat16()  # which the operator does not take
+
+    def pack(x):
+        packed.append(x)
+        raise RuntimeError("no room")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+        pytest.raises(RuntimeError, match="no room"),
+    ):
+        fastkm.write(p.state._replace(mean=p.state.mean.requires_grad_()), values, 1.0, 1.0, backend="native")
+    assert len(packed) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- hostile memory

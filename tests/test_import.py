@@ -101,6 +101,13 @@ def test_variable_is_read_in_a_fresh_process():
     assert said.startswith("write: reference\n")
 
 
+@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+def test_variable_is_read_once_and_means_nothing_when_empty():
+    set_afterwards = "import os, fastkm; os.environ['FASTKM_BACKEND'] = 'reference'; fastkm.explain_backend('write')"
+    for given in ({}, {"FASTKM_BACKEND": ""}):
+        assert python(set_afterwards, **given).startswith("write: native\n")
+
+
 def test_import_prints_and_warns_nothing():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", "import torch; import fastkm"],

@@ -19,7 +19,6 @@ _RUN: dict[str, Callable] = {
 }
 
 
-@in_float32
 def solve_addressing(
     mean: Tensor,  # [B, K, C]
     queries: Tensor,  # [B, Q, C]
@@ -52,15 +51,23 @@ def solve_addressing(
 
     Source: Wu et al., NeurIPS 2018, eq. 8.
     """
-    outputs = _backend.straight(native.operator, backend, mean, queries, ridge, _check.meaning(method, SQUARED_GRAM))
+    outputs = _backend.straight(
+        native.solve_addressing, backend, mean, queries, ridge, _check.meaning(method, SQUARED_GRAM)
+    )
     if outputs is None:
-        check = _check.Signature()
-        mean = check.tensor("mean", mean, "BKC")
-        queries = check.tensor("queries", queries, "BQC", low_precision=True)
-        ridge = check.per_memory("ridge", ridge)
-        _check.choice("method", method, METHODS)
-        backend = _backend.resolve("solve_addressing", backend, mean, queries, ridge)
-        (queries,) = _backend.accepted(backend, mean, queries)
-        outputs = _RUN[backend](mean, queries, ridge, SQUARED_GRAM[method])
-        _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+        outputs = _guarded(mean, queries, ridge, method, backend)
     return outputs[0]
+
+
+@in_float32
+def _guarded(mean, queries, ridge, method, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
+    ridge = check.per_memory("ridge", ridge)
+    _check.choice("method", method, METHODS)
+    backend = _backend.resolve("solve_addressing", backend, mean, queries, ridge)
+    (queries,) = _backend.accepted(backend, mean, queries)
+    outputs = _RUN[backend](mean, queries, ridge, SQUARED_GRAM[method])
+    _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+    return outputs

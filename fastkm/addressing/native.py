@@ -5,9 +5,8 @@ import torch
 import fastkm._schema  # noqa: F401  declares the operators
 from fastkm._autograd import differentiable
 
-operator = torch.ops.fastkm.solve_addressing.default
 solve_addressing = differentiable(
-    operator,
+    torch.ops.fastkm.solve_addressing.default,
     torch.ops.fastkm.read_backward.default,
     # A solve is a read of one iteration whose values nobody took.
     lambda mean, queries, ridge, squared_gram, grad: (mean, queries, ridge, 1, squared_gram, 0, None, grad),

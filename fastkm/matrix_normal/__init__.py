@@ -47,7 +47,6 @@ def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | T
     return reference.kl_weights(weights, weight_var, prior_var)
 
 
-@in_float32
 def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None) -> Tensor:
     """KL(q(M) ‖ p(M)) of two memories in nats, ``[B]``.
 
@@ -68,8 +67,13 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
 
     Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
     """
-    if method == "exact" and (outputs := _backend.straight(native.kl_operator, backend, state, prior)):
+    if method == "exact" and (outputs := _backend.straight(native.kl_memory, backend, state, prior)):
         return outputs[0]
+    return _guarded_kl(state, prior, method, backend)
+
+
+@in_float32
+def _guarded_kl(state, prior, method, backend) -> Tensor:
     check = _check.Signature()
     tensors = (*check.state("state", state), *check.state("prior", prior))
     if _check.choice("method", method, ("exact", "deepmind")) == "deepmind":
@@ -80,7 +84,6 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
     return kl
 
 
-@in_float32
 def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
     """``ln|U|`` of every covariance, from its Cholesky diagonal: ``2 Σ_k ln L_kk`` with ``U = L Lᵀ``.
 
@@ -99,8 +102,13 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
         torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
     """
-    if outputs := _backend.straight(native.logdet_operator, backend, cov):
+    if outputs := _backend.straight(native.logdet, backend, cov):
         return outputs[0]
+    return _guarded_logdet(cov, backend)
+
+
+@in_float32
+def _guarded_logdet(cov, backend) -> Tensor:
     cov = _check.Signature().tensor("cov", cov, "BKK")
     values, info = _RUN_LOGDET[_backend.resolve("logdet", backend, cov)](cov)
     _check.factored(info, "cov")

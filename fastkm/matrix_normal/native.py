@@ -7,6 +7,5 @@ from fastkm._autograd import differentiable
 
 _operators = torch.ops.fastkm
 
-kl_operator, logdet_operator = _operators.kl_memory.default, _operators.logdet.default
-kl_memory = differentiable(kl_operator, _operators.kl_memory_backward.default)
-logdet = differentiable(logdet_operator, _operators.logdet_backward.default)
+kl_memory = differentiable(_operators.kl_memory.default, _operators.kl_memory_backward.default)
+logdet = differentiable(_operators.logdet.default, _operators.logdet_backward.default)

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.posterior import native, reference
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
@@ -28,7 +28,6 @@ class PosteriorUpdate(NamedTuple):
     log_evidence: Tensor  # [B], ln p(values | weights), nats
 
 
-@in_float32
 def update_posterior(
     state: MemoryState,
     weights: Tensor,  # [B, T, K]
@@ -76,19 +75,33 @@ def update_posterior(
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
     outputs = _backend.straight(
-        native.operator, backend, state, weights, values, noise_var, mask, _check.meaning(precision, _check.ROUNDING)
+        native.update_posterior,
+        backend,
+        state,
+        weights,
+        values,
+        noise_var,
+        mask,
+        _check.meaning(precision, _check.ROUNDING),
     )
     if outputs is None:
-        check = _check.Signature()
-        mean, cov = check.state("state", state)
-        weights = check.tensor("weights", weights, "BTK", low_precision=True)
-        values = check.tensor("values", values, "BTC", low_precision=True)
-        noise_var = check.noise("noise_var", noise_var)
-        mask = check.mask("mask", mask, "BT")
-        rounding = _check.precision(precision)
-        backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
-        weights, values = _backend.accepted(backend, mean, weights, values)
-        outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
-        _check.factored(outputs[-1], "state.cov")
+        outputs = _guarded(state, weights, values, noise_var, mask, precision, backend)
     mean, cov, innovation_var, kl, log_evidence, _ = outputs
-    return PosteriorUpdate(MemoryState(mean, cov), innovation_var, kl, log_evidence)
+    state = made(MemoryState, (mean, cov))
+    return made(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
+
+
+@in_float32
+def _guarded(state, weights, values, noise_var, mask, precision, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean, cov = check.state("state", state)
+    weights = check.tensor("weights", weights, "BTK", low_precision=True)
+    values = check.tensor("values", values, "BTC", low_precision=True)
+    noise_var = check.noise("noise_var", noise_var)
+    mask = check.mask("mask", mask, "BT")
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
+    weights, values = _backend.accepted(backend, mean, weights, values)
+    outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
+    _check.factored(outputs[-1], "state.cov")
+    return outputs

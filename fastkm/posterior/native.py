@@ -5,5 +5,6 @@ import torch
 import fastkm._schema  # noqa: F401  declares the operators
 from fastkm._autograd import differentiable
 
-operator = torch.ops.fastkm.update_posterior.default
-update_posterior = differentiable(operator, torch.ops.fastkm.update_posterior_backward.default)
+_operators = torch.ops.fastkm
+
+update_posterior = differentiable(_operators.update_posterior.default, _operators.update_posterior_backward.default)

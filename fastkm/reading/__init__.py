@@ -9,7 +9,7 @@ from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS, SQUARED_GRAM
 from fastkm.reading import native, reference
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
@@ -41,7 +41,6 @@ class AttractorResult(NamedTuple):
     num_iters: Tensor  # [B, Q], int64, the iterations each query took
 
 
-@in_float32
 def read(
     mean: Tensor,  # [B, K, C]
     queries: Tensor,  # [B, Q, C]
@@ -84,31 +83,36 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    rounding = _check.meaning(precision, _check.ROUNDING)
     outputs = _backend.straight(
-        native.operator,
+        native.read,
         backend,
         mean,
         queries,
         ridge,
         _check.exact_int(num_iters),
         _check.meaning(method, SQUARED_GRAM),
-        rounding,
+        _check.meaning(precision, _check.ROUNDING),
     )
     if outputs is None:
-        check = _check.Signature()
-        mean = check.tensor("mean", mean, "BKC")
-        queries = check.tensor("queries", queries, "BQC", low_precision=True)
-        ridge = check.per_memory("ridge", ridge)
-        _check.count("num_iters", num_iters)
-        _check.choice("method", method, METHODS)
-        rounding = _check.precision(precision)
-        backend = _backend.resolve("read", backend, mean, queries, ridge)
-        (queries,) = _backend.accepted(backend, mean, queries)
-        outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
-        _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+        outputs = _guarded_read(mean, queries, ridge, num_iters, method, precision, backend)
     values, weights, _ = outputs
-    return ReadResult(values, weights)
+    return made(ReadResult, (values, weights))
+
+
+@in_float32
+def _guarded_read(mean, queries, ridge, num_iters, method, precision, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_iters", num_iters)
+    _check.choice("method", method, METHODS)
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("read", backend, mean, queries, ridge)
+    (queries,) = _backend.accepted(backend, mean, queries)
+    outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
+    _check.factored(outputs[-1], "mean meanᵀ + ridge I")
+    return outputs
 
 
 @in_float32

@@ -8,6 +8,5 @@ from fastkm.reading import reference
 
 _operators = torch.ops.fastkm
 
-operator = _operators.read.default
-read = differentiable(operator, _operators.read_backward.default)
+read = differentiable(_operators.read.default, _operators.read_backward.default)
 attractor_read = reference.without_gradient(_operators.factor_addressing.default, _operators.solve_factored.default)

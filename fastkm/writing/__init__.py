@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkm import _backend, _check
 from fastkm._autocast import in_float32
 from fastkm.addressing import METHODS, SQUARED_GRAM
-from fastkm.state import MemoryState
+from fastkm.state import MemoryState, made
 from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
@@ -29,7 +29,6 @@ class WriteResult(NamedTuple):
     kl: Tensor  # [B, T], nats
 
 
-@in_float32
 def write(
     state: MemoryState,
     values: Tensor,  # [B, T, C]
@@ -79,7 +78,7 @@ def write(
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
     outputs = _backend.straight(
-        native.operator,
+        native.write,
         backend,
         state,
         values,
@@ -91,20 +90,25 @@ def write(
         _check.meaning(precision, _check.ROUNDING),
     )
     if outputs is None:
-        check = _check.Signature()
-        mean, cov = check.state("state", state)
-        values = check.tensor("values", values, "BTC", low_precision=True)
-        noise_var = check.noise("noise_var", noise_var)
-        ridge = check.per_memory("ridge", ridge)
-        _check.count("num_opt_iters", num_opt_iters)
-        _check.choice("method", method, METHODS)
-        mask = check.mask("mask", mask, "BT")
-        rounding = _check.precision(precision)
-        backend = _backend.resolve("write", backend, mean, cov, values, noise_var, ridge)
-        (values,) = _backend.accepted(backend, mean, values)
-        outputs = _RUN[backend](
-            mean, cov, values, noise_var, ridge, num_opt_iters, SQUARED_GRAM[method], mask, rounding
-        )
-        _check.factored(outputs[-1], "state.cov")
+        outputs = _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend)
     mean, cov, weights, innovation_var, kl, _ = outputs
-    return WriteResult(MemoryState(mean, cov), weights, innovation_var, kl)
+    state = made(MemoryState, (mean, cov))
+    return made(WriteResult, (state, weights, innovation_var, kl))
+
+
+@in_float32
+def _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend) -> tuple[Tensor, ...]:
+    check = _check.Signature()
+    mean, cov = check.state("state", state)
+    values = check.tensor("values", values, "BTC", low_precision=True)
+    noise_var = check.noise("noise_var", noise_var)
+    ridge = check.per_memory("ridge", ridge)
+    _check.count("num_opt_iters", num_opt_iters)
+    _check.choice("method", method, METHODS)
+    mask = check.mask("mask", mask, "BT")
+    rounding = _check.precision(precision)
+    backend = _backend.resolve("write", backend, mean, cov, values, noise_var, ridge)
+    (values,) = _backend.accepted(backend, mean, values)
+    outputs = _RUN[backend](mean, cov, values, noise_var, ridge, num_opt_iters, SQUARED_GRAM[method], mask, rounding)
+    _check.factored(outputs[-1], "state.cov")
+    return outputs

@@ -5,5 +5,7 @@ import torch
 import fastkm._schema  # noqa: F401  declares the operators
 from fastkm._autograd import differentiable
 
-operator = torch.ops.fastkm.write.default
-write = differentiable(operator, torch.ops.fastkm.write_backward.default, keep=slice(2, 3))  # the weights it found
+_operators = torch.ops.fastkm
+
+# What is kept are the weights it found.
+write = differentiable(_operators.write.default, _operators.write_backward.default, keep=slice(2, 3))
