@@ -5,28 +5,50 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// a ← (a + aᵀ) / 2
+// a ← (a + aᵀ) / 2, squares of whole vectors at a time; what is left one by one.
 template <class T>
 void symmetrise(const Matrix<T>& a) {
-  for (int64_t i = 0; i < a.rows; ++i)
+  constexpr int64_t W = kLanes<T>;
+  const int64_t whole = a.rows / W * W;
+  alignas(64) T across[W * W], along[W * W];
+  for (int64_t i = 0; i < whole; i += W)
+    for (int64_t j = 0; j <= i; j += W) {
+      transpose_square(across, W, a.row(j) + i, a.ld);
+      for (int64_t row = 0; row < W; ++row) {
+        const Vec<T> mean = T(0.5) * (load(a.row(i + row) + j) + load(across + row * W));
+        store<T>(along + row * W, mean);
+        store<T>(a.row(i + row) + j, mean);
+      }
+      transpose_square(a.row(j) + i, a.ld, along, W);
+    }
+  for (int64_t i = whole; i < a.rows; ++i)
     for (int64_t j = 0; j < i; ++j) a.row(i)[j] = a.row(j)[i] = T(0.5) * (a.row(i)[j] + a.row(j)[i]);
 }
 
-// a += (x yᵀ + y xᵀ) / 2 for one pair of matrices [t, K] whose rows are the vectors.
+// to += from, padding included.
 template <class T>
-void add_symmetric_product(const Matrix<T>& a, const Matrix<T>& x, const Matrix<T>& y, Arena& arena) {
-  const Matrix<T> term = take_matrix<T>(arena, a.rows, a.rows);
-  product<Into::kSet>(term, x.rows, transposed(x), y);
-  symmetrise(term);
-  for (int64_t i = 0; i < a.rows; ++i)
-    for (int64_t j = 0; j < a.rows; ++j) a.row(i)[j] += term.row(i)[j];
+void add_rows(const Matrix<T>& to, const Matrix<T>& from) {
+  const int64_t padded = round_up(from.columns, kLanes<T>);
+  for (int64_t i = 0; i < from.rows; ++i)
+    for (int64_t j = 0; j < padded; j += kLanes<T>)
+      store<T>(to.row(i) + j, load(to.row(i) + j) + load(from.row(i) + j));
 }
 
+// L⁻¹ in full, zero above the diagonal.
 template <class T>
-Matrix<T> take_transposed(const Matrix<T>& m, Arena& arena) {
-  const Matrix<T> result = take_matrix<T>(arena, m.columns, m.rows);
-  transpose(result, m);
-  return result;
+Matrix<T> take_inverse(const Factor<T>& f, Arena& arena) {
+  const int64_t n = f.size();
+  const Matrix<T> inverse = take_matrix<T>(arena, n, n), work = take_matrix<T>(arena, kBlock, n);
+  fill_zero(inverse);
+  for (int64_t j = 0; j < n; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j);
+    copy_rows(inverse.block(j, width, j, width), f.inverse_block(j).block(0, width, 0, width));
+    if (j == 0) continue;
+    product<Into::kSet>(work.block(0, width, 0, j), j, left(f.lower.rows_from(j, width)), inverse);
+    const Matrix<T> before = inverse.block(j, width, 0, j);
+    product<Into::kSubtract>(before, width, left(f.inverse_block(j)), work);
+  }
+  return inverse;
 }
 
 // A missing cotangent is zero.
@@ -57,13 +79,13 @@ struct PatternCotangents {
   T pivot = 0, energy = 0, noise = 0;
 };
 template <class T>
-PatternCotangents<T> pattern_cotangents(const Chunk<T>& chunk, int64_t t, const PosteriorArgs<T>& args,
+PatternCotangents<T> pattern_cotangents(const Chunk<T>& chunk, T energy, int64_t t, const PosteriorArgs<T>& args,
                                         const PosteriorGrads<T>& grads, int64_t b, int64_t first) {
   const T grad_s = value_or_zero(grads.innovation_var, b, first + t), grad_kl = value_or_zero(grads.kl, b, first + t);
   const T grad_evidence = value_or_zero(grads.log_evidence, b, 0);
   if (!args.seen(b, first + t)) return {.noise = grad_s};
   const T noise = chunk.noise[t], pivot = chunk.pivot(t), s = pivot > noise ? pivot : noise;
-  const T C = static_cast<T>(args.C), energy = dot(args.C, chunk.values.row(t), chunk.values.row(t));
+  const T C = static_cast<T>(args.C);
   PatternCotangents<T> result;
   const T of_s = grad_s + T(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
   (pivot > noise ? result.pivot : result.noise) = of_s;
@@ -83,66 +105,71 @@ struct ChunkCotangents {
 // With bars for cotangents and primes for what is after the chunk:
 //   Ḡ = E R̄'ᵀ − 2 G Ū'          Ē = G R̄' + 2 diag(ē) E
 //   V̄ = L⁻ᵀ Ḡ                   Z̄ = L⁻ᵀ Ē
-//   L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ) + 2 diag(L_tt s̄_t)      S̄ = L⁻ᵀ Φ(Lᵀ L̄) L⁻¹, symmetric
-//   V̄ += S̄ W     W̄ += S̄ V − Z̄ Rᵀ + V̄ U     R̄ = R̄' − Wᵀ Z̄     Ū = Ū' + sym(Wᵀ V̄)
+//   N = Ḡ Gᵀ + Ē Eᵀ              S̄ = L⁻ᵀ (diag(L_tt² s̄_t) − ½ N) L⁻¹, with N's lower triangle mirrored
+//   V̄ += S̄ W     W̄ += (V̄ + S̄ W) U − Z̄ Rᵀ     R̄ = R̄' − Wᵀ Z̄     Ū = Ū' + sym(Wᵀ V̄)
+// The lower triangle of Lᵀ L̄ is that of −N, as L̄ = −tril(L⁻ᵀ N). Patterns are columns here: then states and their
+// cotangents are left factors only, and need no transposing.
 // `memory` is the state before the chunk; `grad` goes from after the chunk to before it.
 template <class T>
 void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Chunk<T>& chunk,
                         const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b, int64_t first,
                         ChunkCotangents<T>& bar, Arena& arena) {
-  const int64_t K = args.K, C = args.C, count = chunk.count();
-  const Matrix<T>&E = chunk.values, &G = chunk.gain, &L = chunk.factor.lower;
-  const Matrix<T> V_bar = take_matrix<T>(arena, count, K), Z_bar = bar.values;
-  const Matrix<T> L_bar = take_matrix<T>(arena, count, count), S_bar = take_matrix<T>(arena, count, count);
+  const int64_t K = args.K, C = args.C, both = K + C, count = chunk.count();
+  const auto take = [&](int64_t rows) { return take_matrix<T>(arena, rows, count); };
+  const Matrix<T> whitened = take(both), G = whitened.rows_from(0, K), E = whitened.rows_from(K, C);
+  const Matrix<T> whitened_bar = take(both), G_bar = whitened_bar.rows_from(0, K), E_bar = whitened_bar.rows_from(K, C);
+  const int64_t padded = round_up(count, kLanes<T>);
+  transpose(G, chunk.gain);
+  transpose(E, chunk.values);
 
   // Through the state.
-  product<Into::kSet>(V_bar, K, left(G), grad.cov);
-  for (int64_t t = 0; t < count; ++t)
-    for (int64_t k = 0; k < V_bar.ld; ++k) V_bar.row(t)[k] *= -2;
-  product<Into::kAdd>(V_bar, C, left(E), take_transposed(grad.mean, arena));
-  product<Into::kSet>(Z_bar, K, left(G), grad.mean);
+  product<Into::kSet>(G_bar, K, left(grad.cov), G);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t t = 0; t < padded; ++t) G_bar.row(k)[t] *= -2;
+  product<Into::kAdd>(G_bar, C, left(grad.mean), E);
+  product<Into::kSet>(E_bar, K, transposed(grad.mean), G);
 
   // Through what is told of each pattern.
-  T pivot_bar[kLargestChunk];
+  constexpr int64_t kMost = kLargestChunk + kBlock;
+  T energy[kMost] = {}, energy_bar[kMost] = {}, pivot_bar[kMost];
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t t = 0; t < padded; ++t) energy[t] += E.row(c)[t] * E.row(c)[t];
   for (int64_t t = 0; t < count; ++t) {
-    const PatternCotangents<T> told = pattern_cotangents(chunk, t, args, grads, b, first);
+    const PatternCotangents<T> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
+    energy_bar[t] = 2 * told.energy;
     pivot_bar[t] = told.pivot;
     bar.noise[t] = told.noise;
-    for (int64_t c = 0; c < C; ++c) Z_bar.row(t)[c] += 2 * told.energy * E.row(t)[c];
   }
+  for (int64_t c = 0; c < C; ++c)
+    for (int64_t t = 0; t < padded; ++t) E_bar.row(c)[t] += energy_bar[t] * E.row(c)[t];
 
-  // Through the whitening.
-  solve_lower_transposed(chunk.factor, V_bar, arena);
-  solve_lower_transposed(chunk.factor, Z_bar, arena);
-  product<Into::kSet>(L_bar, K, left(V_bar), take_transposed(G, arena));
-  product<Into::kAdd>(L_bar, C, left(Z_bar), take_transposed(E, arena));
-  const Matrix<T> L_zeroed = take_matrix<T>(arena, count, count);
-  fill_zero(L_zeroed);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < L_bar.ld; ++j) {
-      L_bar.row(i)[j] = j > i ? 0 : -L_bar.row(i)[j] + (j == i ? 2 * L.row(i)[i] * pivot_bar[i] : 0);
-      if (j <= i) L_zeroed.row(i)[j] = L.row(i)[j];
-    }
-
-  // Through the Cholesky factor: the lower triangle of Lᵀ L̄, halved and mirrored, between L⁻ᵀ and L⁻¹.
-  product<Into::kSet>(S_bar, count, transposed(L_zeroed), L_bar);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j <= i; ++j) S_bar.row(i)[j] *= T(0.5);
+  // Through the whitening, and through the factor.
+  const Matrix<T> inverse = take_inverse(chunk.factor, arena), S_bar = take(count), work = take(count);
+  const Matrix<T> solved = take(both), V_bar = solved.rows_from(0, K), Z_bar = solved.rows_from(K, C);
+  product<Into::kSet>(solved, count, left(whitened_bar), inverse);
+  product_lower<Into::kSet>(S_bar, both, transposed(whitened_bar), whitened);
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= T(-0.5);
+    S_bar.row(i)[i] += chunk.pivot(i) * pivot_bar[i];
+  }
   mirror(S_bar);
-  solve_lower_transposed(chunk.factor, S_bar, arena);
-  transpose(L_bar, S_bar);
-  solve_lower_transposed(chunk.factor, L_bar, arena);
-  symmetrise(L_bar);
-  copy_rows(S_bar, L_bar);
+  product<Into::kSet>(work, count, left(S_bar), inverse);
+  product<Into::kSet>(S_bar, count, transposed(inverse), work);
   for (int64_t t = 0; t < count; ++t) bar.noise[t] += S_bar.row(t)[t];
 
   // Down to the arguments.
-  product<Into::kAdd>(V_bar, count, left(S_bar), chunk.weights);
-  product<Into::kAdd>(bar.weights, count, left(S_bar), chunk.projected);
-  product<Into::kSubtract>(bar.weights, C, left(Z_bar), take_transposed(memory.mean, arena));
-  product<Into::kAdd>(bar.weights, K, left(V_bar), memory.cov);
-  product<Into::kSubtract>(grad.mean, count, transposed(chunk.weights), Z_bar);
-  add_symmetric_product(grad.cov, chunk.weights, V_bar, arena);
+  const Matrix<T> shared = take(K), W_bar = take(K), turned = take_matrix<T>(arena, count, K);
+  product<Into::kSet>(shared, count, transposed(chunk.weights), S_bar);
+  add_rows(V_bar, shared);
+  product<Into::kAdd>(grad.cov, count, left(V_bar), chunk.weights);
+  symmetrise(grad.cov);
+  transpose(bar.values, Z_bar);
+  product<Into::kSubtract>(grad.mean, count, transposed(chunk.weights), bar.values);
+  add_rows(V_bar, shared);
+  product<Into::kSet>(W_bar, K, left(memory.cov), V_bar);
+  product<Into::kSubtract>(W_bar, C, left(memory.mean), Z_bar);
+  transpose(turned, W_bar);
+  add_rows(bar.weights, turned);
 }
 
 // A masked pattern has no say, so nothing flows back to it.
@@ -164,36 +191,32 @@ void copy_memory(const Memory<T>& to, const Memory<T>& from) {
 }
 
 // Call `backward(memory, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
-// before it. The states are those of one memory only, one a chunk, in working memory.
+// before it. States and chunks are those of one memory only, in working memory.
 template <class T, class Backward>
 void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
-  const int64_t chunks = (args.T_ + size - 1) / size, most = smaller(size, args.T_);
-  const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
-  const int64_t mean_ld = row_stride<T>(args.C), cov_ld = row_stride<T>(args.K);
-  const auto state_at = [&, all = arena.take<T>(chunks * args.K * (mean_ld + cov_ld))](int64_t chunk) {
-    T* at = all + chunk * args.K * (mean_ld + cov_ld);
-    return Memory<T>{{at, args.K, args.C, mean_ld}, {at + args.K * mean_ld, args.K, args.K, cov_ld}};
-  };
-  const auto load_chunk = [&](const Memory<T>& memory, int64_t chunk) {
-    const int64_t first = chunk * size, count = smaller(size, args.T_ - first);
-    load_patterns(weights.rows_from(0, count), args.weights, args, b, first);
-    load_patterns(values.rows_from(0, count), args.values, args, b, first);
-    return whiten(memory, weights.rows_from(0, count), values.rows_from(0, count), args, b, first, arena);
-  };
-  const Arena::Mark chunk_start = arena.mark();
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    arena.release(chunk_start);
-    if (chunk == 0) {
-      load_matrix(state_at(0).mean, args.mean, b);
-      load_matrix(state_at(0).cov, args.cov, b);
+  const int64_t chunks = (args.T_ + size - 1) / size;
+  const Matrix<T> values = take_matrix<T>(arena, smaller(size, args.T_), args.C);
+  Memory<T>* states = arena.take<Memory<T>>(chunks);
+  Chunk<T>* whitened = arena.take<Chunk<T>>(chunks);
+  for (int64_t n = 0; n < chunks; ++n) {
+    const int64_t first = n * size, count = smaller(size, args.T_ - first);
+    states[n] = take_memory(args, arena);
+    if (n == 0) {
+      load_matrix(states[0].mean, args.mean, b);
+      load_matrix(states[0].cov, args.cov, b);
     } else {
-      copy_memory(state_at(chunk), state_at(chunk - 1));
-      absorb(state_at(chunk), load_chunk(state_at(chunk - 1), chunk - 1));
+      copy_memory(states[n], states[n - 1]);
+      absorb(states[n], whitened[n - 1]);
     }
+    const Matrix<T> weights = take_matrix<T>(arena, count, args.K), chunk_values = values.rows_from(0, count);
+    load_patterns(weights, args.weights, args, b, first);
+    load_patterns(chunk_values, args.values, args, b, first);
+    whitened[n] = whiten(states[n], weights, chunk_values, args, b, first, arena);
   }
-  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
+  const Arena::Mark chunk_start = arena.mark();
+  for (int64_t n = chunks - 1; n >= 0; --n) {
     arena.release(chunk_start);
-    backward(state_at(chunk), load_chunk(state_at(chunk), chunk), chunk * size);
+    backward(states[n], whitened[n], n * size);
   }
 }
 
