@@ -34,6 +34,13 @@ void add_rows(const Matrix<T>& to, const Matrix<T>& from) {
       store<T>(to.row(i) + j, load(to.row(i) + j) + load(from.row(i) + j));
 }
 
+template <class T>
+Matrix<T> take_transposed(const Matrix<T>& m, Arena& arena) {
+  const Matrix<T> result = take_matrix<T>(arena, m.columns, m.rows);
+  transpose(result, m);
+  return result;
+}
+
 // L⁻¹ in full, zero above the diagonal.
 template <class T>
 Matrix<T> take_inverse(const Factor<T>& f, Arena& arena) {
@@ -73,18 +80,90 @@ void load_cotangents(const Memory<T>& grad, const PosteriorGrads<T>& grads, int6
   symmetrise(grad.cov);
 }
 
+// The state before a chunk. It is only ever a left factor, which need not be padded: the first is the caller's own.
+template <class T>
+struct State {
+  Batch<const T> mean, cov;  // of one memory
+};
+
+template <class T>
+Left<T> left(const Batch<const T>& m) {
+  return {m.data, m.stride[1], m.stride[2]};
+}
+template <class T>
+Left<T> transposed(const Batch<const T>& m) {
+  return {m.data, m.stride[2], m.stride[1]};
+}
+template <class T>
+Batch<const T> at_memory(const Batch<const T>& m, int64_t b) {
+  return {m.at(b), {m.stride[0], m.stride[1], m.stride[2]}};
+}
+template <class T>
+State<T> state_of(const Memory<T>& memory) {
+  return {{memory.mean.data, {0, memory.mean.ld, 1}}, {memory.cov.data, {0, memory.cov.ld, 1}}};
+}
+
+// A chunk as its backward wants it, with patterns for columns: then states and their cotangents are left factors only.
+template <class T>
+struct Columns {
+  Matrix<T> weights;                             // W [t, K], these as rows
+  Matrix<T> whitened;                            // Gᵀ above Eᵀ [K + C, t]
+  Matrix<T> inverse;                             // L⁻¹ [t, t]
+  T noise[kLargestChunk], pivot[kLargestChunk];  // σ² and L_tt² [t]
+
+  int64_t count() const { return weights.rows; }
+};
+
+// Like whiten. `values` [t, C] is only read.
+template <class T>
+Columns<T> whiten_columns(const State<T>& state, const Matrix<T>& weights, const Matrix<T>& values,
+                          const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+  const int64_t K = args.K, C = args.C, count = weights.rows;
+  Columns<T> chunk{.weights = weights, .whitened = take_matrix<T>(arena, K + C, count)};
+  const Matrix<T> inputs = take_matrix<T>(arena, K + C, count), weights_turned = take_matrix<T>(arena, K, count);
+  const Matrix<T> projected = inputs.rows_from(0, K), innovations = inputs.rows_from(K, C);
+  const Factor<T> factor = take_factor<T>(arena, count);
+  transpose(weights_turned, weights);
+  transpose(innovations, values);
+  product<Into::kSet>(projected, K, left(state.cov), weights_turned);
+  product_lower<Into::kSet>(factor.lower, K, left(weights), projected);
+  T slack[kLargestChunk];
+  for (int64_t t = 0; t < count; ++t) {
+    chunk.noise[t] = *args.noise_var.at(b, first + t);
+    T& variance = factor.lower.row(t)[t];
+    variance += chunk.noise[t];
+    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
+  }
+  cholesky(factor, arena, Floors<T>{chunk.noise, slack});
+  for (int64_t t = 0; t < count; ++t) chunk.pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  chunk.inverse = take_inverse(factor, arena);
+  product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_turned);
+  product<Into::kSet>(chunk.whitened, count, left(inputs), take_transposed(chunk.inverse, arena));
+  return chunk;
+}
+
+// R += Gᵀ E, U −= Gᵀ G.
+template <class T>
+void absorb(const Memory<T>& memory, const Columns<T>& chunk, Arena& arena) {
+  const int64_t K = memory.mean.rows, C = memory.mean.columns;
+  const Matrix<T> gain = chunk.whitened.rows_from(0, K);
+  product<Into::kAdd>(memory.mean, chunk.count(), left(gain), take_transposed(chunk.whitened.rows_from(K, C), arena));
+  product_lower<Into::kSubtract>(memory.cov, chunk.count(), left(gain), take_transposed(gain, arena));
+  mirror(memory.cov);
+}
+
 // From the cotangents of a pattern's s, KL and log-likelihood to those of its pivot L_tt², energy ‖E_t‖² and σ².
 template <class T>
 struct PatternCotangents {
   T pivot = 0, energy = 0, noise = 0;
 };
 template <class T>
-PatternCotangents<T> pattern_cotangents(const Chunk<T>& chunk, T energy, int64_t t, const PosteriorArgs<T>& args,
+PatternCotangents<T> pattern_cotangents(const Columns<T>& chunk, T energy, int64_t t, const PosteriorArgs<T>& args,
                                         const PosteriorGrads<T>& grads, int64_t b, int64_t first) {
   const T grad_s = value_or_zero(grads.innovation_var, b, first + t), grad_kl = value_or_zero(grads.kl, b, first + t);
   const T grad_evidence = value_or_zero(grads.log_evidence, b, 0);
   if (!args.seen(b, first + t)) return {.noise = grad_s};
-  const T noise = chunk.noise[t], pivot = chunk.pivot(t), s = pivot > noise ? pivot : noise;
+  const T noise = chunk.noise[t], pivot = chunk.pivot[t], s = pivot > noise ? pivot : noise;
   const T C = static_cast<T>(args.C);
   PatternCotangents<T> result;
   const T of_s = grad_s + T(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
@@ -107,20 +186,18 @@ struct ChunkCotangents {
 //   V̄ = L⁻ᵀ Ḡ                   Z̄ = L⁻ᵀ Ē
 //   N = Ḡ Gᵀ + Ē Eᵀ              S̄ = L⁻ᵀ (diag(L_tt² s̄_t) − ½ N) L⁻¹, with N's lower triangle mirrored
 //   V̄ += S̄ W     W̄ += (V̄ + S̄ W) U − Z̄ Rᵀ     R̄ = R̄' − Wᵀ Z̄     Ū = Ū' + sym(Wᵀ V̄)
-// The lower triangle of Lᵀ L̄ is that of −N, as L̄ = −tril(L⁻ᵀ N). Patterns are columns here: then states and their
-// cotangents are left factors only, and need no transposing.
-// `memory` is the state before the chunk; `grad` goes from after the chunk to before it.
+// as L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt s̄_t), and the lower triangle of Lᵀ L̄ is all that reaches S̄.
+// `state` is that before the chunk; `grad` goes from after the chunk to before it.
 template <class T>
-void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Chunk<T>& chunk,
+void condition_backward(const State<T>& state, const Memory<T>& grad, const Columns<T>& chunk,
                         const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b, int64_t first,
                         ChunkCotangents<T>& bar, Arena& arena) {
-  const int64_t K = args.K, C = args.C, both = K + C, count = chunk.count();
+  const int64_t K = args.K, C = args.C, count = chunk.count(), padded = round_up(count, kLanes<T>);
   const auto take = [&](int64_t rows) { return take_matrix<T>(arena, rows, count); };
-  const Matrix<T> whitened = take(both), G = whitened.rows_from(0, K), E = whitened.rows_from(K, C);
-  const Matrix<T> whitened_bar = take(both), G_bar = whitened_bar.rows_from(0, K), E_bar = whitened_bar.rows_from(K, C);
-  const int64_t padded = round_up(count, kLanes<T>);
-  transpose(G, chunk.gain);
-  transpose(E, chunk.values);
+  const auto upper = [&](const Matrix<T>& m) { return m.rows_from(0, K); };
+  const auto lower = [&](const Matrix<T>& m) { return m.rows_from(K, C); };
+  const Matrix<T> G = upper(chunk.whitened), E = lower(chunk.whitened), whitened_bar = take(K + C);
+  const Matrix<T> G_bar = upper(whitened_bar), E_bar = lower(whitened_bar);
 
   // Through the state.
   product<Into::kSet>(G_bar, K, left(grad.cov), G);
@@ -130,10 +207,12 @@ void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Ch
   product<Into::kSet>(E_bar, K, transposed(grad.mean), G);
 
   // Through what is told of each pattern.
-  constexpr int64_t kMost = kLargestChunk + kBlock;
-  T energy[kMost] = {}, energy_bar[kMost] = {}, pivot_bar[kMost];
-  for (int64_t c = 0; c < C; ++c)
-    for (int64_t t = 0; t < padded; ++t) energy[t] += E.row(c)[t] * E.row(c)[t];
+  T energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
+  for (int64_t t = 0; t < padded; t += kLanes<T>) {
+    Vec<T> sum[2] = {};
+    for (int64_t c = 0; c < C; ++c) sum[c % 2] += load(E.row(c) + t) * load(E.row(c) + t);
+    store<T>(energy + t, sum[0] + sum[1]);
+  }
   for (int64_t t = 0; t < count; ++t) {
     const PatternCotangents<T> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
     energy_bar[t] = 2 * told.energy;
@@ -144,21 +223,21 @@ void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Ch
     for (int64_t t = 0; t < padded; ++t) E_bar.row(c)[t] += energy_bar[t] * E.row(c)[t];
 
   // Through the whitening, and through the factor.
-  const Matrix<T> inverse = take_inverse(chunk.factor, arena), S_bar = take(count), work = take(count);
-  const Matrix<T> solved = take(both), V_bar = solved.rows_from(0, K), Z_bar = solved.rows_from(K, C);
-  product<Into::kSet>(solved, count, left(whitened_bar), inverse);
-  product_lower<Into::kSet>(S_bar, both, transposed(whitened_bar), whitened);
+  const Matrix<T> solved = take(K + C), V_bar = upper(solved), Z_bar = lower(solved);
+  const Matrix<T> S_bar = take(count), half = take(count);
+  product<Into::kSet>(solved, count, left(whitened_bar), chunk.inverse);
+  product_lower<Into::kSet>(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= T(-0.5);
-    S_bar.row(i)[i] += chunk.pivot(i) * pivot_bar[i];
+    S_bar.row(i)[i] += chunk.pivot[i] * pivot_bar[i];
   }
   mirror(S_bar);
-  product<Into::kSet>(work, count, left(S_bar), inverse);
-  product<Into::kSet>(S_bar, count, transposed(inverse), work);
+  product<Into::kSet>(half, count, left(S_bar), chunk.inverse);
+  product<Into::kSet>(S_bar, count, transposed(chunk.inverse), half);
   for (int64_t t = 0; t < count; ++t) bar.noise[t] += S_bar.row(t)[t];
 
   // Down to the arguments.
-  const Matrix<T> shared = take(K), W_bar = take(K), turned = take_matrix<T>(arena, count, K);
+  const Matrix<T> shared = take(K), W_bar = take(K);
   product<Into::kSet>(shared, count, transposed(chunk.weights), S_bar);
   add_rows(V_bar, shared);
   product<Into::kAdd>(grad.cov, count, left(V_bar), chunk.weights);
@@ -166,10 +245,9 @@ void condition_backward(const Memory<T>& memory, const Memory<T>& grad, const Ch
   transpose(bar.values, Z_bar);
   product<Into::kSubtract>(grad.mean, count, transposed(chunk.weights), bar.values);
   add_rows(V_bar, shared);
-  product<Into::kSet>(W_bar, K, left(memory.cov), V_bar);
-  product<Into::kSubtract>(W_bar, C, left(memory.mean), Z_bar);
-  transpose(turned, W_bar);
-  add_rows(bar.weights, turned);
+  product<Into::kSet>(W_bar, K, left(state.cov), V_bar);
+  product<Into::kSubtract>(W_bar, C, left(state.mean), Z_bar);
+  add_rows(bar.weights, take_transposed(W_bar, arena));
 }
 
 // A masked pattern has no say, so nothing flows back to it.
@@ -184,39 +262,34 @@ Memory<T> take_memory(const PosteriorArgs<T>& args, Arena& arena) {
   return {take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
 }
 
-template <class T>
-void copy_memory(const Memory<T>& to, const Memory<T>& from) {
-  copy_rows(to.mean, from.mean);
-  copy_rows(to.cov, from.cov);
-}
-
-// Call `backward(memory, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
+// Call `backward(state, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
 // before it. States and chunks are those of one memory only, in working memory.
 template <class T, class Backward>
 void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
   const int64_t chunks = (args.T_ + size - 1) / size;
   const Matrix<T> values = take_matrix<T>(arena, smaller(size, args.T_), args.C);
-  Memory<T>* states = arena.take<Memory<T>>(chunks);
-  Chunk<T>* whitened = arena.take<Chunk<T>>(chunks);
+  State<T>* states = arena.take<State<T>>(chunks);
+  Columns<T>* made = arena.take<Columns<T>>(chunks);
   for (int64_t n = 0; n < chunks; ++n) {
     const int64_t first = n * size, count = smaller(size, args.T_ - first);
-    states[n] = take_memory(args, arena);
     if (n == 0) {
-      load_matrix(states[0].mean, args.mean, b);
-      load_matrix(states[0].cov, args.cov, b);
+      states[n] = {at_memory(args.mean, b), at_memory(args.cov, b)};
     } else {
-      copy_memory(states[n], states[n - 1]);
-      absorb(states[n], whitened[n - 1]);
+      const Memory<T> memory = take_memory(args, arena);
+      load_matrix(memory.mean, states[n - 1].mean, 0);
+      load_matrix(memory.cov, states[n - 1].cov, 0);
+      absorb(memory, made[n - 1], arena);
+      states[n] = state_of(memory);
     }
     const Matrix<T> weights = take_matrix<T>(arena, count, args.K), chunk_values = values.rows_from(0, count);
     load_patterns(weights, args.weights, args, b, first);
     load_patterns(chunk_values, args.values, args, b, first);
-    whitened[n] = whiten(states[n], weights, chunk_values, args, b, first, arena);
+    made[n] = whiten_columns(states[n], weights, chunk_values, args, b, first, arena);
   }
   const Arena::Mark chunk_start = arena.mark();
   for (int64_t n = chunks - 1; n >= 0; --n) {
     arena.release(chunk_start);
-    backward(states[n], whitened[n], n * size);
+    backward(states[n], made[n], n * size);
   }
 }
 
@@ -227,11 +300,11 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     Arena& arena = Arena::fresh();
     const Memory<T> grad = take_memory(args, arena);
     load_cotangents(grad, grads, b);
-    reverse_chunks(args, kBackwardChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
+    reverse_chunks(args, kBackwardChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
       ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K),
                              take_matrix<T>(arena, chunk.count(), args.C)};
       fill_zero(bar.weights);
-      condition_backward(memory, grad, chunk, args, grads, b, first, bar, arena);
+      condition_backward(state, grad, chunk, args, grads, b, first, bar, arena);
       clear_masked(bar.weights, args, b, first);
       clear_masked(bar.values, args, b, first);
       store_matrix(grads.to_weights.from_row(first), b, bar.weights);
