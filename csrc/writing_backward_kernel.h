@@ -264,11 +264,13 @@ Matrix<T> take_zero(Arena& arena, int64_t rows, int64_t columns) {
 
 // Reverse of address_chunk: adds what the weights' cotangents say of the memory before the chunk and of its patterns.
 template <class T>
-void address_chunk_backward(const WritingArgs<T>& args, const Memory<T>& memory, const Memory<T>& grad, int64_t b,
+void address_chunk_backward(const WritingArgs<T>& args, const State<T>& state, const Memory<T>& grad, int64_t b,
                             int64_t first, ChunkCotangents<T>& bar, T& ridge_bar, Arena& arena) {
   const int64_t K = args.posterior.K, count = bar.weights.rows;
   const Matrix<T> stacked = take_matrix<T>(arena, K + count, args.posterior.C);
-  copy_rows(stacked.rows_from(0, K), memory.mean);
+  const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
+  load_matrix(memory.mean, state.mean, 0);
+  load_matrix(memory.cov, state.cov, 0);
   load_patterns(stacked.rows_from(K, count), args.posterior.values, args.posterior, b, first);
   const GramSpace<T> space =
       take_gram_space(memory, stacked, take_matrix<T>(arena, count, K), !factors_once(args), arena);
@@ -306,12 +308,12 @@ void write_backward(const WritingArgs<T>& args, const WritingGrads<T>& grads, in
     const Memory<T> grad = take_memory(shared, arena);
     load_cotangents(grad, told, b);
     T ridge_bar = 0;
-    reverse_chunks(shared, kChunk, b, arena, [&](const Memory<T>& memory, const Chunk<T>& chunk, int64_t first) {
+    reverse_chunks(shared, kChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
       const int64_t count = chunk.count();
       ChunkCotangents<T> bar{take_matrix<T>(arena, count, shared.K), take_matrix<T>(arena, count, shared.C)};
       load_or_zero(bar.weights, grads.weights.data ? grads.weights.from_row(first) : grads.weights, b);
-      condition_backward(memory, grad, chunk, shared, told, b, first, bar, arena);
-      address_chunk_backward(args, memory, grad, b, first, bar, ridge_bar, arena);
+      condition_backward(state, grad, chunk, shared, told, b, first, bar, arena);
+      address_chunk_backward(args, state, grad, b, first, bar, ridge_bar, arena);
       clear_masked(bar.values, shared, b, first);
       store_matrix(told.to_values.from_row(first), b, bar.values);
       for (int64_t t = 0; t < count; ++t) *told.to_noise_var.at(b, first + t) = bar.noise[t];
