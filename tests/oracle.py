@@ -161,10 +161,12 @@ def assert_close(actual: Tensor, truth: Tensor, name: str = "", *, scale: float 
     assert error(actual, truth) <= bound, f"{name}: error {error(actual, truth):.3g} exceeds {bound:.3g}"
 
 
-def assert_result(actual, truth: dict[str, Tensor], own_errors: dict[str, float] | None = None) -> None:
-    """Hold every field of a result to the truth: by rounding, or to twice the reference's ``own_errors``.
+def assert_result(
+    actual, truth: dict[str, Tensor], own_errors: dict[str, float] | None = None, times: float = 2
+) -> None:
+    """Hold every field of a result to the truth: by rounding, or to ``times`` the reference's ``own_errors``.
 
-    With those the bound is 2 (own error + eps · max|truth|). Integers must be the same. A KL is a difference of terms
+    With those the bound is times (own error + eps · max|truth|). Integers must be the same. A KL is a difference of terms
     of size C, which is the least its rounding is measured in.
     """
     actual = flat(actual)
@@ -175,20 +177,20 @@ def assert_result(actual, truth: dict[str, Tensor], own_errors: dict[str, float]
         elif own_errors is None:
             assert_close(got, expected, name, scale=scale)
         else:
-            bound = 2 * (own_errors[name] + torch.finfo(got.dtype).eps * max(largest(expected), scale))
+            bound = times * (own_errors[name] + torch.finfo(got.dtype).eps * max(largest(expected), scale))
             assert error(got, expected) <= bound, f"{name}: error {error(got, expected):.3g} exceeds {bound:.3g}"
 
 
-def judge(run, p: "Problem", truth: dict[str, Tensor], backend: str, *, draws: int = 8) -> None:
+def judge(run, p: "Problem", truth: dict[str, Tensor], backend: str, *, draws: int = 8, times: float = 2) -> None:
     """Run a backend on a problem, ``run(p, backend)``, and hold it to the truth.
 
-    In float32 another backend than the reference may be at most twice as wrong as the reference is in float32. In
+    In float32 another backend than the reference may be at most ``times`` as wrong as the reference is in float32. In
     float64 all are held to 1e-12: a truth in float64 is itself no better, so it cannot judge a factor of two.
     """
     if backend == "reference" or p.state.mean.dtype == torch.float64:
         assert_result(run(p, backend), truth)
     else:
-        assert_result(run(p, backend), truth, reference_errors(run, p, truth, draws))
+        assert_result(run(p, backend), truth, reference_errors(run, p, truth, draws), times)
 
 
 def reference_errors(run, p: "Problem", truth: dict[str, Tensor], draws: int) -> dict[str, float]:

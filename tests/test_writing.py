@@ -204,21 +204,23 @@ def near_copies(values):
     return values[:, :1] + 0.01 * values
 
 
+# Shape, what is changed, and how many times as wrong as the reference the kernel may be. Patterns that nearly repeat are
+# small differences of large inner products, which Gram space has lost a few digits of; with small σ² and λ too many.
 HARD = {
-    "long stream": ((8, 200, 1, 17, 24), {}),
-    "long stream, few columns": ((8, 200, 1, 17, 9), {}),
-    "small ridge": ((8, 64, 1, 17, 24), {"ridge": lambda x: 0.01 * x}),
-    "small noise": ((8, 64, 1, 17, 24), {"noise_var": lambda x: 0.01 * x}),
-    "near copies": ((8, 64, 1, 17, 24), {"values": near_copies}),
+    "long stream": ((8, 200, 1, 17, 24), {}, 2),
+    "long stream, few columns": ((8, 200, 1, 17, 9), {}, 2),
+    "small ridge": ((8, 64, 1, 17, 24), {"ridge": lambda x: 0.01 * x}, 2),
+    "small noise": ((8, 64, 1, 17, 24), {"noise_var": lambda x: 0.01 * x}, 2),
+    "near copies": ((8, 64, 1, 17, 24), {"values": near_copies}, 8),
     "near copies, small ridge and noise": (
         (8, 64, 1, 17, 24),
         {"values": near_copies, "ridge": lambda x: 0.01 * x, "noise_var": lambda x: 0.01 * x},
+        8,
     ),
 }
 
 
 def hard(name):
-    """A limit of the Gram-space form, which loses the digits that squared, nearly equal patterns have in common."""
     limit = pytest.mark.xfail(reason="beyond the Gram-space form in float32, freshly factored or not", strict=True)
     return pytest.param(name, marks=[limit] if name == "near copies, small ridge and noise" else [])
 
@@ -226,8 +228,9 @@ def hard(name):
 @pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
 @pytest.mark.parametrize("name", [hard(name) for name in HARD])
 def test_native_is_as_good_as_the_reference_where_rounding_grows(name):
-    shape, changes = HARD[name]
-    p = problem(*shape, torch.float32)
-    p = p._replace(**{field: change(getattr(p, field)) for field, change in changes.items()})
-    exact = oracle.flat(run(oracle.map_tensors(p, torch.Tensor.double), "reference"))
-    oracle.judge(run, p, exact, "native")
+    shape, changes, times = HARD[name]
+    for seed in range(4):  # one draw can be right by luck
+        p = problem(*shape, torch.float32, seed=seed)
+        p = p._replace(**{field: change(getattr(p, field)) for field, change in changes.items()})
+        exact = oracle.flat(run(oracle.map_tensors(p, torch.Tensor.double), "reference"))
+        oracle.judge(run, p, exact, "native", times=times)
