@@ -43,9 +43,9 @@ Matrix<T> take_transposed(const Matrix<T>& m, Arena& arena) {
 
 // L⁻¹ in full, zero above the diagonal.
 template <class T>
-Matrix<T> take_inverse(const Factor<T>& f, Arena& arena) {
+void invert_lower(const Factor<T>& f, const Matrix<T>& inverse, Arena& arena) {
   const int64_t n = f.size();
-  const Matrix<T> inverse = take_matrix<T>(arena, n, n), work = take_matrix<T>(arena, kBlock, n);
+  const Matrix<T> work = take_matrix<T>(arena, kBlock, n);
   fill_zero(inverse);
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t width = smaller(kBlock, n - j);
@@ -55,7 +55,27 @@ Matrix<T> take_inverse(const Factor<T>& f, Arena& arena) {
     const Matrix<T> before = inverse.block(j, width, 0, j);
     product<Into::kSubtract>(before, width, left(f.inverse_block(j)), work);
   }
-  return inverse;
+}
+
+// C = A B for a lower triangular B, each block of its rows only as far as the triangle goes.
+template <class T>
+void product_of_lower(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>& b) {
+  const auto part = [&]<Into INTO>(int64_t j) {
+    const int64_t width = smaller(kBlock, b.rows - j);
+    product<INTO>(c.block(0, c.rows, 0, j + width), width, Left<T>{a.data + j, a.ld, 1}, b.rows_from(j, width));
+  };
+  const int64_t last = (b.rows - 1) / kBlock * kBlock;
+  part.template operator()<Into::kSet>(last);
+  for (int64_t j = last - kBlock; j >= 0; j -= kBlock) part.template operator()<Into::kAdd>(j);
+}
+
+// C = A B of which only the lower triangle is wanted, in blocks of rows.
+template <class T>
+void product_triangle(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
+  for (int64_t i = 0; i < c.rows; i += kBlock) {
+    const int64_t count = smaller(kBlock, c.rows - i);
+    product<Into::kSet>(c.block(i, count, 0, i + count), k, Left<T>{a.data + i * a.row, a.row, a.column}, b);
+  }
 }
 
 // A missing cotangent is zero.
@@ -114,19 +134,28 @@ struct Columns {
   int64_t count() const { return weights.rows; }
 };
 
-// Like whiten. `values` [t, C] is only read.
 template <class T>
-Columns<T> whiten_columns(const State<T>& state, const Matrix<T>& weights, const Matrix<T>& values,
-                          const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
-  const int64_t K = args.K, C = args.C, count = weights.rows;
-  Columns<T> chunk{.weights = weights, .whitened = take_matrix<T>(arena, K + C, count)};
+Columns<T> take_columns(const PosteriorArgs<T>& args, int64_t count, Arena& arena) {
+  return {.weights = take_matrix<T>(arena, count, args.K),
+          .whitened = take_matrix<T>(arena, args.K + args.C, count),
+          .inverse = take_matrix<T>(arena, count, count)};
+}
+
+// Like whiten, on the chunk of patterns from `first` on.
+template <class T>
+void whiten_columns(const State<T>& state, Columns<T>& chunk, const PosteriorArgs<T>& args, int64_t b, int64_t first,
+                    Arena& arena) {
+  const int64_t K = args.K, C = args.C, count = chunk.count();
   const Matrix<T> inputs = take_matrix<T>(arena, K + C, count), weights_turned = take_matrix<T>(arena, K, count);
   const Matrix<T> projected = inputs.rows_from(0, K), innovations = inputs.rows_from(K, C);
+  const Matrix<T> values = take_matrix<T>(arena, count, C);
   const Factor<T> factor = take_factor<T>(arena, count);
-  transpose(weights_turned, weights);
+  load_patterns(chunk.weights, args.weights, args, b, first);
+  load_patterns(values, args.values, args, b, first);
+  transpose(weights_turned, chunk.weights);
   transpose(innovations, values);
   product<Into::kSet>(projected, K, left(state.cov), weights_turned);
-  product_lower<Into::kSet>(factor.lower, K, left(weights), projected);
+  product_triangle(factor.lower, K, left(chunk.weights), projected);
   T slack[kLargestChunk];
   for (int64_t t = 0; t < count; ++t) {
     chunk.noise[t] = *args.noise_var.at(b, first + t);
@@ -136,10 +165,9 @@ Columns<T> whiten_columns(const State<T>& state, const Matrix<T>& weights, const
   }
   cholesky(factor, arena, Floors<T>{chunk.noise, slack});
   for (int64_t t = 0; t < count; ++t) chunk.pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
-  chunk.inverse = take_inverse(factor, arena);
+  invert_lower(factor, chunk.inverse, arena);
   product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_turned);
   product<Into::kSet>(chunk.whitened, count, left(inputs), take_transposed(chunk.inverse, arena));
-  return chunk;
 }
 
 // R += Gᵀ E, U −= Gᵀ G.
@@ -209,9 +237,9 @@ void condition_backward(const State<T>& state, const Memory<T>& grad, const Colu
   // Through what is told of each pattern.
   T energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
   for (int64_t t = 0; t < padded; t += kLanes<T>) {
-    Vec<T> sum[2] = {};
-    for (int64_t c = 0; c < C; ++c) sum[c % 2] += load(E.row(c) + t) * load(E.row(c) + t);
-    store<T>(energy + t, sum[0] + sum[1]);
+    Vec<T> sum = {};
+    for (int64_t c = 0; c < C; ++c) sum += load(E.row(c) + t) * load(E.row(c) + t);
+    store<T>(energy + t, sum);
   }
   for (int64_t t = 0; t < count; ++t) {
     const PatternCotangents<T> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
@@ -225,14 +253,14 @@ void condition_backward(const State<T>& state, const Memory<T>& grad, const Colu
   // Through the whitening, and through the factor.
   const Matrix<T> solved = take(K + C), V_bar = upper(solved), Z_bar = lower(solved);
   const Matrix<T> S_bar = take(count), half = take(count);
-  product<Into::kSet>(solved, count, left(whitened_bar), chunk.inverse);
-  product_lower<Into::kSet>(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
+  product_of_lower(solved, whitened_bar, chunk.inverse);
+  product_triangle(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= T(-0.5);
     S_bar.row(i)[i] += chunk.pivot[i] * pivot_bar[i];
   }
   mirror(S_bar);
-  product<Into::kSet>(half, count, left(S_bar), chunk.inverse);
+  product_of_lower(half, S_bar, chunk.inverse);
   product<Into::kSet>(S_bar, count, transposed(chunk.inverse), half);
   for (int64_t t = 0; t < count; ++t) bar.noise[t] += S_bar.row(t)[t];
 
@@ -267,29 +295,27 @@ Memory<T> take_memory(const PosteriorArgs<T>& args, Arena& arena) {
 template <class T, class Backward>
 void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
   const int64_t chunks = (args.T_ + size - 1) / size;
-  const Matrix<T> values = take_matrix<T>(arena, smaller(size, args.T_), args.C);
+  Memory<T>* memories = arena.take<Memory<T>>(chunks);
   State<T>* states = arena.take<State<T>>(chunks);
-  Columns<T>* made = arena.take<Columns<T>>(chunks);
+  Columns<T>* columns = arena.take<Columns<T>>(chunks);
   for (int64_t n = 0; n < chunks; ++n) {
-    const int64_t first = n * size, count = smaller(size, args.T_ - first);
-    if (n == 0) {
-      states[n] = {at_memory(args.mean, b), at_memory(args.cov, b)};
-    } else {
-      const Memory<T> memory = take_memory(args, arena);
-      load_matrix(memory.mean, states[n - 1].mean, 0);
-      load_matrix(memory.cov, states[n - 1].cov, 0);
-      absorb(memory, made[n - 1], arena);
-      states[n] = state_of(memory);
-    }
-    const Matrix<T> weights = take_matrix<T>(arena, count, args.K), chunk_values = values.rows_from(0, count);
-    load_patterns(weights, args.weights, args, b, first);
-    load_patterns(chunk_values, args.values, args, b, first);
-    made[n] = whiten_columns(states[n], weights, chunk_values, args, b, first, arena);
+    if (n > 0) memories[n] = take_memory(args, arena);
+    states[n] = n > 0 ? state_of(memories[n]) : State<T>{at_memory(args.mean, b), at_memory(args.cov, b)};
+    columns[n] = take_columns(args, smaller(size, args.T_ - n * size), arena);
   }
   const Arena::Mark chunk_start = arena.mark();
+  for (int64_t n = 0; n < chunks; ++n) {
+    arena.release(chunk_start);
+    if (n > 0) {
+      load_matrix(memories[n].mean, states[n - 1].mean, 0);
+      load_matrix(memories[n].cov, states[n - 1].cov, 0);
+      absorb(memories[n], columns[n - 1], arena);
+    }
+    whiten_columns(states[n], columns[n], args, b, n * size, arena);
+  }
   for (int64_t n = chunks - 1; n >= 0; --n) {
     arena.release(chunk_start);
-    backward(states[n], made[n], n * size);
+    backward(states[n], columns[n], n * size);
   }
 }
 
