@@ -100,7 +100,7 @@ template <class T>
 void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
   const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
   for (int64_t i = 0; i < from.rows; ++i)
-    __builtin_memcpy(to.row(i), from.row(i), static_cast<size_t>(width) * sizeof(T));
+    for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to.row(i) + j, load(from.row(i) + j));
 }
 
 // to = fromᵀ; the padding is set to zero.
@@ -217,6 +217,11 @@ struct Factor {
   Matrix<T> inverse_transposed_block(int64_t first) const {
     return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
   }
+  // That of the rows and columns from `first` on, a multiple of kBlock.
+  Factor from(int64_t first) const {
+    return {lower.block(first, size() - first, first, size() - first), inverse + first * kBlock,
+            inverse_transposed + first * kBlock};
+  }
 };
 
 template <class T>
@@ -260,10 +265,10 @@ bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
 }
 
 // L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of one elimination:
-// what turns A into Lᵀ turns the identity into L⁻¹.
+// what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits for, come last.
 template <class T>
 bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
-  constexpr int64_t W = kLanes<T>;
+  constexpr int64_t W = kLanes<T>, kVecs = kBlock / W;
   Square<T> upper, root = {};  // Lᵀ, of which only what is on and right of the diagonal counts; L⁻¹
   if (n == kBlock) {
     transpose_block(upper.entry[0], kBlock, a.data, a.ld);
@@ -275,22 +280,30 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
   }
   for (int64_t i = 0; i < kBlock; ++i) root.entry[i][i] = 1;
   bool good = true;
+  T pivots[kBlock], pivot = upper.entry[0][0];
+  for (int64_t j = 0; j < kBlock; ++j) {
+    const T* row = upper.entry[j];
+    if (j < n) good &= admit(pivot, floors, j);
+    pivots[j] = pivot;
+    const T reciprocal = 1 / pivot;
+    // The next pivot ahead of its row: nothing else is waited for.
+    if (j + 1 < kBlock) pivot = upper.entry[j + 1][j + 1] - row[j + 1] * reciprocal * row[j + 1];
+    Vec<T> right[kVecs], root_row[kVecs];
+    for (int64_t v = 0; v < kVecs; ++v) right[v] = load(row + v * W), root_row[v] = load(root.entry[j] + v * W);
+    for (int64_t i = j + 1; i < kBlock; ++i) {
+      const T factor = row[i] * reciprocal;
+      T *below = upper.entry[i], *root_below = root.entry[i];
+      for (int64_t v = i / W; v < kVecs; ++v) store<T>(below + v * W, load(below + v * W) - factor * right[v]);
+      for (int64_t v = 0; v <= j / W; ++v)
+        store<T>(root_below + v * W, load(root_below + v * W) - factor * root_row[v]);
+    }
+  }
   for (int64_t j = 0; j < kBlock; ++j) {
     T *row = upper.entry[j], *root_row = root.entry[j];
-    T pivot = row[j];
-    if (j < n) good &= admit(pivot, floors, j);
-    const T length = std::sqrt(pivot), reciprocal = 1 / length;
-    const int64_t first = j / W * W;
-    for (int64_t c = first; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
-    for (int64_t c = 0; c <= first; c += W) store<T>(root_row + c, load(root_row + c) * reciprocal);
+    const T length = std::sqrt(pivots[j]), reciprocal = 1 / length;
+    for (int64_t c = j / W * W; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
+    for (int64_t c = 0; c <= j; c += W) store<T>(root_row + c, load(root_row + c) * reciprocal);
     row[j] = length;
-    for (int64_t i = j + 1; i < kBlock; ++i) {
-      const T factor = row[i];
-      T *below = upper.entry[i], *root_below = root.entry[i];
-      for (int64_t c = i / W * W; c < kBlock; c += W) store<T>(below + c, load(below + c) - factor * load(row + c));
-      for (int64_t c = 0; c <= first; c += W)
-        store<T>(root_below + c, load(root_below + c) - factor * load(root_row + c));
-    }
   }
   if (n == kBlock) {
     transpose_block(a.data, a.ld, upper.entry[0], kBlock);
@@ -361,6 +374,17 @@ void solve_lower(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
     copy_rows(rhs, rows);
     if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), x);
     product<Into::kSet>(rows, width, left(f.inverse_block(j)), rhs);
+  }
+}
+
+// Y = L⁻¹ X for X [n, m] that is needed no more.
+template <class T>
+void solve_lower_consuming(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y) {
+  for (int64_t j = 0; j < f.size(); j += kBlock) {
+    const int64_t width = smaller(kBlock, f.size() - j);
+    const Matrix<T> rhs = x.rows_from(j, width);
+    if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), y);
+    product<Into::kSet>(y.rows_from(j, width), width, left(f.inverse_block(j)), rhs);
   }
 }
 

@@ -164,6 +164,82 @@ void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const Facto
   store_matrix(args.values.from_row(first), b, values);
 }
 
+// Rows of a folded read computed at once: whole register tiles at every level.
+constexpr int64_t kFoldedRows = 12;
+static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
+
+// Rows needed soon, fetched part by part while products run: a store waits for its line as a load does. Rows that lie
+// apart are left to come when they are needed.
+class Upcoming {
+ public:
+  template <class T>
+  Upcoming(const Batch<T>& rows, int64_t b, int64_t first, int64_t count, int64_t columns, int64_t parts)
+      : at_(reinterpret_cast<const char*>(rows.at(b, first))),
+        end_(at_ + (rows.stride[1] == columns ? count * columns : 0) * static_cast<int64_t>(sizeof(T))),
+        part_((end_ - at_) / parts + 1) {}
+
+  void fetch_part() {
+    const char* stop = end_ - at_ > part_ ? at_ + part_ : end_;
+    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_, *end_;
+  int64_t part_;
+};
+
+// C = A B into rows that end without padding, of a vector at least: the last strip ends with them, and computes again
+// what it has in common with the one before. `before_strip` is called ahead of each.
+template <class T, class F>
+void product_unpadded(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b, const F& before_strip) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t j = 0; j < c.columns;) {
+    const int64_t width = c.columns - j > W && c.columns >= 2 * W ? 2 * W : W, first = smaller(j, c.columns - width);
+    before_strip();
+    product_strip<Into::kSet>(c.rows, width, k, a, b.data + first, b.ld, c.data + first, c.ld);
+    j = first + width;
+  }
+}
+
+// Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
+template <class T>
+void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory) {
+  constexpr int64_t kStrip = 2 * kLanes<T>;
+  const int64_t strips = round_up(args.K, kStrip) / kStrip + round_up(args.C, kStrip) / kStrip;
+  for (int64_t first = begin; first < end; first += kFoldedRows) {
+    const int64_t rows = smaller(kFoldedRows, end - first), next = first + rows;
+    const auto upcoming = [&](const auto& of, int64_t columns) {
+      return Upcoming(of, b, next, smaller(kFoldedRows, end - next), columns, strips);
+    };
+    Upcoming queries = upcoming(args.queries, args.C);
+    Upcoming weights = upcoming(args.weights, args.K), values = upcoming(args.values, args.C);
+    const auto fetch = [&] {
+      queries.fetch_part();
+      weights.fetch_part();
+      values.fetch_part();
+    };
+    const Batch<const T> here = args.queries.from_row(first);
+    const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1]};
+    product_unpadded(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, fetch);
+    if (!args.values.data) continue;
+    const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1]};
+    product_unpadded(z, args.K, left(w), memory.mean, fetch);
+  }
+}
+
+// Answer queries [begin, end) of memory b.
+template <class T>
+void read_queries(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory,
+                  Arena& arena) {
+  if (folds(args) && smaller(args.K, args.C) >= kLanes<T>) return read_folded(args, b, begin, end, memory);
+  const Arena::Mark tile_start = arena.mark();
+  for (int64_t first = begin; first < end; first += kQueryTile) {
+    arena.release(tile_start);
+    read_tile(args, b, first, memory, arena);
+  }
+}
+
 // Whole memories, each factored and read while it is in the cache.
 template <class T>
 void read_memories(const ReadingArgs<T>& args, int64_t begin, int64_t end) {
@@ -171,11 +247,7 @@ void read_memories(const ReadingArgs<T>& args, int64_t begin, int64_t end) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<T> memory = lay_out<T>(args, [&](int64_t count) { return arena.take<T>(count); });
     prepare_memory(args, b, memory, arena);
-    const Arena::Mark tile_start = arena.mark();
-    for (int64_t first = 0; first < args.Q; first += kQueryTile) {
-      arena.release(tile_start);
-      read_tile(args, b, first, memory, arena);
-    }
+    read_queries(args, b, 0, args.Q, memory, arena);
   }
 }
 
@@ -189,9 +261,12 @@ void factor_memories(const ReadingArgs<T>& args, T* factors, int64_t begin, int6
 template <class T>
 void read_tiles(const ReadingArgs<T>& args, T* factors, int64_t begin, int64_t end) {
   const int64_t tiles = (args.Q + kQueryTile - 1) / kQueryTile;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / tiles;
-    read_tile(args, b, i % tiles * kQueryTile, lay_out(args, factors + b * factor_size(args)), Arena::fresh());
+  for (int64_t i = begin; i < end;) {
+    const int64_t b = i / tiles, stop = smaller(end, (b + 1) * tiles);
+    const FactoredMemory<T> memory = lay_out(args, factors + b * factor_size(args));
+    const int64_t last = smaller((stop - b * tiles) * kQueryTile, args.Q);
+    read_queries(args, b, (i - b * tiles) * kQueryTile, last, memory, Arena::fresh());
+    i = stop;
   }
 }
 

@@ -47,6 +47,13 @@ def test_read_of_any_shape_and_layout(sizes, layout, num_iters, seed, backend):
     judge(oracle.map_tensors(p, lambda x: oracle.poisoned(x, layout)), backend, num_iters)
 
 
+@pytest.mark.parametrize(("batch", "layout"), [(1, "displaced"), (3, "strided"), (2, "transposed")])
+@pytest.mark.parametrize(("K", "C"), [(5, 40), (40, 5), (16, 16), (17, 33), (50, 31)])
+def test_many_queries(K, C, batch, layout, backend, dtype):
+    p = problem(batch, 0, 4 * (K + C) + 5, K, C, dtype)
+    judge(oracle.map_tensors(p, lambda x: oracle.poisoned(x, layout)), backend, num_iters=3)
+
+
 def test_one_read_is_address_and_decode(backend, dtype):
     p = problem(3, 0, 5, 8, 6, dtype)
     result = run(p, backend)

@@ -138,6 +138,15 @@ def test_every_instruction_set_is_as_good_as_the_reference(operation, shape, lev
     oracle.judge(lambda p, b: oracle.call(operation, p, b), p, exact, "native")
 
 
+@NATIVE_MISSING
+@pytest.mark.parametrize("level", LEVELS, ids=LEVELS.values(), indirect=True)
+@pytest.mark.parametrize(("K", "C"), [(5, 40), (16, 17), (33, 20)])
+def test_many_queries_on_every_instruction_set(K, C, level, dtype):
+    p = problem(2, 0, 4 * (K + C) + 5, K, C, dtype)
+    exact = oracle.flat(oracle.call("read", oracle.map_tensors(p, widened), "reference"))
+    oracle.judge(lambda p, b: oracle.call("read", p, b), p, exact, "native")
+
+
 def widened(x):
     return x.double() if x.is_floating_point() else x
 
