@@ -364,54 +364,14 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
   return good;
 }
 
-// X ← L⁻¹ X, X [n, m].
+// Y = L⁻¹ X, X [n, m], which is consumed.
 template <class T>
-void solve_lower(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
-  const Matrix<T> work = take_matrix<T>(arena, kBlock, x.columns);
-  for (int64_t j = 0; j < f.size(); j += kBlock) {
-    const int64_t width = smaller(kBlock, f.size() - j);
-    const Matrix<T> rows = x.rows_from(j, width), rhs = work.rows_from(0, width);
-    copy_rows(rhs, rows);
-    if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), x);
-    product<Into::kSet>(rows, width, left(f.inverse_block(j)), rhs);
-  }
-}
-
-// Y = L⁻¹ X for X [n, m] that is needed no more.
-template <class T>
-void solve_lower_consuming(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y) {
+void solve_lower(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y) {
   for (int64_t j = 0; j < f.size(); j += kBlock) {
     const int64_t width = smaller(kBlock, f.size() - j);
     const Matrix<T> rhs = x.rows_from(j, width);
     if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), y);
     product<Into::kSet>(y.rows_from(j, width), width, left(f.inverse_block(j)), rhs);
-  }
-}
-
-// Y = L⁻¹ X, X [n, m]. With one block, which is what a chunk has, it is one product.
-template <class T>
-void solve_lower_into(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y, Arena& arena) {
-  if (f.size() <= kBlock) {
-    product<Into::kSet>(y, f.size(), left(f.inverse_block(0)), x);
-  } else {
-    copy_rows(y, x);
-    solve_lower(f, y, arena);
-  }
-}
-
-// X ← L⁻ᵀ X, X [n, m].
-template <class T>
-void solve_lower_transposed(const Factor<T>& f, const Matrix<T>& x, Arena& arena) {
-  const int64_t n = f.size();
-  const Matrix<T> work = take_matrix<T>(arena, kBlock, x.columns);
-  for (int64_t j = (n - 1) / kBlock * kBlock; j >= 0 && n > 0; j -= kBlock) {
-    const int64_t width = smaller(kBlock, n - j), after = j + width;
-    const Matrix<T> rows = x.rows_from(j, width), rhs = work.rows_from(0, width);
-    copy_rows(rhs, rows);
-    if (after < n)
-      product<Into::kSubtract>(rhs, n - after, transposed(f.lower.block(after, n - after, j, width)),
-                               x.rows_from(after, n - after));
-    product<Into::kSet>(rows, width, left(f.inverse_transposed_block(j)), rhs);
   }
 }
 

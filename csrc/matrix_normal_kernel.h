@@ -75,7 +75,7 @@ double squared_norm_of_solution(const Factor<T>& prior, const Matrix<T>& lower, 
     copy_rows(panel, lower.block(c, K - c, c, panel.columns));
     for (int64_t i = 0; i < panel.columns; ++i)
       for (int64_t j = i + 1; j < panel.ld; ++j) panel.row(i)[j] = 0;
-    solve_lower_consuming(prior.from(c), panel, solution);
+    solve_lower(prior.from(c), panel, solution);
     sum += squared_norm(solution);
   }
   return sum;
@@ -93,7 +93,7 @@ double squared_norm_of_solution(const Factor<T>& prior, const Batch<const T>& me
     const Matrix<T> panel = take_matrix<T>(arena, K, smaller(kPanel<T>, C - c));
     const Matrix<T> solution = take_matrix<T>(arena, panel.rows, panel.columns);
     load_difference(panel, mean, prior_mean, b, c);
-    solve_lower_consuming(prior, panel, solution);
+    solve_lower(prior, panel, solution);
     sum += squared_norm(solution);
   }
   return sum;

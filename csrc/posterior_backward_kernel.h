@@ -5,6 +5,10 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
+// The backward of an update goes over the state so often that it takes more at once.
+constexpr int64_t kBackwardChunk = 32;
+constexpr int64_t kLargestChunk = kBackwardChunk > kChunk ? kBackwardChunk : kChunk;
+
 // a ← (a + aᵀ) / 2, squares of whole vectors at a time; what is left one by one.
 template <class T>
 void symmetrise(const Matrix<T>& a) {

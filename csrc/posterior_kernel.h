@@ -10,10 +10,7 @@ namespace fastkm::FASTKM_LEVEL {
 // Patterns conditioned on at once. Products shrink with the chunk, passes over the state grow with the episode's
 // number of chunks; small chunks also round less.
 constexpr int64_t kChunk = 16;
-
-// The backward of an update goes over the state so often that it takes more at once.
-constexpr int64_t kBackwardChunk = 32;
-constexpr int64_t kLargestChunk = kBackwardChunk > kChunk ? kBackwardChunk : kChunk;
+static_assert(kChunk <= kBlock);
 
 // A memory being computed, in working memory.
 template <class T>
@@ -83,46 +80,60 @@ T step_kl(int64_t C, T noise, T innovation_var, T energy) {
   return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
 }
 
-// One chunk of patterns against the memory before it.
+// One chunk of patterns against the memory before it, whitened by L, the factor of S = W U Wᵀ + diag(σ²).
 template <class T>
 struct Chunk {
-  Matrix<T> weights;       // W [t, K]
-  Matrix<T> values;        // E = L⁻¹ (Z − W R) [t, C]
-  Matrix<T> projected;     // V = W U [t, K]
-  Matrix<T> gain;          // G = L⁻¹ V [t, K]
-  Factor<T> factor;        // L of S = V Wᵀ + diag(σ²)
-  T noise[kLargestChunk];  // σ² [t]
-  bool good;               // S is what a positive definite U gives
+  Matrix<T> gain;                  // G = L⁻¹ W U [t, K]
+  Matrix<T> values;                // E = L⁻¹ (Z − W R) [t, C]
+  T noise[kChunk], pivot[kChunk];  // σ² and L_tt² [t]
+  bool good = true;                // S is what a positive definite U gives
 
-  int64_t count() const { return weights.rows; }
-  T pivot(int64_t t) const { return factor.lower.row(t)[t] * factor.lower.row(t)[t]; }
+  int64_t count() const { return gain.rows; }
 };
 
-// Factor phase (nothing of size C), then E = L⁻¹ (Z − W R). `values` is consumed.
+template <class T>
+Chunk<T> take_chunk(const PosteriorArgs<T>& args, int64_t b, int64_t first, int64_t count, Arena& arena) {
+  Chunk<T> chunk{.gain = take_matrix<T>(arena, count, args.K), .values = take_matrix<T>(arena, count, args.C)};
+  for (int64_t t = 0; t < count; ++t) chunk.noise[t] = *args.noise_var.at(b, first + t);
+  return chunk;
+}
+
+// How far below σ² rounding may bring a variance of a pattern.
+template <class T>
+T slack_of(const Chunk<T>& chunk, T variance) {
+  return 4 * static_cast<T>(chunk.gain.columns + chunk.count()) * std::numeric_limits<T>::epsilon() *
+         std::abs(variance);
+}
+
+// E = L⁻¹ (Z − W R). `values`, Z, is consumed. A chunk has one block, so L⁻¹ is there.
+template <class T>
+void whiten_values(const Chunk<T>& chunk, const Factor<T>& factor, const Matrix<T>& mean, const Matrix<T>& weights,
+                   const Matrix<T>& values) {
+  product<Into::kSubtract>(values, mean.rows, left(weights), mean);
+  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), values);
+}
+
+// `values` is consumed.
 template <class T>
 Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
                 const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t K = args.K, count = weights.rows;
-  Chunk<T> chunk{.weights = weights,
-                 .values = take_matrix<T>(arena, count, args.C),
-                 .projected = take_matrix<T>(arena, count, K),
-                 .gain = take_matrix<T>(arena, count, K),
-                 .factor = take_factor<T>(arena, count)};
-  const Matrix<T> weights_transposed = take_matrix<T>(arena, K, count);
-  T slack[kLargestChunk];
+  Chunk<T> chunk = take_chunk(args, b, first, count, arena);
+  const Matrix<T> projected = take_matrix<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
+  const Factor<T> factor = take_factor<T>(arena, count);
+  T slack[kChunk];
   transpose(weights_transposed, weights);
-  product<Into::kSet>(chunk.projected, K, left(weights), memory.cov);
-  product_lower<Into::kSet>(chunk.factor.lower, K, left(chunk.projected), weights_transposed);
+  product<Into::kSet>(projected, K, left(weights), memory.cov);
+  product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
   for (int64_t t = 0; t < count; ++t) {
-    chunk.noise[t] = *args.noise_var.at(b, first + t);
-    T& variance = chunk.factor.lower.row(t)[t];
+    T& variance = factor.lower.row(t)[t];
     variance += chunk.noise[t];
-    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
+    slack[t] = slack_of(chunk, variance);
   }
-  chunk.good = cholesky(chunk.factor, arena, Floors<T>{chunk.noise, slack});
-  solve_lower_into(chunk.factor, chunk.projected, chunk.gain, arena);
-  product<Into::kSubtract>(values, K, left(weights), memory.mean);
-  solve_lower_into(chunk.factor, values, chunk.values, arena);
+  chunk.good = cholesky(factor, arena, Floors<T>{chunk.noise, slack});
+  for (int64_t t = 0; t < count; ++t) chunk.pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);
+  whiten_values(chunk, factor, memory.mean, weights, values);
   return chunk;
 }
 
@@ -142,7 +153,7 @@ Status condition(const Memory<T>& memory, const Chunk<T>& chunk, const Posterior
   absorb(memory, chunk);
   for (int64_t t = 0; t < chunk.count(); ++t) {
     const bool seen = args.seen(b, first + t);
-    const T noise = chunk.noise[t], pivot = chunk.pivot(t), s = seen && pivot > noise ? pivot : noise;
+    const T noise = chunk.noise[t], pivot = chunk.pivot[t], s = seen && pivot > noise ? pivot : noise;
     const T energy = dot(args.C, chunk.values.row(t), chunk.values.row(t));
     *args.innovation_var.at(b, first + t) = s;
     *args.kl.at(b, first + t) = step_kl(args.C, noise, s, energy);

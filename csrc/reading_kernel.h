@@ -165,7 +165,7 @@ void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const Facto
 }
 
 // Rows of a folded read computed at once: whole register tiles at every level.
-constexpr int64_t kFoldedRows = 12;
+constexpr int64_t kFoldedRows = 16;
 static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
 
 // Rows needed soon, fetched part by part while products run: a store waits for its line as a load does. Rows that lie
@@ -195,7 +195,8 @@ template <class T, class F>
 void product_unpadded(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b, const F& before_strip) {
   constexpr int64_t W = kLanes<T>;
   for (int64_t j = 0; j < c.columns;) {
-    const int64_t width = c.columns - j > W && c.columns >= 2 * W ? 2 * W : W, first = smaller(j, c.columns - width);
+    const int64_t vectors = smaller(smaller(kTileVectors, round_up(c.columns - j, W) / W), c.columns / W);
+    const int64_t width = vectors * W, first = smaller(j, c.columns - width);
     before_strip();
     product_strip<Into::kSet>(c.rows, width, k, a, b.data + first, b.ld, c.data + first, c.ld);
     j = first + width;
@@ -205,7 +206,7 @@ void product_unpadded(const Matrix<T>& c, int64_t k, const Left<T>& a, const Mat
 // Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
 template <class T>
 void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory) {
-  constexpr int64_t kStrip = 2 * kLanes<T>;
+  constexpr int64_t kStrip = kTileVectors * kLanes<T>;
   const int64_t strips = round_up(args.K, kStrip) / kStrip + round_up(args.C, kStrip) / kStrip;
   for (int64_t first = begin; first < end; first += kFoldedRows) {
     const int64_t rows = smaller(kFoldedRows, end - first), next = first + rows;

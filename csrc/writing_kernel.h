@@ -429,31 +429,25 @@ GramSpace<T> take_gram_space(const Memory<T>& memory, const Matrix<T>& stacked, 
 template <class T>
 Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t from, const Matrix<T>& weights,
                       const Matrix<T>& values, const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
-  const int64_t K = args.K, count = weights.rows;
-  Chunk<T> chunk{.weights = weights,
-                 .values = take_matrix<T>(arena, count, args.C),
-                 .projected = {},
-                 .gain = take_matrix<T>(arena, count, K),
-                 .factor = take_factor<T>(arena, count),
-                 .good = true};
+  const int64_t count = weights.rows;
+  Chunk<T> chunk = take_chunk(args, b, first, count, arena);
+  const Factor<T> factor = take_factor<T>(arena, count);
   T root[kChunk];
   for (int64_t t = 0; t < count; ++t) {
-    const T noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
-    const T s = args.seen(b, first + t) ? search.s[from + t] : noise;
-    const T slack = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(s);
-    T pivot = s;
-    chunk.good &= admit(pivot, Floors<T>{&noise, &slack}, 0);
-    root[t] = std::sqrt(pivot);
+    T s = args.seen(b, first + t) ? search.s[from + t] : chunk.noise[t];
+    const T slack = slack_of(chunk, s);
+    chunk.good &= admit(s, Floors<T>{&chunk.noise[t], &slack}, 0);
+    chunk.pivot[t] = s;
+    root[t] = std::sqrt(s);
     const T reciprocal = 1 / root[t];
-    T *lower = chunk.factor.lower.row(t), *gain = chunk.gain.row(t);
+    T *lower = factor.lower.row(t), *gain = chunk.gain.row(t);
     const T *past = search.past.row(from + t) + from, *a = search.a.row(from + t);
     for (int64_t j = 0; j < t; ++j) lower[j] = past[j] * root[j];
     lower[t] = root[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
-  invert_block(chunk.factor);
-  product<Into::kSubtract>(values, K, left(weights), memory.mean);
-  solve_lower_into(chunk.factor, values, chunk.values, arena);
+  invert_block(factor);
+  whiten_values(chunk, factor, memory.mean, weights, values);
   return chunk;
 }
 
