@@ -132,8 +132,7 @@ Downdated<T> take_downdated(const Matrix<T>& base, int64_t K, int64_t changes, A
   return m;
 }
 
-// The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero;
-// their s and d are not set.
+// The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero.
 template <class T>
 struct Search {
   Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern
@@ -141,7 +140,7 @@ struct Search {
   Matrix<T> a, c;        // [t, K]
   Matrix<T> past;        // [t, t], c_earlier · w_t
   Matrix<T> along;       // [t, t], δ_t · z_later
-  T s[kLargestSearchChunk], d[kLargestSearchChunk];
+  T s[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};
 };
 
 // The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z). With `solved`, rows

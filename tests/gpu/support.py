@@ -40,16 +40,18 @@ class Kernels(NamedTuple):
             return outputs(operation, p, backend, **options)
         return {name: x.cpu() for name, x in outputs(operation, self.put(p), self.backend, **options).items()}
 
-    def judge(self, operation: str, p: Problem, truth: dict[str, Tensor], *, draws: int = 3, **options) -> None:
-        """At most twice as wrong as the reference in float32."""
+    def judge(
+        self, operation: str, p: Problem, truth: dict[str, Tensor], *, draws: int = 3, times: float = 2, **options
+    ) -> None:
+        """At most ``times`` as wrong as the reference in float32, whose rounding is the processor's that tests it."""
 
         def run(p, backend):
             return Outputs(self.call(operation, p, backend, **options))
 
-        oracle.judge(run, p, truth, self.backend, draws=draws)
+        oracle.judge(run, p, truth, self.backend, draws=draws, times=times)
 
     def judge_gradient(self, operation: str, p: Problem, **options) -> None:
-        """The same for gradients, whose truth is the reference's in float64."""
+        """Three times for gradients, whose truth is the reference's in float64."""
         given = cotangents(outputs(operation, p, "reference", **options))
         truth = gradients(self, operation, map_tensors(p, widened), "reference", given, **options)
         own = [self._own_gradients(operation, p, given, seed, **options) for seed in range(3)]
@@ -57,7 +59,7 @@ class Kernels(NamedTuple):
         for name, expected in truth.items():
             wrong, scale = oracle.error(found[name], expected), oracle.largest(expected)
             worst = max(oracle.error(draw[name], expected) for draw in own)
-            bound = 2 * (worst + 4 * torch.finfo(torch.float32).eps * scale)
+            bound = 3 * (worst + 4 * torch.finfo(torch.float32).eps * scale)
             assert wrong <= bound, f"{name}: error {wrong:.3g} exceeds {bound:.3g}"
 
     def _own_gradients(self, operation: str, p: Problem, given: dict[str, Tensor], seed: int, **options):
