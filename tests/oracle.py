@@ -166,8 +166,8 @@ def assert_result(
 ) -> None:
     """Hold every field of a result to the truth: by rounding, or to ``times`` the reference's ``own_errors``.
 
-    With those the bound is times (own error + eps · max|truth|). Integers must be the same. A KL is a difference of terms
-    of size C, which is the least its rounding is measured in.
+    With those the bound is times (own error + eps · max|truth|). Integers must be the same. A KL is a difference of
+    terms of size C, which is the least its rounding is measured in.
     """
     actual = flat(actual)
     for name, expected in truth.items():

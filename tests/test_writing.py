@@ -204,8 +204,8 @@ def near_copies(values):
     return values[:, :1] + 0.01 * values
 
 
-# Shape, what is changed, and how many times as wrong as the reference the kernel may be. Patterns that nearly repeat are
-# small differences of large inner products, which Gram space has lost a few digits of; with small σ² and λ too many.
+# Shape, what is changed, and how many times as wrong as the reference the kernel may be. Patterns that nearly repeat
+# are small differences of large inner products: Gram space loses digits of them, with small σ² and λ too many.
 HARD = {
     "long stream": ((8, 200, 1, 17, 24), {}, 2),
     "long stream, few columns": ((8, 200, 1, 17, 9), {}, 2),
