@@ -31,7 +31,7 @@ setup: $(VENV)/.installed ## create .venv with the package, its C++ kernels and 
 bench: setup ## real images through every backend: checks, timings, a picture
 	$(BIN)/python -m fastkm bench $(ARGS)
 
-bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages beside the kernels, ceilings, promises; 25 minutes
+bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages beside the kernels, ceilings, promises; 8 to 25 minutes
 	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 bench-compare: setup ## the kernels of another revision beside these: make bench-compare BASE=main

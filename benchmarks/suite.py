@@ -32,7 +32,7 @@ from fastkm.cli.episodes import Episode, build_episode
 from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
 from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import Verdict, clock, errors, judge, reference_errors
+from fastkm.cli.measure import Verdict, clock, errors, granted, judge, reference_errors
 from fastkm.cli.operations import Result, units
 from fastkm.cli.presets import PRESETS, Preset
 from fastkm.writing.reference import write_gram_space
@@ -127,7 +127,7 @@ class Truth:
             essential = ESSENTIAL.get(self.operation, tuple(self.fields))
             demanded = {name: x for name, x in self.fields.items() if name in result or name in essential}
         if kind == NATIVE:
-            return judge(result, demanded, self.reference, 3 if self.operation.endswith(GRADIENT) else 2)
+            return judge(result, demanded, self.reference, *granted(self.operation))
         return judge(result, demanded, self.independent if kind == REFERENCE else self.reference, FACTOR)
 
 

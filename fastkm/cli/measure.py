@@ -41,8 +41,13 @@ def errors(result: Result, truth: Result) -> dict[str, float]:
     }
 
 
-def judge(result: Result, truth: Result, own: dict[str, float], factor: int = 2) -> Verdict:
-    """``error ≤ factor (own + eps)`` in every field of the truth, all relative to the field's largest entry.
+def granted(operation: str) -> tuple[int, int]:
+    """``factor`` and ``roundings`` of :func:`judge` for a kernel: a gradient can be a single number, a sum over all."""
+    return (3, 4) if operation.endswith(GRADIENT) else (2, 1)
+
+
+def judge(result: Result, truth: Result, own: dict[str, float], factor: int = 2, roundings: int = 1) -> Verdict:
+    """``error ≤ factor (own + roundings · eps)`` in every field of the truth, relative to the field's largest entry.
 
     ``own`` is the error that another computation in the dtype of ``result`` makes: the rounding to be granted.
     """
@@ -53,7 +58,7 @@ def judge(result: Result, truth: Result, own: dict[str, float], factor: int = 2)
     verdicts = []
     for name, error in errors(result, truth).items():
         dtype = result[name].dtype
-        allowed = max(factor * (own[name] + torch.finfo(dtype).eps), LEAST[dtype])
+        allowed = max(factor * (own[name] + roundings * torch.finfo(dtype).eps), LEAST[dtype])
         ok = error <= allowed  # NaN fails
         verdicts.append(Verdict(ok, error, allowed, name if ok else f"{name} is off"))
     return max(verdicts, key=lambda v: v.error / v.allowed if v.ok else math.inf)
@@ -68,7 +73,7 @@ def verify(operation: str, episode: Episode) -> dict[str, Verdict]:
     independent form in float64, where the reference may be the truth itself.
     """
     op, low = ALL[operation], episode.values.dtype != torch.float64
-    capable, factor = operation.removesuffix(GRADIENT), 3 if operation.endswith(GRADIENT) else 2
+    capable = operation.removesuffix(GRADIENT)
     truth = op.definition(episode.to(torch.float64))
     own = errors(op.other(episode), truth)
     verdicts = {}
@@ -78,7 +83,7 @@ def verify(operation: str, episode: Episode) -> dict[str, Verdict]:
             continue
         try:
             result = op.run(episode, backend)
-            verdicts[backend] = judge(result, truth, own, factor=8 if backend == "reference" else factor)
+            verdicts[backend] = judge(result, truth, own, *((8,) if backend == "reference" else granted(operation)))
             if backend == "reference" and low:
                 own = reference_errors(operation, episode, result, truth)
         except Exception as error:  # whatever a backend raises is its verdict, and the others are still heard
