@@ -160,15 +160,7 @@ void whiten_columns(const State<T>& state, Columns<T>& chunk, const PosteriorArg
   transpose(innovations, values);
   product<Into::kSet>(projected, K, left(state.cov), weights_turned);
   product_triangle(factor.lower, K, left(chunk.weights), projected);
-  T slack[kLargestChunk];
-  for (int64_t t = 0; t < count; ++t) {
-    chunk.noise[t] = *args.noise_var.at(b, first + t);
-    T& variance = factor.lower.row(t)[t];
-    variance += chunk.noise[t];
-    slack[t] = 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
-  }
-  cholesky(factor, arena, Floors<T>{chunk.noise, slack});
-  for (int64_t t = 0; t < count; ++t) chunk.pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   invert_lower(factor, chunk.inverse, arena);
   product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_turned);
   product<Into::kSet>(chunk.whitened, count, left(inputs), take_transposed(chunk.inverse, arena));

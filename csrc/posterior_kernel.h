@@ -92,17 +92,31 @@ struct Chunk {
 };
 
 template <class T>
-Chunk<T> take_chunk(const PosteriorArgs<T>& args, int64_t b, int64_t first, int64_t count, Arena& arena) {
-  Chunk<T> chunk{.gain = take_matrix<T>(arena, count, args.K), .values = take_matrix<T>(arena, count, args.C)};
-  for (int64_t t = 0; t < count; ++t) chunk.noise[t] = *args.noise_var.at(b, first + t);
-  return chunk;
+Chunk<T> take_chunk(const PosteriorArgs<T>& args, int64_t count, Arena& arena) {
+  return {.gain = take_matrix<T>(arena, count, args.K), .values = take_matrix<T>(arena, count, args.C)};
 }
 
-// How far below σ² rounding may bring a variance of a pattern.
+// How far below σ² rounding may bring a variance in a chunk of `count` patterns.
 template <class T>
-T slack_of(const Chunk<T>& chunk, T variance) {
-  return 4 * static_cast<T>(chunk.gain.columns + chunk.count()) * std::numeric_limits<T>::epsilon() *
-         std::abs(variance);
+T slack_of(int64_t K, int64_t count, T variance) {
+  return 4 * static_cast<T>(K + count) * std::numeric_limits<T>::epsilon() * std::abs(variance);
+}
+
+// From W U Wᵀ in the lower triangle of `factor` to L; tells σ² and L_tt², and whether U can be positive definite.
+template <class T, size_t MOST>
+bool factor_variances(const Factor<T>& factor, const PosteriorArgs<T>& args, int64_t b, int64_t first, T (&noise)[MOST],
+                      T (&pivot)[MOST], Arena& arena) {
+  const int64_t count = factor.size();
+  T slack[MOST];
+  for (int64_t t = 0; t < count; ++t) {
+    noise[t] = *args.noise_var.at(b, first + t);
+    T& variance = factor.lower.row(t)[t];
+    variance += noise[t];
+    slack[t] = slack_of(args.K, count, variance);
+  }
+  const bool good = cholesky(factor, arena, Floors<T>{noise, slack});
+  for (int64_t t = 0; t < count; ++t) pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  return good;
 }
 
 // E = L⁻¹ (Z − W R). `values`, Z, is consumed. A chunk has one block, so L⁻¹ is there.
@@ -118,20 +132,13 @@ template <class T>
 Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
                 const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t K = args.K, count = weights.rows;
-  Chunk<T> chunk = take_chunk(args, b, first, count, arena);
+  Chunk<T> chunk = take_chunk(args, count, arena);
   const Matrix<T> projected = take_matrix<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
   const Factor<T> factor = take_factor<T>(arena, count);
-  T slack[kChunk];
   transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, left(weights), memory.cov);
   product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
-  for (int64_t t = 0; t < count; ++t) {
-    T& variance = factor.lower.row(t)[t];
-    variance += chunk.noise[t];
-    slack[t] = slack_of(chunk, variance);
-  }
-  chunk.good = cholesky(factor, arena, Floors<T>{chunk.noise, slack});
-  for (int64_t t = 0; t < count; ++t) chunk.pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  chunk.good = factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);
   whiten_values(chunk, factor, memory.mean, weights, values);
   return chunk;

@@ -69,9 +69,9 @@ void find_weights_backward(const GramSpace<T>& space, Search<T>& search, const W
   T *gram_w = vector(), *gram_c = vector(), *cov_c = vector(), *v = vector();
   for (int64_t t = count - 1; t >= 0; --t) {
     if (!args.posterior.seen(b, first + t)) continue;
-    search.cov.count -= 1;
+    search.cov.count = t;
     search.inverse.count -= 2;
-    const T *a = search.a.row(t), *c = search.c.row(t), *x = space.cross.row(t);
+    const T *c = search.cov.left.row(t), *a = search.cov.right.row(t), *x = space.cross.row(t);
     const T s = search.s[t], d = search.d[t];
     T* x_bar = bar.cross.row(t);
     __builtin_memcpy(w, space.weights.row(t), static_cast<size_t>(K) * sizeof(T));

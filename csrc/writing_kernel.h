@@ -135,9 +135,8 @@ Downdated<T> take_downdated(const Matrix<T>& base, int64_t K, int64_t changes, A
 // The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero.
 template <class T>
 struct Search {
-  Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern
-  Downdated<T> cov;      // U: by c aᵀ a pattern
-  Matrix<T> a, c;        // [t, K]
+  Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern that is seen
+  Downdated<T> cov;      // U: by c aᵀ, row for row
   Matrix<T> past;        // [t, t], c_earlier · w_t
   Matrix<T> along;       // [t, t], δ_t · z_later
   T s[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};
@@ -186,26 +185,24 @@ Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64
   fill_zero(vectors);
   T *w = vectors.row(0), *p = vectors.row(1), *q = vectors.row(2), *e = vectors.row(3), *f = vectors.row(4),
     *residual = vectors.row(5);
-  int64_t before[kLargestSearchChunk];  // the patterns that U has seen
   for (int64_t t = 0; t < count; ++t) {
     if (!args.posterior.seen(b, first + t)) continue;
     const T* x = space.cross.row(t);
-    T *a = search.a.row(t), *c = search.c.row(t);
+    T *c = search.cov.left.row(t), *a = search.cov.right.row(t);
     __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(T));
     search.inverse.template correct<1>(padded, {x}, {w});
     now.template multiply<1>(padded, {w}, {residual});
     for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
     search.inverse.template multiply<1>(padded, {residual}, {p});
     for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
+    search.cov.count = t;
     search.cov.template multiply<1>(padded, {w}, {a});
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
-    for (int64_t j = 0; j < search.cov.count; ++j) search.past.row(t)[before[j]] = search.cov.along.row(0)[j];
-    before[search.cov.count] = t;
+    __builtin_memcpy(search.past.row(t), search.cov.along.row(0), static_cast<size_t>(t) * sizeof(T));
 
     const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const T d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
-    search.cov.subtract(c, a);
     search.s[t] = s;
     search.d[t] = d;
     combine<Into::kSet, 2>(inverse, K, padded, {c, w}, {p, q});
@@ -234,13 +231,11 @@ template <class T>
 Search<T> take_search(const GramSpace<T>& space, Arena& arena) {
   const int64_t K = space.cov.rows, count = space.weights.rows;
   const Matrix<T> inverse = take_matrix<T>(arena, K, K);
-  const Matrix<T> a = take_matrix<T>(arena, count, K), c = take_matrix<T>(arena, count, K);
+  const Downdated<T> cov = take_downdated<T>(space.cov, K, count, arena);
   const Matrix<T> past = take_matrix<T>(arena, count, count);
-  for (const Matrix<T>* m : {&a, &c, &past}) fill_zero(*m);
+  for (const Matrix<T>* m : {&cov.right, &past}) fill_zero(*m);
   return {.inverse = take_downdated<T>(inverse, K, 2 * count, arena),
-          .cov = take_downdated<T>(space.cov, K, count, arena),
-          .a = a,
-          .c = c,
+          .cov = cov,
           .past = past,
           .along = take_matrix<T>(arena, count, count)};
 }
@@ -429,18 +424,19 @@ template <class T>
 Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t from, const Matrix<T>& weights,
                       const Matrix<T>& values, const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t count = weights.rows;
-  Chunk<T> chunk = take_chunk(args, b, first, count, arena);
+  Chunk<T> chunk = take_chunk(args, count, arena);
   const Factor<T> factor = take_factor<T>(arena, count);
   T root[kChunk];
   for (int64_t t = 0; t < count; ++t) {
-    T s = args.seen(b, first + t) ? search.s[from + t] : chunk.noise[t];
-    const T slack = slack_of(chunk, s);
-    chunk.good &= admit(s, Floors<T>{&chunk.noise[t], &slack}, 0);
+    const T noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
+    T s = args.seen(b, first + t) ? search.s[from + t] : noise;
+    const T slack = slack_of(args.K, count, s);
+    chunk.good &= admit(s, Floors<T>{&noise, &slack}, 0);
     chunk.pivot[t] = s;
     root[t] = std::sqrt(s);
     const T reciprocal = 1 / root[t];
     T *lower = factor.lower.row(t), *gain = chunk.gain.row(t);
-    const T *past = search.past.row(from + t) + from, *a = search.a.row(from + t);
+    const T *past = search.past.row(from + t) + from, *a = search.cov.right.row(from + t);
     for (int64_t j = 0; j < t; ++j) lower[j] = past[j] * root[j];
     lower[t] = root[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
