@@ -14,6 +14,8 @@ from torch._C import _are_functorch_transforms_active
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from fastkm import _check
+
 # Variances that an operator takes with trailing axes missing and its backward does not: how many axes, and whose.
 SPREAD = {"noise_var": ("values", 2), "ridge": ("mean", 1)}
 
@@ -128,7 +130,7 @@ def _functions(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[
         for i, like, axes in spread:
             x = inputs[i]
             if x.dim() < axes:
-                inputs[i] = (x.unsqueeze(-1) if x.dim() else x).expand(inputs[like].shape[:axes])
+                inputs[i] = _check.spread(x, inputs[like].shape[:axes])
         attached = computed.apply(_as_tuple(outputs), *inputs)
         return attached if isinstance(outputs, tuple) else attached[0]
 

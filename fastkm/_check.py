@@ -64,12 +64,11 @@ class Signature:
 
     def noise(self, name: str, value: float | Tensor) -> Tensor:
         """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
-        value = self._positive(name, value, ("", "B", "BT"))
-        return (value.unsqueeze(-1) if value.dim() == 1 else value).expand(self.sizes["B"], self.sizes["T"])
+        return spread(self._positive(name, value, ("", "B", "BT")), (self.sizes["B"], self.sizes["T"]))
 
     def per_memory(self, name: str, value: float | Tensor) -> Tensor:
         """A positive number per memory, viewed as [B]: a float, or a 0-d or [B] tensor."""
-        return self._positive(name, value, ("", "B")).expand(self.sizes["B"])
+        return spread(self._positive(name, value, ("", "B")), (self.sizes["B"],))
 
     def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
         _, first = self.first  # type: ignore[misc]
@@ -114,6 +113,11 @@ class Signature:
         names = ", ".join(letters)
         known = ", ".join(str(self.sizes.get(letter, letter)) for letter in letters)
         return f"[{names}]" if names == known else f"[{names}] = [{known}]"
+
+
+def spread(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """A number for all, or one a memory, viewed as one for each of ``sizes``."""
+    return (value.unsqueeze(-1) if 0 < value.dim() < len(sizes) else value).expand(sizes)
 
 
 def count(name: str, value: int, least: int = 1) -> int:
