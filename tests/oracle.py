@@ -6,6 +6,7 @@ Letters as in :mod:`fastkm.state`; ``squared`` is the squared-Gram solve of the 
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -162,12 +163,12 @@ def assert_close(actual: Tensor, truth: Tensor, name: str = "", *, scale: float 
 
 
 def assert_result(
-    actual, truth: dict[str, Tensor], own_errors: dict[str, float] | None = None, times: float = 2
+    actual, truth: dict[str, Tensor], own_errors: dict[str, float] | None = None, times: Mapping[str, float] = {}
 ) -> None:
-    """Hold every field of a result to the truth: by rounding, or to ``times`` the reference's ``own_errors``.
+    """Hold every field of a result to the truth: by rounding, or to twice the reference's ``own_errors``.
 
-    With those the bound is times (own error + eps · max|truth|). Integers must be the same. A KL is a difference of
-    terms of size C, which is the least its rounding is measured in.
+    With those the bound is 2 (own error + eps · max|truth|), or ``times`` instead of 2 where it names the field.
+    Integers must be the same. A KL is a difference of terms of size C, which is the least its rounding is measured in.
     """
     actual = flat(actual)
     for name, expected in truth.items():
@@ -177,14 +178,17 @@ def assert_result(
         elif own_errors is None:
             assert_close(got, expected, name, scale=scale)
         else:
-            bound = times * (own_errors[name] + torch.finfo(got.dtype).eps * max(largest(expected), scale))
+            bound = times.get(name, 2) * (own_errors[name] + torch.finfo(got.dtype).eps * max(largest(expected), scale))
             assert error(got, expected) <= bound, f"{name}: error {error(got, expected):.3g} exceeds {bound:.3g}"
 
 
-def judge(run, p: "Problem", truth: dict[str, Tensor], backend: str, *, draws: int = 8, times: float = 2) -> None:
+def judge(
+    run, p: "Problem", truth: dict[str, Tensor], backend: str, *, draws: int = 8, times: Mapping[str, float] = {}
+) -> None:
     """Run a backend on a problem, ``run(p, backend)``, and hold it to the truth.
 
-    In float32 another backend than the reference may be at most ``times`` as wrong as the reference is in float32. In
+    In float32 another backend than the reference may be at most twice as wrong as the reference is in float32, or
+    ``times`` as wrong in a field that it names. In
     float64 all are held to 1e-12: a truth in float64 is itself no better, so it cannot judge a factor of two.
     """
     if backend == "reference" or p.state.mean.dtype == torch.float64:

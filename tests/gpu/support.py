@@ -1,6 +1,7 @@
 """What the tests of all families share: shapes, the kernels under test, and judges of values and gradients."""
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import oracle
@@ -41,9 +42,16 @@ class Kernels(NamedTuple):
         return {name: x.cpu() for name, x in outputs(operation, self.put(p), self.backend, **options).items()}
 
     def judge(
-        self, operation: str, p: Problem, truth: dict[str, Tensor], *, draws: int = 3, times: float = 2, **options
+        self,
+        operation: str,
+        p: Problem,
+        truth: dict[str, Tensor],
+        *,
+        draws: int = 3,
+        times: Mapping[str, float] = {},
+        **options,
     ) -> None:
-        """At most ``times`` as wrong as the reference in float32, whose rounding is the processor's that tests it."""
+        """At most twice as wrong as the reference in float32, or ``times`` in a field that it names."""
 
         def run(p, backend):
             return Outputs(self.call(operation, p, backend, **options))

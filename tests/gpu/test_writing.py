@@ -32,7 +32,7 @@ def test_each_pattern_is_addressed_then_stored(kernels, shape, way, masked):
 
 def test_a_long_episode_stays_accurate(kernels):
     p = problem(8, 70, 0, 17, 9, torch.float32)
-    kernels.judge("write", p, truth(p), draws=8, times=3)
+    kernels.judge("write", p, truth(p), draws=8, times={"weights": 3})
 
 
 @pytest.mark.parametrize(
