@@ -177,12 +177,13 @@ void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b
     product_strip<INTO>(c.rows, c.columns - j, k, a, b.data + j, b.ld, c.data + j, c.ld);
 }
 
-// The same for a square C of which only the lower triangle is wanted; what ends up above it is meaningless.
+// The same for a square C of which only the lower triangle is wanted, in blocks of rows that end with the diagonal;
+// what ends up above it is meaningless.
 template <Into INTO, class T>
 void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t j = 0; j < c.columns; j += kTileVectors * kLanes<T>) {
-    const Left<T> below{a.data + j * a.row, a.row, a.column};
-    product_strip<INTO>(c.rows - j, c.columns - j, k, below, b.data + j, b.ld, c.row(j) + j, c.ld);
+  for (int64_t i = 0; i < c.rows; i += kBlock) {
+    const int64_t count = smaller(kBlock, c.rows - i);
+    product<INTO>(c.block(i, count, 0, i + count), k, Left<T>{a.data + i * a.row, a.row, a.column}, b);
   }
 }
 

@@ -73,15 +73,6 @@ void product_of_lower(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>& b
   for (int64_t j = last - kBlock; j >= 0; j -= kBlock) part.template operator()<Into::kAdd>(j);
 }
 
-// C = A B of which only the lower triangle is wanted, in blocks of rows.
-template <class T>
-void product_triangle(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t i = 0; i < c.rows; i += kBlock) {
-    const int64_t count = smaller(kBlock, c.rows - i);
-    product<Into::kSet>(c.block(i, count, 0, i + count), k, Left<T>{a.data + i * a.row, a.row, a.column}, b);
-  }
-}
-
 // A missing cotangent is zero.
 template <class T>
 void load_or_zero(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
@@ -159,7 +150,7 @@ void whiten_columns(const State<T>& state, Columns<T>& chunk, const PosteriorArg
   transpose(weights_turned, chunk.weights);
   transpose(innovations, values);
   product<Into::kSet>(projected, K, left(state.cov), weights_turned);
-  product_triangle(factor.lower, K, left(chunk.weights), projected);
+  product_lower<Into::kSet>(factor.lower, K, left(chunk.weights), projected);
   factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   invert_lower(factor, chunk.inverse, arena);
   product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_turned);
@@ -250,7 +241,7 @@ void condition_backward(const State<T>& state, const Memory<T>& grad, const Colu
   const Matrix<T> solved = take(K + C), V_bar = upper(solved), Z_bar = lower(solved);
   const Matrix<T> S_bar = take(count), half = take(count);
   product_of_lower(solved, whitened_bar, chunk.inverse);
-  product_triangle(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
+  product_lower<Into::kSet>(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= T(-0.5);
     S_bar.row(i)[i] += chunk.pivot[i] * pivot_bar[i];
