@@ -46,9 +46,8 @@ def run(operation: str, e: dict) -> list[torch.Tensor]:
     }[operation]
     inputs = e | {name: grown(e[name]) for name in fields}
     leaves = [x for name in fields for x in tensors(inputs[name])]
-    outputs = tensors(forward(operation, inputs))
-    functional = sum(x.square().sum() for x in outputs if x.requires_grad) / 2
-    found = torch.autograd.grad(functional, leaves, allow_unused=True)
+    outputs = [x for x in tensors(forward(operation, inputs)) if x.requires_grad]
+    found = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs], allow_unused=True)
     return [x for x in found if x is not None]
 
 

@@ -22,7 +22,7 @@ from baselines import LOOP, compiled_forms, forms
 from ceiling import DTYPES, Ceiling, flops, least_bytes
 from claims import NATIVE, PYTORCH, verdicts
 from peers import PEERS, Unsuitable
-from timing import LARGEST_GAP, interleave_until_quiet, pin
+from timing import LARGEST_GAP, interleave_until_quiet, keep_freed_memory, pin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -354,7 +354,8 @@ def main(arguments: list[str] | None = None) -> int:
     options, begin = parse(arguments), time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch about itself
     pinned, ceiling = pin(options.threads), Ceiling()
-    about = {**machine(), "pinned": pinned, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    about = {**machine(), "pinned": pinned, "freed memory": keep_freed_memory()}
+    about |= {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
     ceiling.measure()
     print(f"{'ceilings':<18} {ceiling.told()}")

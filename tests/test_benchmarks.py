@@ -250,6 +250,7 @@ def test_a_run_writes_everything(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(suite, "groups", lambda options: [case("write"), case("logdet")._replace(dtype="float32")])
     monkeypatch.setattr(suite, "pin", lambda threads: "not pinned: a test")
+    monkeypatch.setattr(suite, "keep_freed_memory", lambda: "not kept: a test")
     monkeypatch.setattr(suite, "Ceiling", Assumed)
     arguments = ["--sections", "groups", "--seconds", "0", "--output", str(tmp_path)]
     assert suite.main(arguments) == 0

@@ -1,4 +1,7 @@
-"""The gradient of an operation as an operation of its own: forward and backward of ½ Σ ‖output‖²."""
+"""The gradient of an operation as an operation of its own: forward and backward of ½ Σ ‖output‖².
+
+The cotangent of every output is the output itself, so no time goes into the functional.
+"""
 
 from collections.abc import Callable
 
@@ -25,10 +28,11 @@ def gradient_of(form: Callable[..., Result], operation: str) -> Callable[..., Re
     def run(episode: Episode, *backend: str, **options) -> Result:
         state = MemoryState(*(x.detach().requires_grad_() for x in getattr(episode, state_field)))
         others = {name: getattr(episode, name).detach().requires_grad_() for name in fields}
-        outputs = form(episode._replace(**{state_field: state}, **others), *backend, **options)
-        functional = sum(x.square().sum() for x in outputs.values()) / 2
+        result = form(episode._replace(**{state_field: state}, **others), *backend, **options)
+        outputs = [x for x in result.values() if x.requires_grad]
         leaves = {**state._asdict(), **others}
-        gradients = dict(zip(leaves, torch.autograd.grad(functional, leaves.values(), allow_unused=True), strict=True))
+        found = torch.autograd.grad(outputs, leaves.values(), [x.detach() for x in outputs], allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
         if (cov := gradients["cov"]) is not None:
             gradients["cov"] = (cov + cov.mT) / 2  # a covariance moves in symmetric directions only
         return {name: gradient for name, gradient in gradients.items() if gradient is not None}
