@@ -1,7 +1,8 @@
 // Dense linear algebra on matrices in working memory: products, Cholesky factors, triangular solves.
 //
 // Rows are padded to whole vectors and padding takes part in every product, so no loop has a tail: what stands in the
-// padding of an output is meaningless, and no output column depends on another column's padding.
+// padding of an output is meaningless, and no output column depends on another column's padding. Only the caller's own
+// rows are not padded.
 #pragma once
 
 #include <cmath>
@@ -18,22 +19,28 @@ constexpr int64_t kBlock = 16;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Elements from one row to the next. Long rows must not be a multiple of 512 bytes apart: a column of tiles would
-// then fall into an eighth of the first-level cache.
+// Rows a multiple of 512 bytes apart: a column of tiles falls into an eighth of the first-level cache.
+template <class T>
+inline bool falls_together(int64_t ld) {
+  return ld * static_cast<int64_t>(sizeof(T)) % 512 == 0;
+}
+
+// Elements from one row to the next.
 template <class T>
 inline int64_t row_stride(int64_t columns) {
   const int64_t padded = round_up(columns, kBlock);
-  return padded * static_cast<int64_t>(sizeof(T)) % 512 ? padded : padded + kBlock;
+  return falls_together<T>(padded) ? padded + kBlock : padded;
 }
 
 template <class T>
 struct Matrix {
   T* data;
   int64_t rows, columns, ld;
+  bool padded = true;
 
   T* row(int64_t i) const { return data + i * ld; }
   Matrix block(int64_t first_row, int64_t count, int64_t first_column, int64_t width) const {
-    return {row(first_row) + first_column, count, width, ld};
+    return {row(first_row) + first_column, count, width, ld, padded};
   }
   Matrix rows_from(int64_t first, int64_t count) const { return block(first, count, 0, columns); }
 };
@@ -69,9 +76,23 @@ void fill_zero(const Matrix<T>& m) {
 // Up to a whole vector.
 template <class T>
 void clear_padding(const Matrix<T>& m) {
-  const int64_t end = round_up(m.columns, kLanes<T>);
-  for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = m.columns; j < end; ++j) m.row(i)[j] = 0;
+  constexpr int64_t W = kLanes<T>;
+  const int64_t whole = m.columns / W * W;
+  if (whole == m.columns) return;
+  const auto inside = lane_numbers<T>() < static_cast<T>(m.columns - whole);
+  for (int64_t i = 0; i < m.rows; ++i) {
+    T* at = m.row(i) + whole;
+    store<T>(at, inside ? load(at) : Vec<T>{});
+  }
+}
+
+// For products that end with the columns and leave the padding: what happens to stand in it can be denormal, on which
+// processors are slow.
+template <class T>
+Matrix<T> take_cleared(Arena& arena, int64_t rows, int64_t columns) {
+  const Matrix<T> m = take_matrix<T>(arena, rows, columns);
+  clear_padding(m);
+  return m;
 }
 
 // Copy in, with the padding set to zero.
@@ -89,10 +110,30 @@ void load_matrix(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
   }
 }
 
+// What was computed in the caller's own rows is there already.
 template <class T>
 void store_matrix(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+  if (from.data == to.at(b)) return;
   for (int64_t i = 0; i < from.rows; ++i)
     __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(T));
+}
+
+// The caller's own rows, where products do well with them as they are; else `work`, of the same size.
+template <class T>
+Matrix<T> own_rows(const Batch<T>& of, int64_t b, const Matrix<T>& work) {
+  constexpr int64_t kFewBytes = 1 << 16;  // rows that fall together do no harm in a matrix that nearly fits the cache
+  const bool few = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(T)) <= kFewBytes;
+  if (of.stride[2] != 1 || work.columns < kLanes<T> || (falls_together<T>(of.stride[1]) && !few)) return work;
+  return {of.at(b), work.rows, work.columns, of.stride[1], false};
+}
+
+// A matrix of the caller's, only to be read: its own rows, else a copy in `work`.
+template <class T>
+Matrix<T> rows_of(const Batch<const T>& from, int64_t b, const Matrix<T>& work) {
+  const Batch<T> readable{const_cast<T*>(from.data), {from.stride[0], from.stride[1], from.stride[2]}};
+  const Matrix<T> rows = own_rows(readable, b, work);
+  if (rows.padded) load_matrix(work, from, b);
+  return rows;
 }
 
 // Copy between two matrices of one width, padding included.
@@ -121,29 +162,34 @@ template <class T>
 void mirror(const Matrix<T>& m) {
   constexpr int64_t W = kLanes<T>;
   const int64_t whole = m.rows / W * W;
-  for (int64_t i = 0; i < m.rows; i += W) {
-    const int64_t end = smaller(i + W, m.rows);
-    for (int64_t j = end; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
-    for (int64_t row = i; row < end; ++row) {
-      for (int64_t j = row + 1; j < end; ++j) m.row(row)[j] = m.row(j)[row];
-      for (int64_t j = whole > end ? whole : end; j < m.rows; ++j) m.row(row)[j] = m.row(j)[row];
+  alignas(64) T across[W * W];
+  for (int64_t i = 0; i < whole; i += W) {
+    transpose_square(across, W, m.row(i) + i, m.ld);
+    for (int64_t row = 0; row < W; ++row) {
+      T* at = m.row(i + row) + i;
+      store<T>(at, lane_numbers<T>() > static_cast<T>(row) ? load(across + row * W) : load(at));
     }
+    for (int64_t j = i + W; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
   }
+  for (int64_t j = whole; j < m.rows; ++j)
+    for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
 template <Into INTO, int VECS, class T>
-void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  constexpr int kRows = FASTKM_TILE_ROWS;
+void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d, int64_t ldd, T* c,
+                    int64_t ldc) {
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows)
-    product_tile<INTO, kRows, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
-  for (; i + 4 <= rows; i += 4)
-    product_tile<INTO, 4, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
-  for (; i + 2 <= rows; i += 2)
-    product_tile<INTO, 2, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
-  for (; i < rows; ++i) product_tile<INTO, 1, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);
+  const auto tiles = [&]<int ROWS>() {
+    for (; i + ROWS <= rows; i += ROWS)
+      product_tile<INTO, ROWS, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, d + i * ldd, ldd, c + i * ldc,
+                                     ldc);
+  };
+  tiles.template operator()<FASTKM_TILE_ROWS>();
+  if constexpr (FASTKM_TILE_ROWS > 4) tiles.template operator()<4>();
+  tiles.template operator()<2>();
+  tiles.template operator()<1>();
 }
 
 // Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
@@ -152,39 +198,66 @@ constexpr int64_t kTileVectors = 3;
 // Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
 constexpr int64_t kSumRun = 128;
 
-// One column of tiles of C (=, +=, −=) A B, `columns` wide but at most kTileVectors.
+// One column of tiles of C = A B or D ± A B, `vectors` wide.
 template <Into INTO, class T>
-void product_strip(int64_t rows, int64_t columns, int64_t k, Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  const auto run = [&]<Into HOW>(int64_t first) {
+void product_strip(int64_t rows, int64_t vectors, int64_t k, Left<T> a, const T* b, int64_t ldb, const T* d,
+                   int64_t ldd, T* c, int64_t ldc) {
+  const auto run = [&]<Into HOW>(int64_t first, const T* from, int64_t ld_from) {
     const int64_t count = smaller(kSumRun, k - first);
     const Left<T> part{a.data + first * a.column, a.row, a.column};
-    if (columns > 2 * kLanes<T>)
-      product_column<HOW, 3>(rows, count, part, b + first * ldb, ldb, c, ldc);
-    else if (columns > kLanes<T>)
-      product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, c, ldc);
+    if (vectors == 3)
+      product_column<HOW, 3>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
+    else if (vectors == 2)
+      product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
     else
-      product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, c, ldc);
+      product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
   };
-  run.template operator()<INTO>(0);
+  run.template operator()<INTO>(0, d, ldd);
   for (int64_t first = kSumRun; first < k; first += kSumRun)
-    run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(first);
+    run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(first, c, ldc);
 }
 
-// C (=, +=, −=) A B, where C is [rows, columns] and B is [k, columns].
+constexpr auto kNothing = [] {};
+
+// C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. Where one of them is not padded, the
+// last strip ends with its rows, and computes again what it has in common with the one before: then D is not C, and
+// rows are a vector long at least. `before_strip` is called ahead of each strip.
+template <Into INTO, class T, class F = decltype(kNothing)>
+void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a, const Matrix<T>& b,
+             const F& before_strip = kNothing) {
+  constexpr int64_t W = kLanes<T>;
+  const bool padded = b.padded && c.padded && d.padded;
+  for (int64_t j = 0; j < c.columns;) {
+    int64_t vectors = smaller(kTileVectors, (c.columns - j + W - 1) / W), first = j;
+    if (!padded) {
+      vectors = smaller(vectors, c.columns / W);
+      first = smaller(j, c.columns - vectors * W);
+    }
+    before_strip();
+    product_strip<INTO>(c.rows, vectors, k, a, b.data + first, b.ld, d.data + first, d.ld, c.data + first, c.ld);
+    j = first + vectors * W;
+  }
+}
+
+// C (=, +=, −=) A B
 template <Into INTO, class T>
 void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t j = 0; j < c.columns; j += kTileVectors * kLanes<T>)
-    product_strip<INTO>(c.rows, c.columns - j, k, a, b.data + j, b.ld, c.data + j, c.ld);
+  product<INTO>(c, c, k, a, b);
 }
 
 // The same for a square C of which only the lower triangle is wanted, in blocks of rows that end with the diagonal;
 // what ends up above it is meaningless.
 template <Into INTO, class T>
-void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
+void product_lower(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a, const Matrix<T>& b) {
   for (int64_t i = 0; i < c.rows; i += kBlock) {
     const int64_t count = smaller(kBlock, c.rows - i);
-    product<INTO>(c.block(i, count, 0, i + count), k, Left<T>{a.data + i * a.row, a.row, a.column}, b);
+    const auto rows = [&](const Matrix<T>& m) { return m.block(i, count, 0, i + count); };
+    product<INTO>(rows(c), rows(d), k, Left<T>{a.data + i * a.row, a.row, a.column}, b);
   }
+}
+template <Into INTO, class T>
+void product_lower(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
+  product_lower<INTO>(c, c, k, a, b);
 }
 
 // ---- vectors -----------------------------------------------------------------------------------------------------
@@ -201,6 +274,26 @@ T dot(int64_t n, const T* x, const T* y) {
   T total = lane_sum<T>(sum[0] + sum[1]);
   for (; i < n; ++i) total += x[i] * y[i];
   return total;
+}
+
+// ‖row‖² of every row, padded to a whole vector of them.
+template <class T>
+void squared_norms(const Matrix<T>& m, T* norms) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t whole = m.columns / W * W;
+  const auto inside = lane_numbers<T>() < static_cast<T>(m.columns - whole);
+  for (int64_t i = 0; i < m.rows; i += W) {
+    Vec<T> sum[W];
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < W; ++lane) {
+      const T* row = m.row(smaller(i + lane, m.rows - 1));
+      Vec<T> last = {};
+      if (whole < m.columns) last = inside ? load(row + whole) : last;
+      sum[lane] = last * last;
+      for (int64_t j = 0; j < whole; j += W) sum[lane] += load(row + j) * load(row + j);
+    }
+    store<T>(norms + i, lane_sums<T>(sum));
+  }
 }
 
 // ---- Cholesky ----------------------------------------------------------------------------------------------------

@@ -73,6 +73,15 @@ void load_patterns(const Matrix<T>& to, const Batch<const T>& from, const Poster
     if (!args.seen(b, first + t)) __builtin_memset(to.row(t), 0, static_cast<size_t>(to.columns) * sizeof(T));
 }
 
+// The same, only to be read: where nothing is hidden, the caller's own rows.
+template <class T>
+Matrix<T> patterns_of(const Batch<const T>& from, const PosteriorArgs<T>& args, int64_t b, int64_t first,
+                      const Matrix<T>& work) {
+  if (!args.mask.data) return rows_of(from.from_row(first), b, work);
+  load_patterns(work, from, args, b, first);
+  return work;
+}
+
 // KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s.
 template <class T>
 T step_kl(int64_t C, T noise, T innovation_var, T energy) {
@@ -119,49 +128,52 @@ bool factor_variances(const Factor<T>& factor, const PosteriorArgs<T>& args, int
   return good;
 }
 
-// E = L⁻¹ (Z − W R). `values`, Z, is consumed. A chunk has one block, so L⁻¹ is there.
+// E = L⁻¹ (Z − W R). A chunk has one block, so L⁻¹ is there. A copy of Z may be consumed.
 template <class T>
 void whiten_values(const Chunk<T>& chunk, const Factor<T>& factor, const Matrix<T>& mean, const Matrix<T>& weights,
-                   const Matrix<T>& values) {
-  product<Into::kSubtract>(values, mean.rows, left(weights), mean);
-  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), values);
+                   const Matrix<T>& values, Arena& arena) {
+  const bool consume = values.padded && mean.padded;
+  const Matrix<T> innovations = consume ? values : take_cleared<T>(arena, values.rows, values.columns);
+  product<Into::kSubtract>(innovations, values, mean.rows, left(weights), mean);
+  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations);
 }
 
-// `values` is consumed.
 template <class T>
 Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
                 const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t K = args.K, count = weights.rows;
   Chunk<T> chunk = take_chunk(args, count, arena);
-  const Matrix<T> projected = take_matrix<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
+  const Matrix<T> projected = take_cleared<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
   const Factor<T> factor = take_factor<T>(arena, count);
   transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, left(weights), memory.cov);
   product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
   chunk.good = factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);
-  whiten_values(chunk, factor, memory.mean, weights, values);
+  whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
 }
 
-// R += Gᵀ E, U −= Gᵀ G.
+// R' = R + Gᵀ E, U' = U − Gᵀ G; `after` may be `before`.
 template <class T>
-void absorb(const Memory<T>& memory, const Chunk<T>& chunk) {
-  product<Into::kAdd>(memory.mean, chunk.count(), transposed(chunk.gain), chunk.values);
-  product_lower<Into::kSubtract>(memory.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
-  mirror(memory.cov);
+void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after) {
+  product<Into::kAdd>(after.mean, before.mean, chunk.count(), transposed(chunk.gain), chunk.values);
+  product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
+  mirror(after.cov);
 }
 
 // Condition on one chunk of patterns, from `first` on, and write what is known of each.
 template <class T>
-Status condition(const Memory<T>& memory, const Chunk<T>& chunk, const PosteriorArgs<T>& args, int64_t b, int64_t first,
-                 T& log_evidence) {
+Status condition(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after, const PosteriorArgs<T>& args,
+                 int64_t b, int64_t first, T& log_evidence) {
   constexpr T kTwoPi = T(6.283185307179586476925286766559);
-  absorb(memory, chunk);
+  absorb(before, chunk, after);
+  T energies[kChunk];
+  squared_norms(chunk.values, energies);
   for (int64_t t = 0; t < chunk.count(); ++t) {
     const bool seen = args.seen(b, first + t);
     const T noise = chunk.noise[t], pivot = chunk.pivot[t], s = seen && pivot > noise ? pivot : noise;
-    const T energy = dot(args.C, chunk.values.row(t), chunk.values.row(t));
+    const T energy = energies[t];
     *args.innovation_var.at(b, first + t) = s;
     *args.kl.at(b, first + t) = step_kl(args.C, noise, s, energy);
     if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
@@ -175,24 +187,28 @@ void store_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_t
   store_matrix(args.new_cov, b, memory.cov);
 }
 
+// The memory is read where the caller has it and written where the caller wants it; in between it is in working memory.
 template <class T>
 void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Memory<T> memory{take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
+    const Memory<T> work{take_cleared<T>(arena, args.K, args.C), take_cleared<T>(arena, args.K, args.K)};
+    const Memory<T> result{own_rows(args.new_mean, b, work.mean), own_rows(args.new_cov, b, work.cov)};
+    Memory<T> memory{rows_of(args.mean, b, work.mean), rows_of(args.cov, b, work.cov)};
     const int64_t most = smaller(kChunk, args.T_);
     const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
-    Status status = load_memory(memory, args, b);
+    Status status = symmetry(memory.cov);
     T log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
     for (int64_t first = 0; first < args.T_; first += kChunk) {
       arena.release(chunk_start);
       const int64_t count = smaller(kChunk, args.T_ - first);
-      const Matrix<T> chunk_weights = weights.rows_from(0, count), chunk_values = values.rows_from(0, count);
-      load_patterns(chunk_weights, args.weights, args, b, first);
-      load_patterns(chunk_values, args.values, args, b, first);
+      const Matrix<T> chunk_weights = patterns_of(args.weights, args, b, first, weights.rows_from(0, count));
+      const Matrix<T> chunk_values = patterns_of(args.values, args, b, first, values.rows_from(0, count));
       const Chunk<T> chunk = whiten(memory, chunk_weights, chunk_values, args, b, first, arena);
-      const Status done = condition(memory, chunk, args, b, first, log_evidence);
+      const Memory<T>& after = first + count < args.T_ ? work : result;
+      const Status done = condition(memory, chunk, after, args, b, first, log_evidence);
+      memory = after;
       if (status == kGood) status = done;
     }
     store_memory(memory, args, b);

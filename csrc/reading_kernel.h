@@ -189,20 +189,6 @@ class Upcoming {
   int64_t part_;
 };
 
-// C = A B into rows that end without padding, of a vector at least: the last strip ends with them, and computes again
-// what it has in common with the one before. `before_strip` is called ahead of each.
-template <class T, class F>
-void product_unpadded(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b, const F& before_strip) {
-  constexpr int64_t W = kLanes<T>;
-  for (int64_t j = 0; j < c.columns;) {
-    const int64_t vectors = smaller(smaller(kTileVectors, round_up(c.columns - j, W) / W), c.columns / W);
-    const int64_t width = vectors * W, first = smaller(j, c.columns - width);
-    before_strip();
-    product_strip<Into::kSet>(c.rows, width, k, a, b.data + first, b.ld, c.data + first, c.ld);
-    j = first + width;
-  }
-}
-
 // Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
 template <class T>
 void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory) {
@@ -221,11 +207,11 @@ void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t e
       values.fetch_part();
     };
     const Batch<const T> here = args.queries.from_row(first);
-    const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1]};
-    product_unpadded(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, fetch);
+    const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
+    product<Into::kSet>(w, w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, fetch);
     if (!args.values.data) continue;
-    const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1]};
-    product_unpadded(z, args.K, left(w), memory.mean, fetch);
+    const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
+    product<Into::kSet>(z, z, args.K, left(w), memory.mean, fetch);
   }
 }
 

@@ -23,6 +23,13 @@ inline void store(T* to, Vec<T> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
+template <class T>
+inline Vec<T> lane_numbers() {
+  return []<size_t... LANE>(std::index_sequence<LANE...>) {
+    return Vec<T>{static_cast<T>(LANE)...};
+  }(std::make_index_sequence<kLanes<T>>());
+}
+
 // Sum of the lanes, pairwise from the outside in.
 template <class T>
 inline T lane_sum(Vec<T> vec) {
@@ -92,12 +99,12 @@ template <class T>
 
 enum class Into { kSet, kAdd, kSubtract };
 
-// C (=, +=, −=) A B for a tile of ROWS × (VECS vectors), held in registers while it runs along k.
+// C = A B, or D ± A B, for a tile of ROWS × (VECS vectors), held in registers while it runs along k. D may be C.
 //
-// A is read element by element with any strides, so a transposed A costs nothing; rows of B and C are contiguous.
+// A is read element by element with any strides, so a transposed A costs nothing; rows of B, C and D are contiguous.
 template <Into INTO, int ROWS, int VECS, class T>
 [[gnu::always_inline]] inline void product_tile(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t ldb, T* c, int64_t ldc) {
+                                                int64_t ldb, const T* d, int64_t ldd, T* c, int64_t ldc) {
   constexpr int64_t W = kLanes<T>;
   Vec<T> sum[ROWS][VECS] = {};
   for (int64_t p = 0; p < k; ++p) {
@@ -112,13 +119,12 @@ template <Into INTO, int ROWS, int VECS, class T>
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < ROWS; ++i)
+  for (int i = 0; i < ROWS; ++i, c += ldc, d += ldd)
 #pragma GCC unroll 8
     for (int j = 0; j < VECS; ++j) {
-      T* at = c + i * ldc + j * W;
-      if constexpr (INTO == Into::kSet) store<T>(at, sum[i][j]);
-      if constexpr (INTO == Into::kAdd) store<T>(at, load(at) + sum[i][j]);
-      if constexpr (INTO == Into::kSubtract) store<T>(at, load(at) - sum[i][j]);
+      if constexpr (INTO == Into::kSet) store<T>(c + j * W, sum[i][j]);
+      if constexpr (INTO == Into::kAdd) store<T>(c + j * W, load(d + j * W) + sum[i][j]);
+      if constexpr (INTO == Into::kSubtract) store<T>(c + j * W, load(d + j * W) - sum[i][j]);
     }
 }
 

@@ -442,7 +442,7 @@ Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t 
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
   invert_block(factor);
-  whiten_values(chunk, factor, memory.mean, weights, values);
+  whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
 }
 
@@ -464,7 +464,7 @@ Status write_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Ma
     const Matrix<T> found = weights.rows_from(t, now), values = stacked.rows_from(args.posterior.K + t, now);
     const Chunk<T> chunk = once ? whiten_found(memory, search, t, found, values, shared, b, first + t, arena)
                                 : whiten(memory, found, values, shared, b, first + t, arena);
-    const Status updated = condition(memory, chunk, shared, b, first + t, log_evidence);
+    const Status updated = condition(memory, chunk, memory, shared, b, first + t, log_evidence);
     status = status > updated ? status : updated;
   }
   return status;
