@@ -175,16 +175,61 @@ void mirror(const Matrix<T>& m) {
     for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
 }
 
+// ---- memory wanted soon ------------------------------------------------------------------------------------------
+
+// Fetched part by part, between the tiles of products, so that waiting for it and computing go on together: many
+// fetches at once wait for one another, and computing for them. A store waits for its line as a load does.
+class Upcoming {
+ public:
+  explicit Upcoming(int64_t parts) : parts_(parts) {}
+
+  // Rows that lie apart are left to come when they are needed.
+  template <class T>
+  void add(const Batch<T>& rows, int64_t b, int64_t first, int64_t count, int64_t columns) {
+    if (rows.stride[2] != 1 || rows.stride[1] != columns) return;
+    const char* begin = reinterpret_cast<const char*>(rows.at(b, first));
+    const int64_t bytes = count * columns * static_cast<int64_t>(sizeof(T));
+    regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
+  }
+
+  void fetch() {
+    for (int i = 0; i < count_; ++i) {
+      Region& r = regions_[i];
+      const char* stop = r.end - r.at > r.part ? r.at + r.part : r.end;
+      for (; r.at < stop; r.at += kLine) __builtin_prefetch(r.at, 0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Region {
+    const char *at, *end;
+    int64_t part;  // bytes
+  };
+  Region regions_[6];
+  int count_ = 0;
+  int64_t parts_;
+};
+
 // ---- products ----------------------------------------------------------------------------------------------------
+
+// Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
+constexpr int64_t kTileVectors = 3;
+template <class T>
+int64_t strips(int64_t columns) {
+  return (columns + kTileVectors * kLanes<T> - 1) / (kTileVectors * kLanes<T>);
+}
 
 template <Into INTO, int VECS, class T>
 void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d, int64_t ldd, T* c,
-                    int64_t ldc) {
+                    int64_t ldc, Upcoming* upcoming) {
   int64_t i = 0;
   const auto tiles = [&]<int ROWS>() {
-    for (; i + ROWS <= rows; i += ROWS)
+    for (; i + ROWS <= rows; i += ROWS) {
+      if (upcoming) upcoming->fetch();
       product_tile<INTO, ROWS, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, d + i * ldd, ldd, c + i * ldc,
                                      ldc);
+    }
   };
   tiles.template operator()<FASTKM_TILE_ROWS>();
   if constexpr (FASTKM_TILE_ROWS > 4) tiles.template operator()<4>();
@@ -192,39 +237,34 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
   tiles.template operator()<1>();
 }
 
-// Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
-constexpr int64_t kTileVectors = 3;
-
 // Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
 constexpr int64_t kSumRun = 128;
 
 // One column of tiles of C = A B or D ± A B, `vectors` wide.
 template <Into INTO, class T>
 void product_strip(int64_t rows, int64_t vectors, int64_t k, Left<T> a, const T* b, int64_t ldb, const T* d,
-                   int64_t ldd, T* c, int64_t ldc) {
+                   int64_t ldd, T* c, int64_t ldc, Upcoming* upcoming) {
   const auto run = [&]<Into HOW>(int64_t first, const T* from, int64_t ld_from) {
     const int64_t count = smaller(kSumRun, k - first);
     const Left<T> part{a.data + first * a.column, a.row, a.column};
     if (vectors == 3)
-      product_column<HOW, 3>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
+      product_column<HOW, 3>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc, upcoming);
     else if (vectors == 2)
-      product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
+      product_column<HOW, 2>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc, upcoming);
     else
-      product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc);
+      product_column<HOW, 1>(rows, count, part, b + first * ldb, ldb, from, ld_from, c, ldc, upcoming);
   };
   run.template operator()<INTO>(0, d, ldd);
   for (int64_t first = kSumRun; first < k; first += kSumRun)
     run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(first, c, ldc);
 }
 
-constexpr auto kNothing = [] {};
-
 // C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. Where one of them is not padded, the
 // last strip ends with its rows, and computes again what it has in common with the one before: then D is not C, and
-// rows are a vector long at least. `before_strip` is called ahead of each strip.
-template <Into INTO, class T, class F = decltype(kNothing)>
+// rows are a vector long at least.
+template <Into INTO, class T>
 void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a, const Matrix<T>& b,
-             const F& before_strip = kNothing) {
+             Upcoming* upcoming = nullptr) {
   constexpr int64_t W = kLanes<T>;
   const bool padded = b.padded && c.padded && d.padded;
   for (int64_t j = 0; j < c.columns;) {
@@ -233,8 +273,8 @@ void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a
       vectors = smaller(vectors, c.columns / W);
       first = smaller(j, c.columns - vectors * W);
     }
-    before_strip();
-    product_strip<INTO>(c.rows, vectors, k, a, b.data + first, b.ld, d.data + first, d.ld, c.data + first, c.ld);
+    product_strip<INTO>(c.rows, vectors, k, a, b.data + first, b.ld, d.data + first, d.ld, c.data + first, c.ld,
+                        upcoming);
     j = first + vectors * W;
   }
 }

@@ -131,33 +131,33 @@ bool factor_variances(const Factor<T>& factor, const PosteriorArgs<T>& args, int
 // E = L⁻¹ (Z − W R). A chunk has one block, so L⁻¹ is there. A copy of Z may be consumed.
 template <class T>
 void whiten_values(const Chunk<T>& chunk, const Factor<T>& factor, const Matrix<T>& mean, const Matrix<T>& weights,
-                   const Matrix<T>& values, Arena& arena) {
+                   const Matrix<T>& values, Arena& arena, Upcoming* upcoming = nullptr) {
   const bool consume = values.padded && mean.padded;
   const Matrix<T> innovations = consume ? values : take_cleared<T>(arena, values.rows, values.columns);
-  product<Into::kSubtract>(innovations, values, mean.rows, left(weights), mean);
-  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations);
+  product<Into::kSubtract>(innovations, values, mean.rows, left(weights), mean, upcoming);
+  product<Into::kSet>(chunk.values, chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations, upcoming);
 }
 
 template <class T>
 Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<T>& values,
-                const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+                const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena, Upcoming* upcoming = nullptr) {
   const int64_t K = args.K, count = weights.rows;
   Chunk<T> chunk = take_chunk(args, count, arena);
   const Matrix<T> projected = take_cleared<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
   const Factor<T> factor = take_factor<T>(arena, count);
   transpose(weights_transposed, weights);
-  product<Into::kSet>(projected, K, left(weights), memory.cov);
+  product<Into::kSet>(projected, projected, K, left(weights), memory.cov, upcoming);
   product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
   chunk.good = factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);
-  whiten_values(chunk, factor, memory.mean, weights, values, arena);
+  whiten_values(chunk, factor, memory.mean, weights, values, arena, upcoming);
   return chunk;
 }
 
 // R' = R + Gᵀ E, U' = U − Gᵀ G; `after` may be `before`.
 template <class T>
-void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after) {
-  product<Into::kAdd>(after.mean, before.mean, chunk.count(), transposed(chunk.gain), chunk.values);
+void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after, Upcoming* upcoming) {
+  product<Into::kAdd>(after.mean, before.mean, chunk.count(), transposed(chunk.gain), chunk.values, upcoming);
   product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
   mirror(after.cov);
 }
@@ -165,9 +165,9 @@ void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& aft
 // Condition on one chunk of patterns, from `first` on, and write what is known of each.
 template <class T>
 Status condition(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after, const PosteriorArgs<T>& args,
-                 int64_t b, int64_t first, T& log_evidence) {
+                 int64_t b, int64_t first, T& log_evidence, Upcoming* upcoming = nullptr) {
   constexpr T kTwoPi = T(6.283185307179586476925286766559);
-  absorb(before, chunk, after);
+  absorb(before, chunk, after, upcoming);
   T energies[kChunk];
   squared_norms(chunk.values, energies);
   for (int64_t t = 0; t < chunk.count(); ++t) {
@@ -187,6 +187,24 @@ void store_memory(const Memory<T>& memory, const PosteriorArgs<T>& args, int64_t
   store_matrix(args.new_cov, b, memory.cov);
 }
 
+// What updating a memory touches. Small ones are there when they are needed; of large ones two do not fit the cache.
+template <class T>
+Upcoming upcoming_memory(const PosteriorArgs<T>& args, int64_t b, int64_t end) {
+  constexpr int64_t kLeastBytes = 1 << 17, kMostBytes = 1 << 19;
+  const int64_t K = args.K, C = args.C, patterns = args.T_;
+  const int64_t rows = kChunk / FASTKM_TILE_ROWS, tiles = (2 * rows + K / FASTKM_TILE_ROWS) * strips<T>(C);
+  Upcoming upcoming((patterns + kChunk - 1) / kChunk * (tiles + rows * strips<T>(K)));
+  const int64_t bytes = (2 * K + patterns) * (K + C) * static_cast<int64_t>(sizeof(T));
+  if (b == end || bytes < kLeastBytes || bytes > kMostBytes) return upcoming;
+  upcoming.add(args.cov, b, 0, K, K);
+  upcoming.add(args.weights, b, 0, patterns, K);
+  upcoming.add(args.mean, b, 0, K, C);
+  upcoming.add(args.values, b, 0, patterns, C);
+  upcoming.add(args.new_cov, b, 0, K, K);
+  upcoming.add(args.new_mean, b, 0, K, C);
+  return upcoming;
+}
+
 // The memory is read where the caller has it and written where the caller wants it; in between it is in working memory.
 template <class T>
 void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) {
@@ -197,6 +215,7 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
     Memory<T> memory{rows_of(args.mean, b, work.mean), rows_of(args.cov, b, work.cov)};
     const int64_t most = smaller(kChunk, args.T_);
     const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
+    Upcoming upcoming = upcoming_memory(args, b + 1, end);
     Status status = symmetry(memory.cov);
     T log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
@@ -205,9 +224,9 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
       const int64_t count = smaller(kChunk, args.T_ - first);
       const Matrix<T> chunk_weights = patterns_of(args.weights, args, b, first, weights.rows_from(0, count));
       const Matrix<T> chunk_values = patterns_of(args.values, args, b, first, values.rows_from(0, count));
-      const Chunk<T> chunk = whiten(memory, chunk_weights, chunk_values, args, b, first, arena);
+      const Chunk<T> chunk = whiten(memory, chunk_weights, chunk_values, args, b, first, arena, &upcoming);
       const Memory<T>& after = first + count < args.T_ ? work : result;
-      const Status done = condition(memory, chunk, after, args, b, first, log_evidence);
+      const Status done = condition(memory, chunk, after, args, b, first, log_evidence, &upcoming);
       memory = after;
       if (status == kGood) status = done;
     }

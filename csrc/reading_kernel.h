@@ -168,50 +168,22 @@ void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const Facto
 constexpr int64_t kFoldedRows = 16;
 static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
 
-// Rows needed soon, fetched part by part while products run: a store waits for its line as a load does. Rows that lie
-// apart are left to come when they are needed.
-class Upcoming {
- public:
-  template <class T>
-  Upcoming(const Batch<T>& rows, int64_t b, int64_t first, int64_t count, int64_t columns, int64_t parts)
-      : at_(reinterpret_cast<const char*>(rows.at(b, first))),
-        end_(at_ + (rows.stride[1] == columns ? count * columns : 0) * static_cast<int64_t>(sizeof(T))),
-        part_((end_ - at_) / parts + 1) {}
-
-  void fetch_part() {
-    const char* stop = end_ - at_ > part_ ? at_ + part_ : end_;
-    for (; at_ < stop; at_ += kLine) __builtin_prefetch(at_, 0, 2);
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const char *at_, *end_;
-  int64_t part_;
-};
-
 // Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
 template <class T>
 void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory) {
-  constexpr int64_t kStrip = kTileVectors * kLanes<T>;
-  const int64_t strips = round_up(args.K, kStrip) / kStrip + round_up(args.C, kStrip) / kStrip;
+  const int64_t tiles = kFoldedRows / FASTKM_TILE_ROWS * (strips<T>(args.K) + strips<T>(args.C));
   for (int64_t first = begin; first < end; first += kFoldedRows) {
     const int64_t rows = smaller(kFoldedRows, end - first), next = first + rows;
-    const auto upcoming = [&](const auto& of, int64_t columns) {
-      return Upcoming(of, b, next, smaller(kFoldedRows, end - next), columns, strips);
-    };
-    Upcoming queries = upcoming(args.queries, args.C);
-    Upcoming weights = upcoming(args.weights, args.K), values = upcoming(args.values, args.C);
-    const auto fetch = [&] {
-      queries.fetch_part();
-      weights.fetch_part();
-      values.fetch_part();
-    };
+    Upcoming upcoming(tiles);
+    upcoming.add(args.queries, b, next, smaller(kFoldedRows, end - next), args.C);
+    upcoming.add(args.weights, b, next, smaller(kFoldedRows, end - next), args.K);
+    upcoming.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
     const Batch<const T> here = args.queries.from_row(first);
     const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
-    product<Into::kSet>(w, w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, fetch);
+    product<Into::kSet>(w, w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &upcoming);
     if (!args.values.data) continue;
     const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
-    product<Into::kSet>(z, z, args.K, left(w), memory.mean, fetch);
+    product<Into::kSet>(z, z, args.K, left(w), memory.mean, &upcoming);
   }
 }
 
