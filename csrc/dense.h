@@ -218,17 +218,14 @@ struct Factor {
   Matrix<T> inverse_transposed_block(int64_t first) const {
     return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
   }
-  // That of the rows and columns from `first` on, a multiple of kBlock.
-  Factor from(int64_t first) const {
-    return {lower.block(first, size() - first, first, size() - first), inverse + first * kBlock,
-            inverse_transposed + first * kBlock};
-  }
 };
 
+// With space for whole blocks of rows, so that tiles may read past the last.
 template <class T>
 Factor<T> take_factor(Arena& arena, int64_t n) {
   const int64_t padded = round_up(n, kBlock);
-  return {take_matrix<T>(arena, n, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
+  return {take_matrix<T>(arena, padded, n).rows_from(0, n), arena.take<T>(padded * kBlock),
+          arena.take<T>(padded * kBlock)};
 }
 
 // Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further
@@ -363,17 +360,6 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
     }
   }
   return good;
-}
-
-// Y = L⁻¹ X, X [n, m], which is consumed.
-template <class T>
-void solve_lower(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y) {
-  for (int64_t j = 0; j < f.size(); j += kBlock) {
-    const int64_t width = smaller(kBlock, f.size() - j);
-    const Matrix<T> rhs = x.rows_from(j, width);
-    if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), y);
-    product<Into::kSet>(y.rows_from(j, width), width, left(f.inverse_block(j)), rhs);
-  }
 }
 
 // X ← X (L Lᵀ)⁻¹ for rows of right-hand sides, X [m, n]; `lower_transposed` is Lᵀ [n, n].
