@@ -5,10 +5,28 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
+// The lower triangle of a covariance, which is all that is read of it, and whether it can be one. Where its rows are
+// contiguous the caller's own are compared and nothing else is copied.
+template <class T>
+Status load_lower(const Matrix<T>& to, const Batch<const T>& cov, int64_t b) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t n = to.rows;
+  if (cov.stride[2] != 1) {
+    load_matrix(to, cov, b);
+    return symmetry(to);
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const T* from = cov.at(b, i);
+    int64_t j = 0;
+    for (; j <= i && j + W <= n; j += W) store<T>(to.row(i) + j, load(from + j));
+    for (; j <= i; ++j) to.row(i)[j] = from[j];
+  }
+  return symmetry(Matrix<T>{const_cast<T*>(cov.at(b)), n, n, cov.stride[1]});
+}
+
 template <class T>
 Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena) {
-  load_matrix(factor.lower, cov, b);
-  if (const Status status = symmetry(factor.lower); status != kGood) return status;
+  if (const Status status = load_lower(factor.lower, cov, b); status != kGood) return status;
   return cholesky(factor, arena) ? kGood : kNotPositiveDefinite;
 }
 

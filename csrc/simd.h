@@ -35,6 +35,12 @@ inline void store(T* to, Vec<T> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
+// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one instruction.
+template <class T>
+inline auto magnitude(Vec<T> vec) {
+  return reinterpret_cast<decltype(lane_numbers<T>())>(vec) & std::numeric_limits<LaneNumber<T>>::max();
+}
+
 // Sum of the lanes, pairwise from the outside in.
 template <class T>
 inline T lane_sum(Vec<T> vec) {
