@@ -220,12 +220,13 @@ struct Factor {
   }
 };
 
-// With space for whole blocks of rows, so that tiles may read past the last.
+// In whole blocks of rows, zero past the last, so that tiles may take part whole.
 template <class T>
 Factor<T> take_factor(Arena& arena, int64_t n) {
   const int64_t padded = round_up(n, kBlock);
-  return {take_matrix<T>(arena, padded, n).rows_from(0, n), arena.take<T>(padded * kBlock),
-          arena.take<T>(padded * kBlock)};
+  const Matrix<T> lower = take_matrix<T>(arena, padded, n);
+  fill_zero(lower.rows_from(n, padded - n));
+  return {lower.rows_from(0, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
 }
 
 // Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further

@@ -15,11 +15,14 @@ Status load_lower(const Matrix<T>& to, const Batch<const T>& cov, int64_t b) {
     load_matrix(to, cov, b);
     return symmetry(to);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    const T* from = cov.at(b, i);
-    int64_t j = 0;
-    for (; j <= i && j + W <= n; j += W) store<T>(to.row(i) + j, load(from + j));
-    for (; j <= i; ++j) to.row(i)[j] = from[j];
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t end = first + kBlock;  // a diagonal block takes part whole
+    for (int64_t i = first; i < smaller(end, n); ++i) {
+      const T* from = cov.at(b, i);
+      const int64_t whole = end <= n ? end : n / W * W;
+      for (int64_t j = 0; j < whole; j += W) store<T>(to.row(i) + j, load(from + j));
+      for (int64_t j = whole; j < end; ++j) to.row(i)[j] = j < n ? from[j] : 0;
+    }
   }
   return symmetry(Matrix<T>{const_cast<T*>(cov.at(b)), n, n, cov.stride[1]});
 }
@@ -95,8 +98,9 @@ void add_squared_norm(double (&total)[kLanes<T>], const Factor<T>& f, int64_t fi
   }
 }
 
-// ‖L⁻¹ X‖² for X [n, columns], a whole number of vectors wide, the rows of whose column j are zero above first(j).
-template <class T, class First, class Rhs>
+// ‖L⁻¹ X‖² for X [n, columns], a whole number of vectors wide, the rows of whose column j are zero above first(j);
+// WIDEST vectors at a time, which share what is zero in the first.
+template <int WIDEST, class T, class First, class Rhs>
 double squared_norm_of_solution(const Factor<T>& f, int64_t columns, const First& first, const Rhs& rhs, Arena& arena) {
   constexpr int64_t W = kLanes<T>;
   double total[W] = {};
@@ -105,11 +109,9 @@ double squared_norm_of_solution(const Factor<T>& f, int64_t columns, const First
     add_squared_norm<VECS>(total, f, first(j), [&](int64_t i, int64_t v) { return rhs(i, j + v * W); }, y);
   };
   int64_t j = 0;
-  for (; j + 3 * W <= columns; j += 3 * W) panel.template operator()<3>(j);
-  if (j + 2 * W <= columns)
-    panel.template operator()<2>(j);
-  else if (j + W <= columns)
-    panel.template operator()<1>(j);
+  for (; WIDEST >= 3 && j + 3 * W <= columns; j += 3 * W) panel.template operator()<3>(j);
+  for (; j + 2 * W <= columns; j += 2 * W) panel.template operator()<2>(j);
+  if (j < columns) panel.template operator()<1>(j);
   double sum = 0;
   for (double lane : total) sum += lane;
   return sum;
@@ -122,7 +124,7 @@ double squared_norm_of_solution(const Factor<T>& prior, const Matrix<T>& lower, 
   const auto rhs = [&](int64_t i, int64_t j) {
     return lane <= static_cast<LaneNumber<T>>(i - j) ? load(lower.row(i) + j) : Vec<T>{};
   };
-  return squared_norm_of_solution(prior, round_up(lower.rows, kLanes<T>), [](int64_t j) { return j; }, rhs, arena);
+  return squared_norm_of_solution<2>(prior, round_up(lower.rows, kLanes<T>), [](int64_t j) { return j; }, rhs, arena);
 }
 
 // ‖L0⁻¹ (R − R0)‖²
@@ -133,17 +135,21 @@ double squared_norm_of_solution(const Factor<T>& prior, const Batch<const T>& me
   const int64_t K = prior.size(), whole = mean.stride[2] == 1 && prior_mean.stride[2] == 1 ? C / W * W : 0;
   const auto top = [](int64_t) { return 0; };
   const auto rhs = [&](int64_t i, int64_t j) { return load(mean.at(b, i, j)) - load(prior_mean.at(b, i, j)); };
-  double sum = squared_norm_of_solution(prior, whole, top, rhs, arena);
-  if (whole < C) {  // what is no whole vector
-    const Matrix<T> rest = take_matrix<T>(arena, K, C - whole);
-    for (int64_t i = 0; i < K; ++i) {
-      for (int64_t j = whole; j < C; ++j) rest.row(i)[j - whole] = *mean.at(b, i, j) - *prior_mean.at(b, i, j);
-      for (int64_t j = C - whole; j < rest.ld; ++j) rest.row(i)[j] = 0;
-    }
-    const auto rest_rhs = [&](int64_t i, int64_t j) { return load(rest.row(i) + j); };
-    sum += squared_norm_of_solution(prior, round_up(rest.columns, W), top, rest_rhs, arena);
+  const double sum = squared_norm_of_solution<3>(prior, whole, top, rhs, arena);
+  if (whole == C) return sum;
+  if (whole > 0) {  // the last vector of a row, without the columns that were in the one before it
+    const auto rest = [&](int64_t i, int64_t) {
+      return lane_numbers<T>() >= static_cast<LaneNumber<T>>(W - (C - whole)) ? rhs(i, C - W) : Vec<T>{};
+    };
+    return sum + squared_norm_of_solution<1>(prior, W, top, rest, arena);
   }
-  return sum;
+  const Matrix<T> difference = take_matrix<T>(arena, K, C);
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t j = 0; j < C; ++j) difference.row(i)[j] = *mean.at(b, i, j) - *prior_mean.at(b, i, j);
+    for (int64_t j = C; j < difference.ld; ++j) difference.row(i)[j] = 0;
+  }
+  const auto row = [&](int64_t i, int64_t j) { return load(difference.row(i) + j); };
+  return squared_norm_of_solution<3>(prior, round_up(C, W), top, row, arena);
 }
 
 // ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.

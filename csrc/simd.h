@@ -35,7 +35,8 @@ inline void store(T* to, Vec<T> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
-// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one instruction.
+// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one
+// instruction.
 template <class T>
 inline auto magnitude(Vec<T> vec) {
   return reinterpret_cast<decltype(lane_numbers<T>())>(vec) & std::numeric_limits<LaneNumber<T>>::max();
