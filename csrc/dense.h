@@ -79,7 +79,7 @@ void clear_padding(const Matrix<T>& m) {
   constexpr int64_t W = kLanes<T>;
   const int64_t whole = m.columns / W * W;
   if (whole == m.columns) return;
-  const auto inside = lane_numbers<T>() < static_cast<T>(m.columns - whole);
+  const auto inside = lane_numbers<T>() < static_cast<LaneNumber<T>>(m.columns - whole);
   for (int64_t i = 0; i < m.rows; ++i) {
     T* at = m.row(i) + whole;
     store<T>(at, inside ? load(at) : Vec<T>{});
@@ -167,7 +167,7 @@ void mirror(const Matrix<T>& m) {
     transpose_square(across, W, m.row(i) + i, m.ld);
     for (int64_t row = 0; row < W; ++row) {
       T* at = m.row(i + row) + i;
-      store<T>(at, lane_numbers<T>() > static_cast<T>(row) ? load(across + row * W) : load(at));
+      store<T>(at, lane_numbers<T>() > static_cast<LaneNumber<T>>(row) ? load(across + row * W) : load(at));
     }
     for (int64_t j = i + W; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
   }
@@ -321,7 +321,7 @@ template <class T>
 void squared_norms(const Matrix<T>& m, T* norms) {
   constexpr int64_t W = kLanes<T>;
   const int64_t whole = m.columns / W * W;
-  const auto inside = lane_numbers<T>() < static_cast<T>(m.columns - whole);
+  const auto inside = lane_numbers<T>() < static_cast<LaneNumber<T>>(m.columns - whole);
   for (int64_t i = 0; i < m.rows; i += W) {
     Vec<T> sum[W];
 #pragma GCC unroll 16
@@ -351,17 +351,15 @@ struct Factor {
   Matrix<T> inverse_transposed_block(int64_t first) const {
     return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
   }
-  // That of the rows and columns from `first` on, a multiple of kBlock.
-  Factor from(int64_t first) const {
-    return {lower.block(first, size() - first, first, size() - first), inverse + first * kBlock,
-            inverse_transposed + first * kBlock};
-  }
 };
 
+// In whole blocks of rows, zero past the last, so that tiles may take part whole.
 template <class T>
 Factor<T> take_factor(Arena& arena, int64_t n) {
   const int64_t padded = round_up(n, kBlock);
-  return {take_matrix<T>(arena, n, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
+  const Matrix<T> lower = take_matrix<T>(arena, padded, n);
+  fill_zero(lower.rows_from(n, padded - n));
+  return {lower.rows_from(0, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
 }
 
 // Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further
@@ -496,17 +494,6 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
     }
   }
   return good;
-}
-
-// Y = L⁻¹ X, X [n, m], which is consumed.
-template <class T>
-void solve_lower(const Factor<T>& f, const Matrix<T>& x, const Matrix<T>& y) {
-  for (int64_t j = 0; j < f.size(); j += kBlock) {
-    const int64_t width = smaller(kBlock, f.size() - j);
-    const Matrix<T> rhs = x.rows_from(j, width);
-    if (j > 0) product<Into::kSubtract>(rhs, j, left(f.lower.rows_from(j, width)), y);
-    product<Into::kSet>(y.rows_from(j, width), width, left(f.inverse_block(j)), rhs);
-  }
 }
 
 // X ← X (L Lᵀ)⁻¹ for rows of right-hand sides, X [m, n]; `lower_transposed` is Lᵀ [n, n].

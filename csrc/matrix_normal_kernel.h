@@ -5,10 +5,31 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
+// The lower triangle of a covariance, which is all that is read of it, and whether it can be one. Where its rows are
+// contiguous the caller's own are compared and nothing else is copied.
+template <class T>
+Status load_lower(const Matrix<T>& to, const Batch<const T>& cov, int64_t b) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t n = to.rows;
+  if (cov.stride[2] != 1) {
+    load_matrix(to, cov, b);
+    return symmetry(to);
+  }
+  for (int64_t first = 0; first < n; first += kBlock) {
+    const int64_t end = first + kBlock;  // a diagonal block takes part whole
+    for (int64_t i = first; i < smaller(end, n); ++i) {
+      const T* from = cov.at(b, i);
+      const int64_t whole = end <= n ? end : n / W * W;
+      for (int64_t j = 0; j < whole; j += W) store<T>(to.row(i) + j, load(from + j));
+      for (int64_t j = whole; j < end; ++j) to.row(i)[j] = j < n ? from[j] : 0;
+    }
+  }
+  return symmetry(Matrix<T>{const_cast<T*>(cov.at(b)), n, n, cov.stride[1]});
+}
+
 template <class T>
 Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena) {
-  load_matrix(factor.lower, cov, b);
-  if (const Status status = symmetry(factor.lower); status != kGood) return status;
+  if (const Status status = load_lower(factor.lower, cov, b); status != kGood) return status;
   return cholesky(factor, arena) ? kGood : kNotPositiveDefinite;
 }
 
@@ -26,77 +47,109 @@ double log_det(const Factor<T>& factor) {
   return 2 * sum;
 }
 
-// Of a matrix whose padding is zero: in double over blocks of rows, lane by lane.
-template <class T>
-double squared_norm(const Matrix<T>& m) {
-  constexpr int64_t W = kLanes<T>;
-  double total[W] = {};
-  for (int64_t first = 0; first < m.rows; first += kBlock) {
+// The squared norm of L⁻¹ X by columns, for a panel X of VECS vectors whose rows above `first` are zero; `rhs(i, v)` is
+// vector v of row i. A tile of rows is solved in registers and Y, the solution, is kept for the tiles below it.
+template <int VECS, class T, class Rhs>
+void add_squared_norm(double (&total)[kLanes<T>], const Factor<T>& f, int64_t first, const Rhs& rhs, T* y) {
+  constexpr int64_t W = kLanes<T>, kWidth = VECS * W;
+  constexpr int kRows = FASTKM_TILE_ROWS;
+  const int64_t n = f.size();
+  for (int64_t i = first / kRows * kRows; i < n; i += kRows) {
+    const int64_t start = first / kRows * kRows, ld = f.lower.ld;
+    const T* lower = f.lower.row(i);
+    Vec<T> x[kRows][VECS] = {};
+    for (int64_t p = start; p < i; ++p) {
+      Vec<T> row[VECS];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) row[v] = load(y + p * kWidth + v * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const T factor = lower[r * ld + p];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) x[r][v] += factor * row[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) x[r][v] = rhs(smaller(i + r, n - 1), v) - x[r][v];
+    // The inverse of a small diagonal block of L is that of the large one there.
+    const int64_t within = i % kBlock;
+    const T* inverse = f.inverse_block(i - within).row(within) + within;
     Vec<T> sum = {};
-    for (int64_t i = first; i < smaller(first + kBlock, m.rows); ++i)
-      for (int64_t j = 0; j < m.columns; j += W) sum += load(m.row(i) + j) * load(m.row(i) + j);
+#pragma GCC unroll 16
+    for (int above = 1; above <= kRows; ++above) {  // from the last, as a row meets those above it
+      const int r = kRows - above;
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) x[r][v] *= inverse[r * kBlock + r];
+#pragma GCC unroll 16
+      for (int s = 0; s < r; ++s)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) x[r][v] += inverse[r * kBlock + s] * x[s][v];
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) store<T>(y + (i + r) * kWidth + v * W, x[r][v]);
+    }
+    const int64_t count = smaller(kRows, n - i);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECS; ++v) sum += r < count ? x[r][v] * x[r][v] : Vec<T>{};
     for (int64_t lane = 0; lane < W; ++lane) total[lane] += sum[lane];
   }
-  double all = 0;
-  for (double lane : total) all += lane;
-  return all;
 }
 
-// Columns [first, first + to.columns) of R − R0, with the padding set to zero.
-template <class T>
-void load_difference(const Matrix<T>& to, const Batch<const T>& mean, const Batch<const T>& prior_mean, int64_t b,
-                     int64_t first) {
+// ‖L⁻¹ X‖² for X [n, columns], a whole number of vectors wide, the rows of whose column j are zero above first(j);
+// WIDEST vectors at a time, which share what is zero in the first.
+template <int WIDEST, class T, class First, class Rhs>
+double squared_norm_of_solution(const Factor<T>& f, int64_t columns, const First& first, const Rhs& rhs, Arena& arena) {
   constexpr int64_t W = kLanes<T>;
-  const int64_t step = mean.stride[2], prior_step = prior_mean.stride[2];
-  const int64_t whole = step == 1 && prior_step == 1 ? to.columns / W * W : 0;
-  for (int64_t i = 0; i < to.rows; ++i) {
-    const T *x = mean.at(b, i, first), *y = prior_mean.at(b, i, first);
-    T* row = to.row(i);
-    for (int64_t j = 0; j < whole; j += W) store<T>(row + j, load(x + j) - load(y + j));
-    for (int64_t j = whole; j < to.columns; ++j) row[j] = x[j * step] - y[j * prior_step];
-    for (int64_t j = to.columns; j < to.ld; ++j) row[j] = 0;
-  }
+  double total[W] = {};
+  T* y = arena.take<T>(round_up(f.size(), kBlock) * kTileVectors * W);
+  const auto panel = [&]<int VECS>(int64_t j) {
+    add_squared_norm<VECS>(total, f, first(j), [&](int64_t i, int64_t v) { return rhs(i, j + v * W); }, y);
+  };
+  int64_t j = 0;
+  for (; WIDEST >= 3 && j + 3 * W <= columns; j += 3 * W) panel.template operator()<3>(j);
+  for (; j + 2 * W <= columns; j += 2 * W) panel.template operator()<2>(j);
+  if (j < columns) panel.template operator()<1>(j);
+  double sum = 0;
+  for (double lane : total) sum += lane;
+  return sum;
 }
 
-// Columns of a right-hand side solved at once: few enough to stay in the first-level cache with what they meet.
-template <class T>
-constexpr int64_t kPanel = 2 * kLanes<T> > kBlock ? 2 * kLanes<T> : kBlock;
-
-// ‖L0⁻¹ L‖², by columns: in the rows above its diagonal block a column of L is zero, and so is its solution.
+// ‖L0⁻¹ L‖²: in the rows above its diagonal a column of L is zero, and so is its solution.
 template <class T>
 double squared_norm_of_solution(const Factor<T>& prior, const Matrix<T>& lower, Arena& arena) {
-  const int64_t K = lower.rows;
-  double sum = 0;
-  const Arena::Mark start = arena.mark();
-  for (int64_t c = 0; c < K; c += kPanel<T>) {
-    arena.release(start);
-    const Matrix<T> panel = take_matrix<T>(arena, K - c, smaller(kPanel<T>, K - c));
-    const Matrix<T> solution = take_matrix<T>(arena, panel.rows, panel.columns);
-    copy_rows(panel, lower.block(c, K - c, c, panel.columns));
-    for (int64_t i = 0; i < panel.columns; ++i)
-      for (int64_t j = i + 1; j < panel.ld; ++j) panel.row(i)[j] = 0;
-    solve_lower(prior.from(c), panel, solution);
-    sum += squared_norm(solution);
-  }
-  return sum;
+  const auto lane = lane_numbers<T>();
+  const auto rhs = [&](int64_t i, int64_t j) {
+    return lane <= static_cast<LaneNumber<T>>(i - j) ? load(lower.row(i) + j) : Vec<T>{};
+  };
+  return squared_norm_of_solution<2>(prior, round_up(lower.rows, kLanes<T>), [](int64_t j) { return j; }, rhs, arena);
 }
 
 // ‖L0⁻¹ (R − R0)‖²
 template <class T>
 double squared_norm_of_solution(const Factor<T>& prior, const Batch<const T>& mean, const Batch<const T>& prior_mean,
                                 int64_t b, int64_t C, Arena& arena) {
-  const int64_t K = prior.size();
-  double sum = 0;
-  const Arena::Mark start = arena.mark();
-  for (int64_t c = 0; c < C; c += kPanel<T>) {
-    arena.release(start);
-    const Matrix<T> panel = take_matrix<T>(arena, K, smaller(kPanel<T>, C - c));
-    const Matrix<T> solution = take_matrix<T>(arena, panel.rows, panel.columns);
-    load_difference(panel, mean, prior_mean, b, c);
-    solve_lower(prior, panel, solution);
-    sum += squared_norm(solution);
+  constexpr int64_t W = kLanes<T>;
+  const int64_t K = prior.size(), whole = mean.stride[2] == 1 && prior_mean.stride[2] == 1 ? C / W * W : 0;
+  const auto top = [](int64_t) { return 0; };
+  const auto rhs = [&](int64_t i, int64_t j) { return load(mean.at(b, i, j)) - load(prior_mean.at(b, i, j)); };
+  const double sum = squared_norm_of_solution<3>(prior, whole, top, rhs, arena);
+  if (whole == C) return sum;
+  if (whole > 0) {  // the last vector of a row, without the columns that were in the one before it
+    const auto rest = [&](int64_t i, int64_t) {
+      return lane_numbers<T>() >= static_cast<LaneNumber<T>>(W - (C - whole)) ? rhs(i, C - W) : Vec<T>{};
+    };
+    return sum + squared_norm_of_solution<1>(prior, W, top, rest, arena);
   }
-  return sum;
+  const Matrix<T> difference = take_matrix<T>(arena, K, C);
+  for (int64_t i = 0; i < K; ++i) {
+    for (int64_t j = 0; j < C; ++j) difference.row(i)[j] = *mean.at(b, i, j) - *prior_mean.at(b, i, j);
+    for (int64_t j = C; j < difference.ld; ++j) difference.row(i)[j] = 0;
+  }
+  const auto row = [&](int64_t i, int64_t j) { return load(difference.row(i) + j); };
+  return squared_norm_of_solution<3>(prior, round_up(C, W), top, row, arena);
 }
 
 // ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.

@@ -23,37 +23,34 @@ struct Memory {
 template <class T>
 Status symmetry(const Matrix<T>& m) {
   constexpr int64_t W = kLanes<T>;
-  T scale = 0, gap = 0, total = 0;
-  const auto compare = [&](T entry, T across) {
-    const T size = std::abs(entry), difference = std::abs(entry - across);
-    scale = size > scale ? size : scale;
-    gap = difference > gap ? difference : gap;
-    total += size + difference;
-  };
+  using Bits = LaneNumber<T>;
   // Squares below the diagonal against those across it, lane by lane; what is left one by one.
   const int64_t whole = m.rows / W * W;
   alignas(64) T across[W * W];
-  Vec<T> scales = {}, gaps = {}, totals = {};
+  decltype(lane_numbers<T>()) scales = {}, gaps = {};
   for (int64_t i = 0; i < whole; i += W)
     for (int64_t j = 0; j <= i; j += W) {
       transpose_square(across, W, m.row(j) + i, m.ld);
       for (int64_t row = 0; row < W; ++row) {
-        const Vec<T> entry = load(m.row(i + row) + j), other = entry - load(across + row * W);
-        const Vec<T> size = entry < 0 ? -entry : entry, difference = other < 0 ? -other : other;
+        const Vec<T> entry = load(m.row(i + row) + j);
+        const auto size = magnitude<T>(entry), difference = magnitude<T>(entry - load(across + row * W));
         scales = size > scales ? size : scales;
         gaps = difference > gaps ? difference : gaps;
-        totals += size + difference;
       }
     }
-  for (int64_t lane = 0; lane < W; ++lane) {
-    scale = scales[lane] > scale ? scales[lane] : scale;
-    gap = gaps[lane] > gap ? gaps[lane] : gap;
-    total += totals[lane];
-  }
+  Bits scale = 0, gap = 0;
+  const auto compare = [&](Bits size, Bits difference) {
+    scale = size > scale ? size : scale;
+    gap = difference > gap ? difference : gap;
+  };
+  for (int64_t lane = 0; lane < W; ++lane) compare(scales[lane], gaps[lane]);
   for (int64_t i = whole; i < m.rows; ++i)
-    for (int64_t j = 0; j <= i; ++j) compare(m.row(i)[j], m.row(j)[i]);
-  if (total - total != 0) return kNotPositiveDefinite;
-  return gap <= std::sqrt(std::numeric_limits<T>::epsilon()) * scale ? kGood : kAsymmetric;
+    for (int64_t j = 0; j <= i; ++j)
+      compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
+              __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
+  const T most = __builtin_bit_cast(T, gap);  // of what is not finite no difference is
+  if (most - most != 0) return kNotPositiveDefinite;
+  return most <= std::sqrt(std::numeric_limits<T>::epsilon()) * __builtin_bit_cast(T, scale) ? kGood : kAsymmetric;
 }
 
 // Bring a memory in, and say whether its covariance can be one.

@@ -12,6 +12,18 @@ template <class T>
 constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(T);
 
 template <class T>
+using LaneNumber = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// 0, 1, 2, … in the lanes: to be compared with.
+template <class T>
+inline auto lane_numbers() {
+  return []<size_t... LANE>(std::index_sequence<LANE...>) {
+    typedef LaneNumber<T> Numbers [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+    return Numbers{LANE...};
+  }(std::make_index_sequence<kLanes<T>>());
+}
+
+template <class T>
 inline Vec<T> load(const T* from) {
   Vec<T> vec;
   __builtin_memcpy(&vec, from, sizeof vec);
@@ -23,11 +35,11 @@ inline void store(T* to, Vec<T> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
+// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one
+// instruction.
 template <class T>
-inline Vec<T> lane_numbers() {
-  return []<size_t... LANE>(std::index_sequence<LANE...>) {
-    return Vec<T>{static_cast<T>(LANE)...};
-  }(std::make_index_sequence<kLanes<T>>());
+inline auto magnitude(Vec<T> vec) {
+  return reinterpret_cast<decltype(lane_numbers<T>())>(vec) & std::numeric_limits<LaneNumber<T>>::max();
 }
 
 // Sum of the lanes, pairwise from the outside in.
