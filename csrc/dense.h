@@ -103,17 +103,31 @@ void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
     for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to.row(i) + j, load(from.row(i) + j));
 }
 
+// to = fromᵀ [rows, columns], squares of whole vectors at a time. The last squares of a row or column overlap those
+// before them; a matrix too small for one goes entry by entry.
+template <class T>
+void transpose(int64_t rows, int64_t columns, T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  constexpr int64_t W = kLanes<T>;
+  if (rows < W || columns < W) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
+    return;
+  }
+  for (int64_t next_i = 0; next_i < rows; next_i += W) {
+    const int64_t i = smaller(next_i, rows - W);
+    for (int64_t next_j = 0; next_j < columns; next_j += W) {
+      const int64_t j = smaller(next_j, columns - W);
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+    }
+  }
+}
+
 // to = fromᵀ; the padding is set to zero.
 template <class T>
 void transpose(const Matrix<T>& to, const Matrix<T>& from) {
-  constexpr int64_t W = kLanes<T>;
-  const int64_t rows = to.rows / W * W, columns = to.columns / W * W;
-  for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < columns; j += W) transpose_square(to.row(i) + j, to.ld, from.row(j) + i, from.ld);
-  for (int64_t i = 0; i < to.rows; ++i) {
-    for (int64_t j = i < rows ? columns : 0; j < to.columns; ++j) to.row(i)[j] = from.row(j)[i];
+  transpose(to.rows, to.columns, to.data, to.ld, from.data, from.ld);
+  for (int64_t i = 0; i < to.rows; ++i)
     for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
-  }
 }
 
 // Copy the lower triangle onto the upper one.
@@ -173,8 +187,12 @@ void product_strip(int64_t rows, int64_t columns, int64_t k, Left<T> a, const T*
 // C (=, +=, −=) A B, where C is [rows, columns] and B is [k, columns].
 template <Into INTO, class T>
 void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  for (int64_t j = 0; j < c.columns; j += kTileVectors * kLanes<T>)
-    product_strip<INTO>(c.rows, c.columns - j, k, a, b.data + j, b.ld, c.data + j, c.ld);
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t j = 0, width; j < c.columns; j += width) {
+    // Four vectors are two strips of two: a strip of one waits for its loads.
+    width = c.columns - j > 3 * W && c.columns - j <= 4 * W ? 2 * W : kTileVectors * W;
+    product_strip<INTO>(c.rows, smaller(width, c.columns - j), k, a, b.data + j, b.ld, c.data + j, c.ld);
+  }
 }
 
 // The same for a square C of which only the lower triangle is wanted, in blocks of rows that end with the diagonal;
