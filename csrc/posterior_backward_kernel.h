@@ -398,6 +398,14 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   }
 }
 
+// Results are met in fresh or far memory, and a store waits for its line as a load does: let lines come during products.
+template <class T>
+void fetch_rows(const Batch<T>& to, int64_t b, int64_t first, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* const end = to.at(b, first + count);
+  for (const T* at = to.at(b, first); at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+}
+
 template <class T>
 void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t begin,
                                int64_t end) {
@@ -406,6 +414,12 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     const Turned<T> grad = take_turned(args, arena);
     load_cotangents(grad, grads, b);
     reverse_chunks(args, kBackwardChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
+      fetch_rows(grads.to_weights, b, first, chunk.count());
+      fetch_rows(grads.to_values, b, first, chunk.count());
+      if (first == 0) {
+        fetch_rows(grads.to_mean, b, 0, args.K);
+        fetch_rows(grads.to_cov, b, 0, args.K);
+      }
       const ChunkCotangents<T> bar = condition_backward(state, grad, chunk, args, grads, b, first, arena);
       store_patterns(grads.to_weights, bar.weights, args, b, first);
       store_patterns(grads.to_values, bar.values, args, b, first);
