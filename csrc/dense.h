@@ -147,9 +147,12 @@ void mirror(const Matrix<T>& m) {
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
+// Height of a tile that is two vectors wide: four rows of them are too few sums to hide how long each takes.
+constexpr int kNarrowTileRows = FASTKM_TILE_ROWS < 6 ? 6 : FASTKM_TILE_ROWS;
+
 template <Into INTO, int VECS, class T>
 void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, T* c, int64_t ldc) {
-  constexpr int kRows = FASTKM_TILE_ROWS;
+  constexpr int kRows = VECS == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows)
     product_tile<INTO, kRows, VECS>(k, a.data + i * a.row, a.row, a.column, b, ldb, c + i * ldc, ldc);

@@ -98,8 +98,8 @@ void product_of_triangle(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>
   int64_t first = 0;
   for (; first + W < n; first += 2 * W) {
     int64_t i = 0;
-    for (; i + FASTKM_TILE_ROWS <= c.rows; i += FASTKM_TILE_ROWS)
-      triangle_tile<UPPER, FASTKM_TILE_ROWS>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
+    for (; i + kNarrowTileRows <= c.rows; i += kNarrowTileRows)
+      triangle_tile<UPPER, kNarrowTileRows>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
     for (; i + 4 <= c.rows; i += 4) triangle_tile<UPPER, 4>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
     for (; i < c.rows; ++i) triangle_tile<UPPER, 1>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
   }
@@ -312,9 +312,14 @@ ChunkCotangents<T> condition_backward(const State<T>& state, const Turned<T>& gr
   // Through what is told of each pattern.
   T energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
   for (int64_t t = 0; t < padded; t += kLanes<T>) {
-    Vec<T> sum[4] = {};
-    for (int64_t c = 0; c < C; ++c) sum[c % 4] += load(E.row(c) + t) * load(E.row(c) + t);
-    store<T>(energy + t, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+    const auto square = [&](int64_t c) { return load(E.row(c) + t) * load(E.row(c) + t); };
+    Vec<T> even = {}, odd = {};
+    for (int64_t c = 0; c + 1 < C; c += 2) {
+      even += square(c);
+      odd += square(c + 1);
+    }
+    if (C % 2) even += square(C - 1);
+    store<T>(energy + t, even + odd);
   }
   for (int64_t t = 0; t < count; ++t) {
     const PatternCotangents<T> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
