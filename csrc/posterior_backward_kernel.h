@@ -403,7 +403,7 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   }
 }
 
-// Results are met in fresh or far memory, and a store waits for its line as a load does: let lines come during products.
+// A store waits for its line as a load does: lines of results come while products run.
 template <class T>
 void fetch_rows(const Batch<T>& to, int64_t b, int64_t first, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
