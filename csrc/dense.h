@@ -144,17 +144,31 @@ void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
     for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to.row(i) + j, load(from.row(i) + j));
 }
 
+// to = fromᵀ [rows, columns], squares of whole vectors at a time. The last squares of a row or column overlap those
+// before them; a matrix too small for one goes entry by entry.
+template <class T>
+void transpose(int64_t rows, int64_t columns, T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  constexpr int64_t W = kLanes<T>;
+  if (rows < W || columns < W) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
+    return;
+  }
+  for (int64_t next_i = 0; next_i < rows; next_i += W) {
+    const int64_t i = smaller(next_i, rows - W);
+    for (int64_t next_j = 0; next_j < columns; next_j += W) {
+      const int64_t j = smaller(next_j, columns - W);
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+    }
+  }
+}
+
 // to = fromᵀ; the padding is set to zero.
 template <class T>
 void transpose(const Matrix<T>& to, const Matrix<T>& from) {
-  constexpr int64_t W = kLanes<T>;
-  const int64_t rows = to.rows / W * W, columns = to.columns / W * W;
-  for (int64_t i = 0; i < rows; i += W)
-    for (int64_t j = 0; j < columns; j += W) transpose_square(to.row(i) + j, to.ld, from.row(j) + i, from.ld);
-  for (int64_t i = 0; i < to.rows; ++i) {
-    for (int64_t j = i < rows ? columns : 0; j < to.columns; ++j) to.row(i)[j] = from.row(j)[i];
+  transpose(to.rows, to.columns, to.data, to.ld, from.data, from.ld);
+  for (int64_t i = 0; i < to.rows; ++i)
     for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
-  }
 }
 
 // Copy the lower triangle onto the upper one.
@@ -213,6 +227,9 @@ class Upcoming {
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
+// Height of a tile that is two vectors wide: four rows of them are too few sums to hide how long each takes.
+constexpr int kNarrowTileRows = FASTKM_TILE_ROWS < 6 ? 6 : FASTKM_TILE_ROWS;
+
 // Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
 constexpr int64_t kTileVectors = 3;
 template <class T>
@@ -223,6 +240,7 @@ int64_t strips(int64_t columns) {
 template <Into INTO, int VECS, class T>
 void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d, int64_t ldd, T* c,
                     int64_t ldc, Upcoming* upcoming) {
+  constexpr int kRows = VECS == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
   int64_t i = 0;
   const auto tiles = [&]<int ROWS>() {
     for (; i + ROWS <= rows; i += ROWS) {
@@ -231,8 +249,8 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
                                      ldc);
     }
   };
-  tiles.template operator()<FASTKM_TILE_ROWS>();
-  if constexpr (FASTKM_TILE_ROWS > 4) tiles.template operator()<4>();
+  tiles.template operator()<kRows>();
+  if constexpr (kRows > 4) tiles.template operator()<4>();
   tiles.template operator()<2>();
   tiles.template operator()<1>();
 }

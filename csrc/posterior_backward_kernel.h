@@ -61,16 +61,53 @@ void invert_lower(const Factor<T>& f, const Matrix<T>& inverse, Arena& arena) {
   }
 }
 
-// C = A B for a lower triangular B, each block of its rows only as far as the triangle goes.
-template <class T>
-void product_of_lower(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>& b) {
-  const auto part = [&]<Into INTO>(int64_t j) {
-    const int64_t width = smaller(kBlock, b.rows - j);
-    product<INTO>(c.block(0, c.rows, 0, j + width), width, Left<T>{a.data + j, a.ld, 1}, b.rows_from(j, width));
-  };
-  const int64_t last = (b.rows - 1) / kBlock * kBlock;
-  part.template operator()<Into::kSet>(last);
-  for (int64_t j = last - kBlock; j >= 0; j -= kBlock) part.template operator()<Into::kAdd>(j);
+// Rows of C = A B for a triangular B [n, n], two vectors of columns from `first` on: of the rows of B that they share,
+// then of those in which only one of them is not zero.
+template <bool UPPER, int ROWS, class T>
+[[gnu::always_inline]] inline void triangle_tile(int64_t n, int64_t first, const T* a, int64_t a_row,
+                                                 const Matrix<T>& b, T* c, int64_t c_row) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t corner = smaller(first + W, n), end = smaller(first + 2 * W, n);
+  Vec<T> sum[ROWS][2] = {};
+  for (int64_t p = UPPER ? 0 : corner; p < (UPPER ? corner : n); ++p) {
+    const Vec<T> near = load(b.row(p) + first), far = load(b.row(p) + first + W);
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) {
+      const T factor = a[i * a_row + p];
+      sum[i][0] += factor * near;
+      sum[i][1] += factor * far;
+    }
+  }
+  for (int64_t p = UPPER ? corner : first; p < (UPPER ? end : corner); ++p) {
+    const Vec<T> only = load(b.row(p) + first + (UPPER ? W : 0));
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; ++i) sum[i][UPPER] += a[i * a_row + p] * only;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < ROWS; ++i) {
+    store<T>(c + i * c_row + first, sum[i][0]);
+    store<T>(c + i * c_row + first + W, sum[i][1]);
+  }
+}
+
+// C = A B for a triangular B.
+template <bool UPPER, class T>
+void product_of_triangle(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>& b) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t n = b.rows;
+  int64_t first = 0;
+  for (; first + W < n; first += 2 * W) {
+    int64_t i = 0;
+    for (; i + kNarrowTileRows <= c.rows; i += kNarrowTileRows)
+      triangle_tile<UPPER, kNarrowTileRows>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
+    for (; i + 4 <= c.rows; i += 4) triangle_tile<UPPER, 4>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
+    for (; i < c.rows; ++i) triangle_tile<UPPER, 1>(n, first, a.row(i), a.ld, b, c.row(i), c.ld);
+  }
+  if (first < n) {
+    const int64_t above = UPPER ? 0 : first;
+    product<Into::kSet>(c.block(0, c.rows, first, n - first), n - above, Left<T>{a.data + above, a.ld, 1},
+                        b.block(above, n - above, first, n - first));
+  }
 }
 
 // A missing cotangent is zero.
@@ -82,17 +119,57 @@ void load_or_zero(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
     fill_zero(to);
 }
 
+// Transposed in, with the padding set to zero.
+template <class T>
+void load_transposed(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+  if (from.stride[2] == 1) {
+    transpose(to.rows, to.columns, to.data, to.ld, from.at(b), from.stride[1]);
+  } else {
+    for (int64_t i = 0; i < to.rows; ++i)
+      for (int64_t j = 0; j < to.columns; ++j) to.row(i)[j] = *from.at(b, j, i);
+  }
+  clear_padding(to);
+}
+
+// Transposed out; results have rows without gaps.
+template <class T>
+void store_transposed(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+  transpose(from.columns, from.rows, to.at(b), to.stride[1], from.data, from.ld);
+}
+
 template <class T>
 T value_or_zero(const Batch<const T>& from, int64_t b, int64_t t) {
   return from.data ? *from.at(b, t) : T(0);
 }
 
-// The cotangents of a memory, symmetric in the covariance.
+// A memory whose mean has its rows for columns, as patterns are columns here. All that is computed from codes is then
+// [C, ·]: no product pads codes, and the patterns of a chunk are transposed once in and once out.
 template <class T>
-void load_cotangents(const Memory<T>& grad, const PosteriorGrads<T>& grads, int64_t b) {
-  load_or_zero(grad.mean, grads.mean, b);
+struct Turned {
+  Matrix<T> mean;  // Rᵀ [C, K]
+  Matrix<T> cov;   // U [K, K], both triangles
+};
+
+template <class T>
+Turned<T> take_turned(const PosteriorArgs<T>& args, Arena& arena) {
+  return {take_matrix<T>(arena, args.C, args.K), take_matrix<T>(arena, args.K, args.K)};
+}
+
+// The cotangents of a memory, symmetric in the covariance; a missing one is zero.
+template <class T>
+void load_cotangents(const Turned<T>& grad, const PosteriorGrads<T>& grads, int64_t b) {
+  if (grads.mean.data)
+    load_transposed(grad.mean, grads.mean, b);
+  else
+    fill_zero(grad.mean);
   load_or_zero(grad.cov, grads.cov, b);
   symmetrise(grad.cov);
+}
+
+template <class T>
+void store_cotangents(const PosteriorGrads<T>& grads, int64_t b, const Turned<T>& grad) {
+  store_transposed(grads.to_mean, b, grad.mean);
+  store_matrix(grads.to_cov, b, grad.cov);
 }
 
 // The state before a chunk. It is only ever a left factor, which need not be padded: the first is the caller's own.
@@ -100,6 +177,14 @@ template <class T>
 struct State {
   Batch<const T> mean, cov;  // of one memory
 };
+
+template <class T>
+void load_mean(const Matrix<T>& to, const State<T>& state) {
+  if (state.mean.stride[1] == 1)
+    transpose(to.rows, to.columns, to.data, to.ld, state.mean.data, state.mean.stride[2]);
+  else
+    load_matrix(to, state.mean, 0);
+}
 
 template <class T>
 Left<T> left(const Batch<const T>& m) {
@@ -114,8 +199,8 @@ Batch<const T> at_memory(const Batch<const T>& m, int64_t b) {
   return {m.at(b), {m.stride[0], m.stride[1], m.stride[2]}};
 }
 template <class T>
-State<T> state_of(const Memory<T>& memory) {
-  return {{memory.mean.data, {0, memory.mean.ld, 1}}, {memory.cov.data, {0, memory.cov.ld, 1}}};
+State<T> state_of(const Turned<T>& memory) {
+  return {{memory.mean.data, {0, 1, memory.mean.ld}}, {memory.cov.data, {0, memory.cov.ld, 1}}};
 }
 
 // A chunk as its backward wants it, with patterns for columns: then states and their cotangents are left factors only.
@@ -143,27 +228,28 @@ void whiten_columns(const State<T>& state, Columns<T>& chunk, const PosteriorArg
   const int64_t K = args.K, C = args.C, count = chunk.count();
   const Matrix<T> inputs = take_matrix<T>(arena, K + C, count), weights_turned = take_matrix<T>(arena, K, count);
   const Matrix<T> projected = inputs.rows_from(0, K), innovations = inputs.rows_from(K, C);
-  const Matrix<T> values = take_matrix<T>(arena, count, C);
   const Factor<T> factor = take_factor<T>(arena, count);
   load_patterns(chunk.weights, args.weights, args, b, first);
-  load_patterns(values, args.values, args, b, first);
+  load_transposed(innovations, args.values.from_row(first), b);
+  for (int64_t t = 0; t < count; ++t)
+    if (!args.seen(b, first + t))
+      for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;
   transpose(weights_turned, chunk.weights);
-  transpose(innovations, values);
   product<Into::kSet>(projected, K, left(state.cov), weights_turned);
   product_lower<Into::kSet>(factor.lower, K, left(chunk.weights), projected);
   factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   invert_lower(factor, chunk.inverse, arena);
   product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_turned);
-  product<Into::kSet>(chunk.whitened, count, left(inputs), take_transposed(chunk.inverse, arena));
+  product_of_triangle<true>(chunk.whitened, inputs, take_transposed(chunk.inverse, arena));
 }
 
 // R += Gᵀ E, U −= Gᵀ G.
 template <class T>
-void absorb(const Memory<T>& memory, const Columns<T>& chunk, Arena& arena) {
-  const int64_t K = memory.mean.rows, C = memory.mean.columns;
-  const Matrix<T> gain = chunk.whitened.rows_from(0, K);
-  product<Into::kAdd>(memory.mean, chunk.count(), left(gain), take_transposed(chunk.whitened.rows_from(K, C), arena));
-  product_lower<Into::kSubtract>(memory.cov, chunk.count(), left(gain), take_transposed(gain, arena));
+void absorb(const Turned<T>& memory, const Columns<T>& chunk, Arena& arena) {
+  const int64_t K = memory.cov.rows, C = memory.mean.rows;
+  const Matrix<T> gain = chunk.whitened.rows_from(0, K), turned = take_transposed(gain, arena);
+  product<Into::kAdd>(memory.mean, chunk.count(), left(chunk.whitened.rows_from(K, C)), turned);
+  product_lower<Into::kSubtract>(memory.cov, chunk.count(), left(gain), turned);
   mirror(memory.cov);
 }
 
@@ -188,11 +274,11 @@ PatternCotangents<T> pattern_cotangents(const Columns<T>& chunk, T energy, int64
   return result;
 }
 
-// Cotangents of what one chunk was conditioned on; rows of masked patterns are meaningless until cleared.
+// Cotangents of what one chunk was conditioned on, patterns for columns; of masked patterns they are meaningless.
 template <class T>
 struct ChunkCotangents {
-  Matrix<T> weights;  // [t, K]; holds what else depends on the weights, and is added to
-  Matrix<T> values;   // [t, C]
+  Matrix<T> weights;  // [K, t]
+  Matrix<T> values;   // [C, t]
   T noise[kLargestChunk];
 };
 
@@ -204,29 +290,36 @@ struct ChunkCotangents {
 // as L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt s̄_t), and the lower triangle of Lᵀ L̄ is all that reaches S̄.
 // `state` is that before the chunk; `grad` goes from after the chunk to before it.
 template <class T>
-void condition_backward(const State<T>& state, const Memory<T>& grad, const Columns<T>& chunk,
-                        const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b, int64_t first,
-                        ChunkCotangents<T>& bar, Arena& arena) {
+ChunkCotangents<T> condition_backward(const State<T>& state, const Turned<T>& grad, const Columns<T>& chunk,
+                                      const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b,
+                                      int64_t first, Arena& arena) {
   const int64_t K = args.K, C = args.C, count = chunk.count(), padded = round_up(count, kLanes<T>);
   const auto take = [&](int64_t rows) { return take_matrix<T>(arena, rows, count); };
   const auto upper = [&](const Matrix<T>& m) { return m.rows_from(0, K); };
   const auto lower = [&](const Matrix<T>& m) { return m.rows_from(K, C); };
   const Matrix<T> G = upper(chunk.whitened), E = lower(chunk.whitened), whitened_bar = take(K + C);
   const Matrix<T> G_bar = upper(whitened_bar), E_bar = lower(whitened_bar);
+  const Matrix<T> solved = take(K + C), V_bar = upper(solved), Z_bar = lower(solved);
+  ChunkCotangents<T> bar{.weights = take(K), .values = Z_bar};
 
   // Through the state.
   product<Into::kSet>(G_bar, K, left(grad.cov), G);
   for (int64_t k = 0; k < K; ++k)
     for (int64_t t = 0; t < padded; ++t) G_bar.row(k)[t] *= -2;
-  product<Into::kAdd>(G_bar, C, left(grad.mean), E);
-  product<Into::kSet>(E_bar, K, transposed(grad.mean), G);
+  product<Into::kAdd>(G_bar, C, transposed(grad.mean), E);
+  product<Into::kSet>(E_bar, K, left(grad.mean), G);
 
   // Through what is told of each pattern.
   T energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
   for (int64_t t = 0; t < padded; t += kLanes<T>) {
-    Vec<T> sum = {};
-    for (int64_t c = 0; c < C; ++c) sum += load(E.row(c) + t) * load(E.row(c) + t);
-    store<T>(energy + t, sum);
+    const auto square = [&](int64_t c) { return load(E.row(c) + t) * load(E.row(c) + t); };
+    Vec<T> even = {}, odd = {};
+    for (int64_t c = 0; c + 1 < C; c += 2) {
+      even += square(c);
+      odd += square(c + 1);
+    }
+    if (C % 2) even += square(C - 1);
+    store<T>(energy + t, even + odd);
   }
   for (int64_t t = 0; t < count; ++t) {
     const PatternCotangents<T> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
@@ -238,43 +331,44 @@ void condition_backward(const State<T>& state, const Memory<T>& grad, const Colu
     for (int64_t t = 0; t < padded; ++t) E_bar.row(c)[t] += energy_bar[t] * E.row(c)[t];
 
   // Through the whitening, and through the factor.
-  const Matrix<T> solved = take(K + C), V_bar = upper(solved), Z_bar = lower(solved);
   const Matrix<T> S_bar = take(count), half = take(count);
-  product_of_lower(solved, whitened_bar, chunk.inverse);
+  product_of_triangle<false>(solved, whitened_bar, chunk.inverse);
   product_lower<Into::kSet>(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= T(-0.5);
     S_bar.row(i)[i] += chunk.pivot[i] * pivot_bar[i];
   }
   mirror(S_bar);
-  product_of_lower(half, S_bar, chunk.inverse);
+  product_of_triangle<false>(half, S_bar, chunk.inverse);
   product<Into::kSet>(S_bar, count, transposed(chunk.inverse), half);
   for (int64_t t = 0; t < count; ++t) bar.noise[t] += S_bar.row(t)[t];
 
   // Down to the arguments.
-  const Matrix<T> shared = take(K), W_bar = take(K);
+  const Matrix<T> shared = take(K);
   product<Into::kSet>(shared, count, transposed(chunk.weights), S_bar);
   add_rows(V_bar, shared);
   product<Into::kAdd>(grad.cov, count, left(V_bar), chunk.weights);
   symmetrise(grad.cov);
-  transpose(bar.values, Z_bar);
-  product<Into::kSubtract>(grad.mean, count, transposed(chunk.weights), bar.values);
+  product<Into::kSubtract>(grad.mean, count, left(Z_bar), chunk.weights);
   add_rows(V_bar, shared);
-  product<Into::kSet>(W_bar, K, left(state.cov), V_bar);
-  product<Into::kSubtract>(W_bar, C, left(state.mean), Z_bar);
-  add_rows(bar.weights, take_transposed(W_bar, arena));
+  product<Into::kSet>(bar.weights, K, left(state.cov), V_bar);
+  product<Into::kSubtract>(bar.weights, C, left(state.mean), Z_bar);
+  return bar;
 }
 
-// A masked pattern has no say, so nothing flows back to it.
+// Cotangents [B, T, ·] of a chunk: a masked pattern has no say, so nothing flows back to it.
 template <class T>
-void clear_masked(const Matrix<T>& rows, const PosteriorArgs<T>& args, int64_t b, int64_t first) {
-  for (int64_t t = 0; t < rows.rows; ++t)
-    if (!args.seen(b, first + t)) __builtin_memset(rows.row(t), 0, static_cast<size_t>(rows.columns) * sizeof(T));
+void clear_masked(const Batch<T>& cotangents, int64_t width, const PosteriorArgs<T>& args, int64_t b, int64_t first,
+                  int64_t count) {
+  for (int64_t t = first; t < first + count; ++t)
+    if (!args.seen(b, t)) __builtin_memset(cotangents.at(b, t), 0, static_cast<size_t>(width) * sizeof(T));
 }
 
 template <class T>
-Memory<T> take_memory(const PosteriorArgs<T>& args, Arena& arena) {
-  return {take_matrix<T>(arena, args.K, args.C), take_matrix<T>(arena, args.K, args.K)};
+void store_patterns(const Batch<T>& to, const Matrix<T>& columns, const PosteriorArgs<T>& args, int64_t b,
+                    int64_t first) {
+  store_transposed(to.from_row(first), b, columns);
+  clear_masked(to, columns.rows, args, b, first, columns.columns);
 }
 
 // Call `backward(state, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
@@ -282,11 +376,11 @@ Memory<T> take_memory(const PosteriorArgs<T>& args, Arena& arena) {
 template <class T, class Backward>
 void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
   const int64_t chunks = (args.T_ + size - 1) / size;
-  Memory<T>* memories = arena.take<Memory<T>>(chunks);
+  Turned<T>* memories = arena.take<Turned<T>>(chunks);
   State<T>* states = arena.take<State<T>>(chunks);
   Columns<T>* columns = arena.take<Columns<T>>(chunks);
   for (int64_t n = 0; n < chunks; ++n) {
-    if (n > 0) memories[n] = take_memory(args, arena);
+    if (n > 0) memories[n] = take_turned(args, arena);
     states[n] = n > 0 ? state_of(memories[n]) : State<T>{at_memory(args.mean, b), at_memory(args.cov, b)};
     columns[n] = take_columns(args, smaller(size, args.T_ - n * size), arena);
   }
@@ -294,7 +388,10 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   for (int64_t n = 0; n < chunks; ++n) {
     arena.release(chunk_start);
     if (n > 0) {
-      load_matrix(memories[n].mean, states[n - 1].mean, 0);
+      if (n == 1)
+        load_transposed(memories[n].mean, states[0].mean, 0);
+      else
+        copy_rows(memories[n].mean, memories[n - 1].mean);
       load_matrix(memories[n].cov, states[n - 1].cov, 0);
       absorb(memories[n], columns[n - 1], arena);
     }
@@ -306,26 +403,34 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   }
 }
 
+// A store waits for its line as a load does: lines of results come while products run.
+template <class T>
+void fetch_rows(const Batch<T>& to, int64_t b, int64_t first, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const T* const end = to.at(b, first + count);
+  for (const T* at = to.at(b, first); at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+}
+
 template <class T>
 void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t begin,
                                int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Memory<T> grad = take_memory(args, arena);
+    const Turned<T> grad = take_turned(args, arena);
     load_cotangents(grad, grads, b);
     reverse_chunks(args, kBackwardChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
-      ChunkCotangents<T> bar{take_matrix<T>(arena, chunk.count(), args.K),
-                             take_matrix<T>(arena, chunk.count(), args.C)};
-      fill_zero(bar.weights);
-      condition_backward(state, grad, chunk, args, grads, b, first, bar, arena);
-      clear_masked(bar.weights, args, b, first);
-      clear_masked(bar.values, args, b, first);
-      store_matrix(grads.to_weights.from_row(first), b, bar.weights);
-      store_matrix(grads.to_values.from_row(first), b, bar.values);
+      fetch_rows(grads.to_weights, b, first, chunk.count());
+      fetch_rows(grads.to_values, b, first, chunk.count());
+      if (first == 0) {
+        fetch_rows(grads.to_mean, b, 0, args.K);
+        fetch_rows(grads.to_cov, b, 0, args.K);
+      }
+      const ChunkCotangents<T> bar = condition_backward(state, grad, chunk, args, grads, b, first, arena);
+      store_patterns(grads.to_weights, bar.weights, args, b, first);
+      store_patterns(grads.to_values, bar.values, args, b, first);
       for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = bar.noise[t];
     });
-    store_matrix(grads.to_mean, b, grad.mean);
-    store_matrix(grads.to_cov, b, grad.cov);
+    store_cotangents(grads, b, grad);
   }
 }
 

@@ -162,7 +162,7 @@ void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& aft
 // Condition on one chunk of patterns, from `first` on, and write what is known of each.
 template <class T>
 Status condition(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after, const PosteriorArgs<T>& args,
-                 int64_t b, int64_t first, T& log_evidence, Upcoming* upcoming = nullptr) {
+                 int64_t b, int64_t first, double& log_evidence, Upcoming* upcoming = nullptr) {
   constexpr T kTwoPi = T(6.283185307179586476925286766559);
   absorb(before, chunk, after, upcoming);
   T energies[kChunk];
@@ -214,7 +214,7 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
     const Matrix<T> weights = take_matrix<T>(arena, most, args.K), values = take_matrix<T>(arena, most, args.C);
     Upcoming upcoming = upcoming_memory(args, b + 1, end);
     Status status = symmetry(memory.cov);
-    T log_evidence = 0;
+    double log_evidence = 0;  // a sum over all patterns
     const Arena::Mark chunk_start = arena.mark();
     for (int64_t first = 0; first < args.T_; first += kChunk) {
       arena.release(chunk_start);
@@ -228,7 +228,7 @@ void update_posterior(const PosteriorArgs<T>& args, int64_t begin, int64_t end) 
       if (status == kGood) status = done;
     }
     store_memory(memory, args, b);
-    args.log_evidence[b] = log_evidence;
+    args.log_evidence[b] = static_cast<T>(log_evidence);
     args.info[b] = status;
   }
 }

@@ -239,11 +239,11 @@ void find_weights_afresh_backward(const GramSpace<T>& space, const AfreshTape<T>
   }
 }
 
-// From the cotangents of G, X and Q to those of Y = [R; Z]: Ȳ = (P̄ + P̄ᵀ) Y with P = Y Yᵀ.
+// P̄ + P̄ᵀ from the cotangents of G, X and Q, the parts of P = Y Yᵀ with Y = [R; Z].
 template <class T>
-Matrix<T> codes_backward(const SearchCotangents<T>& bar, const Matrix<T>& stacked, Arena& arena) {
+Matrix<T> take_doubled(const SearchCotangents<T>& bar, Arena& arena) {
   const int64_t K = bar.gram.rows, count = bar.cross.rows, both = K + count;
-  const Matrix<T> doubled = take_matrix<T>(arena, both, both), codes = take_matrix<T>(arena, both, stacked.columns);
+  const Matrix<T> doubled = take_matrix<T>(arena, both, both);
   for (int64_t i = 0; i < K; ++i)
     for (int64_t j = 0; j < K; ++j) doubled.row(i)[j] = 2 * bar.gram.row(i)[j];
   for (int64_t t = 0; t < count; ++t) {
@@ -251,8 +251,7 @@ Matrix<T> codes_backward(const SearchCotangents<T>& bar, const Matrix<T>& stacke
     for (int64_t j = 0; j < t; ++j) doubled.row(K + t)[K + j] = doubled.row(K + j)[K + t] = bar.inner.row(t)[j];
     doubled.row(K + t)[K + t] = 2 * bar.inner.row(t)[t];
   }
-  product<Into::kSet>(codes, both, left(doubled), stacked);
-  return codes;
+  return doubled;
 }
 
 template <class T>
@@ -262,14 +261,21 @@ Matrix<T> take_zero(Arena& arena, int64_t rows, int64_t columns) {
   return m;
 }
 
+// Cotangents of a chunk as the search is undone, its patterns for rows.
+template <class T>
+struct RowCotangents {
+  Matrix<T> weights, values;  // [t, K], [t, C]
+  T* noise;                   // [t]
+};
+
 // Reverse of address_chunk: adds what the weights' cotangents say of the memory before the chunk and of its patterns.
 template <class T>
-void address_chunk_backward(const WritingArgs<T>& args, const State<T>& state, const Memory<T>& grad, int64_t b,
-                            int64_t first, ChunkCotangents<T>& bar, T& ridge_bar, Arena& arena) {
-  const int64_t K = args.posterior.K, count = bar.weights.rows;
-  const Matrix<T> stacked = take_matrix<T>(arena, K + count, args.posterior.C);
+void address_chunk_backward(const WritingArgs<T>& args, const State<T>& state, const Turned<T>& grad, int64_t b,
+                            int64_t first, const RowCotangents<T>& bar, T& ridge_bar, Arena& arena) {
+  const int64_t K = args.posterior.K, C = args.posterior.C, count = bar.weights.rows;
+  const Matrix<T> stacked = take_matrix<T>(arena, K + count, C);
   const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
-  load_matrix(memory.mean, state.mean, 0);
+  load_mean(memory.mean, state);
   load_matrix(memory.cov, state.cov, 0);
   load_patterns(stacked.rows_from(K, count), args.posterior.values, args.posterior, b, first);
   const GramSpace<T> space =
@@ -289,13 +295,11 @@ void address_chunk_backward(const WritingArgs<T>& args, const State<T>& state, c
     find_weights_afresh(space, args, b, first, arena, &tape);
     find_weights_afresh_backward(space, tape, args, b, first, search, arena);
   }
-  const Matrix<T> codes = codes_backward(search, stacked, arena);
-  const int64_t padded_columns = round_up(args.posterior.C, kLanes<T>), padded = round_up(K, kLanes<T>);
-  for (int64_t k = 0; k < K; ++k) {
-    add_scaled(padded_columns, grad.mean.row(k), T(1), codes.row(k));
-    add_scaled(padded, grad.cov.row(k), T(1), search.cov.row(k));
-  }
-  for (int64_t t = 0; t < count; ++t) add_scaled(padded_columns, bar.values.row(t), T(1), codes.row(K + t));
+  // Ȳ = (P̄ + P̄ᵀ) Y
+  const Matrix<T> doubled = take_doubled(search, arena);
+  product<Into::kAdd>(grad.mean, K + count, transposed(stacked), doubled.block(0, K + count, 0, K));
+  product<Into::kAdd>(bar.values, K + count, left(doubled.rows_from(K, count)), stacked);
+  for (int64_t k = 0; k < K; ++k) add_scaled(round_up(K, kLanes<T>), grad.cov.row(k), T(1), search.cov.row(k));
   ridge_bar += search.ridge;
 }
 
@@ -305,21 +309,22 @@ void write_backward(const WritingArgs<T>& args, const WritingGrads<T>& grads, in
   const PosteriorGrads<T>& told = grads.posterior;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Memory<T> grad = take_memory(shared, arena);
+    const Turned<T> grad = take_turned(shared, arena);
     load_cotangents(grad, told, b);
     T ridge_bar = 0;
     reverse_chunks(shared, kChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
       const int64_t count = chunk.count();
-      ChunkCotangents<T> bar{take_matrix<T>(arena, count, shared.K), take_matrix<T>(arena, count, shared.C)};
+      ChunkCotangents<T> columns = condition_backward(state, grad, chunk, shared, told, b, first, arena);
+      const RowCotangents<T> bar{take_matrix<T>(arena, count, shared.K), take_transposed(columns.values, arena),
+                                 columns.noise};
       load_or_zero(bar.weights, grads.weights.data ? grads.weights.from_row(first) : grads.weights, b);
-      condition_backward(state, grad, chunk, shared, told, b, first, bar, arena);
+      add_rows(bar.weights, take_transposed(columns.weights, arena));
       address_chunk_backward(args, state, grad, b, first, bar, ridge_bar, arena);
-      clear_masked(bar.values, shared, b, first);
       store_matrix(told.to_values.from_row(first), b, bar.values);
+      clear_masked(told.to_values, shared.C, shared, b, first, count);
       for (int64_t t = 0; t < count; ++t) *told.to_noise_var.at(b, first + t) = bar.noise[t];
     });
-    store_matrix(told.to_mean, b, grad.mean);
-    store_matrix(told.to_cov, b, grad.cov);
+    store_cotangents(told, b, grad);
     *grads.to_ridge.at(b) = ridge_bar;
   }
 }

@@ -449,7 +449,7 @@ Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t 
 // Find the weights of a chunk of patterns, which stand below the mean in `stacked`, and condition on them.
 template <class T>
 Status write_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
-                   const Matrix<T>& weights, int64_t b, int64_t first, T& log_evidence, Arena& arena) {
+                   const Matrix<T>& weights, int64_t b, int64_t first, double& log_evidence, Arena& arena) {
   const PosteriorArgs<T>& shared = args.posterior;
   const int64_t count = weights.rows;
   const bool once = factors_once(args);
@@ -479,7 +479,7 @@ void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
     const Matrix<T> stacked = take_matrix<T>(arena, K + most, shared.C), all_weights = take_matrix<T>(arena, most, K);
     const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
     Status status = load_memory(memory, shared, b);
-    T log_evidence = 0;
+    double log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
     for (int64_t first = 0; first < shared.T_; first += size) {
       arena.release(chunk_start);
