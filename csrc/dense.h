@@ -197,10 +197,10 @@ class Upcoming {
  public:
   explicit Upcoming(int64_t parts) : parts_(parts) {}
 
-  // Rows that lie apart are left to come when they are needed.
+  // Rows that lie apart are left to come when they are needed; there may be none.
   template <class T>
   void add(const Batch<T>& rows, int64_t b, int64_t first, int64_t count, int64_t columns) {
-    if (rows.stride[2] != 1 || rows.stride[1] != columns) return;
+    if (!rows.data || rows.stride[2] != 1 || rows.stride[1] != columns) return;
     const char* begin = reinterpret_cast<const char*>(rows.at(b, first));
     const int64_t bytes = count * columns * static_cast<int64_t>(sizeof(T));
     regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
@@ -220,7 +220,7 @@ class Upcoming {
     const char *at, *end;
     int64_t part;  // bytes
   };
-  Region regions_[6];
+  Region regions_[10];
   int count_ = 0;
   int64_t parts_;
 };
@@ -299,8 +299,8 @@ void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a
 
 // C (=, +=, −=) A B
 template <Into INTO, class T>
-void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b) {
-  product<INTO>(c, c, k, a, b);
+void product(const Matrix<T>& c, int64_t k, const Left<T>& a, const Matrix<T>& b, Upcoming* upcoming = nullptr) {
+  product<INTO>(c, c, k, a, b, upcoming);
 }
 
 // The same for a square C of which only the lower triangle is wanted, in blocks of rows that end with the diagonal;

@@ -292,7 +292,7 @@ struct ChunkCotangents {
 template <class T>
 ChunkCotangents<T> condition_backward(const State<T>& state, const Turned<T>& grad, const Columns<T>& chunk,
                                       const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b,
-                                      int64_t first, Arena& arena) {
+                                      int64_t first, Arena& arena, Upcoming* upcoming = nullptr) {
   const int64_t K = args.K, C = args.C, count = chunk.count(), padded = round_up(count, kLanes<T>);
   const auto take = [&](int64_t rows) { return take_matrix<T>(arena, rows, count); };
   const auto upper = [&](const Matrix<T>& m) { return m.rows_from(0, K); };
@@ -303,11 +303,11 @@ ChunkCotangents<T> condition_backward(const State<T>& state, const Turned<T>& gr
   ChunkCotangents<T> bar{.weights = take(K), .values = Z_bar};
 
   // Through the state.
-  product<Into::kSet>(G_bar, K, left(grad.cov), G);
+  product<Into::kSet>(G_bar, K, left(grad.cov), G, upcoming);
   for (int64_t k = 0; k < K; ++k)
     for (int64_t t = 0; t < padded; ++t) G_bar.row(k)[t] *= -2;
-  product<Into::kAdd>(G_bar, C, transposed(grad.mean), E);
-  product<Into::kSet>(E_bar, K, left(grad.mean), G);
+  product<Into::kAdd>(G_bar, C, transposed(grad.mean), E, upcoming);
+  product<Into::kSet>(E_bar, K, left(grad.mean), G, upcoming);
 
   // Through what is told of each pattern.
   T energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
@@ -347,12 +347,12 @@ ChunkCotangents<T> condition_backward(const State<T>& state, const Turned<T>& gr
   const Matrix<T> shared = take(K);
   product<Into::kSet>(shared, count, transposed(chunk.weights), S_bar);
   add_rows(V_bar, shared);
-  product<Into::kAdd>(grad.cov, count, left(V_bar), chunk.weights);
+  product<Into::kAdd>(grad.cov, count, left(V_bar), chunk.weights, upcoming);
   symmetrise(grad.cov);
-  product<Into::kSubtract>(grad.mean, count, left(Z_bar), chunk.weights);
+  product<Into::kSubtract>(grad.mean, count, left(Z_bar), chunk.weights, upcoming);
   add_rows(V_bar, shared);
-  product<Into::kSet>(bar.weights, K, left(state.cov), V_bar);
-  product<Into::kSubtract>(bar.weights, C, left(state.mean), Z_bar);
+  product<Into::kSet>(bar.weights, K, left(state.cov), V_bar, upcoming);
+  product<Into::kSubtract>(bar.weights, C, left(state.mean), Z_bar, upcoming);
   return bar;
 }
 
@@ -403,12 +403,26 @@ void reverse_chunks(const PosteriorArgs<T>& args, int64_t size, int64_t b, Arena
   }
 }
 
-// A store waits for its line as a load does: lines of results come while products run.
+// What is still to be touched of a memory, and of the next, where both fit the cache.
 template <class T>
-void fetch_rows(const Batch<T>& to, int64_t b, int64_t first, int64_t count) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const T* const end = to.at(b, first + count);
-  for (const T* at = to.at(b, first); at < end; at += kLine) __builtin_prefetch(at, 0, 2);
+Upcoming upcoming_gradients(const PosteriorArgs<T>& args, const PosteriorGrads<T>& grads, int64_t b, int64_t end) {
+  constexpr int64_t kMostBytes = 1 << 20;
+  const int64_t K = args.K, C = args.C, patterns = args.T_, rows = FASTKM_TILE_ROWS;
+  const int64_t tiles = (4 * K + C) / rows + (K + C) / rows * strips<T>(K);
+  Upcoming upcoming(1 + (patterns + kBackwardChunk - 1) / kBackwardChunk * tiles);
+  if ((3 * K + 2 * patterns) * (K + C) * static_cast<int64_t>(sizeof(T)) > kMostBytes) return upcoming;
+  upcoming.add(grads.to_weights, b, 0, patterns, K);
+  upcoming.add(grads.to_values, b, 0, patterns, C);
+  upcoming.add(grads.to_mean, b, 0, K, C);
+  upcoming.add(grads.to_cov, b, 0, K, K);
+  if (b + 1 == end) return upcoming;
+  upcoming.add(grads.mean, b + 1, 0, K, C);
+  upcoming.add(grads.cov, b + 1, 0, K, K);
+  upcoming.add(args.weights, b + 1, 0, patterns, K);
+  upcoming.add(args.values, b + 1, 0, patterns, C);
+  upcoming.add(args.mean, b + 1, 0, K, C);
+  upcoming.add(args.cov, b + 1, 0, K, K);
+  return upcoming;
 }
 
 template <class T>
@@ -418,14 +432,9 @@ void update_posterior_backward(const PosteriorArgs<T>& args, const PosteriorGrad
     Arena& arena = Arena::fresh();
     const Turned<T> grad = take_turned(args, arena);
     load_cotangents(grad, grads, b);
+    Upcoming upcoming = upcoming_gradients(args, grads, b, end);
     reverse_chunks(args, kBackwardChunk, b, arena, [&](const State<T>& state, const Columns<T>& chunk, int64_t first) {
-      fetch_rows(grads.to_weights, b, first, chunk.count());
-      fetch_rows(grads.to_values, b, first, chunk.count());
-      if (first == 0) {
-        fetch_rows(grads.to_mean, b, 0, args.K);
-        fetch_rows(grads.to_cov, b, 0, args.K);
-      }
-      const ChunkCotangents<T> bar = condition_backward(state, grad, chunk, args, grads, b, first, arena);
+      const ChunkCotangents<T> bar = condition_backward(state, grad, chunk, args, grads, b, first, arena, &upcoming);
       store_patterns(grads.to_weights, bar.weights, args, b, first);
       store_patterns(grads.to_values, bar.values, args, b, first);
       for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = bar.noise[t];

@@ -190,7 +190,7 @@ Upcoming upcoming_memory(const PosteriorArgs<T>& args, int64_t b, int64_t end) {
   constexpr int64_t kLeastBytes = 1 << 17, kMostBytes = 1 << 19;
   const int64_t K = args.K, C = args.C, patterns = args.T_;
   const int64_t rows = kChunk / FASTKM_TILE_ROWS, tiles = (2 * rows + K / FASTKM_TILE_ROWS) * strips<T>(C);
-  Upcoming upcoming((patterns + kChunk - 1) / kChunk * (tiles + rows * strips<T>(K)));
+  Upcoming upcoming(1 + (patterns + kChunk - 1) / kChunk * (tiles + rows * strips<T>(K)));
   const int64_t bytes = (2 * K + patterns) * (K + C) * static_cast<int64_t>(sizeof(T));
   if (b == end || bytes < kLeastBytes || bytes > kMostBytes) return upcoming;
   upcoming.add(args.cov, b, 0, K, K);
