@@ -79,13 +79,6 @@ Matrix<T> patterns_of(const Batch<const T>& from, const PosteriorArgs<T>& args, 
   return work;
 }
 
-// KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s.
-template <class T>
-T step_kl(int64_t C, T noise, T innovation_var, T energy) {
-  const T beta = 1 - noise / innovation_var;
-  return T(0.5) * (static_cast<T>(C) * (std::log(innovation_var / noise) - beta) + beta * energy);
-}
-
 // One chunk of patterns against the memory before it, whitened by L, the factor of S = W U Wᵀ + diag(σ²).
 template <class T>
 struct Chunk {
@@ -159,7 +152,8 @@ void absorb(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& aft
   mirror(after.cov);
 }
 
-// Condition on one chunk of patterns, from `first` on, and write what is known of each.
+// Condition on one chunk of patterns, from `first` on, and write what is known of each:
+// KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s, and of ln p of the values −½ [C ln(2πs) + ‖E_t‖²].
 template <class T>
 Status condition(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>& after, const PosteriorArgs<T>& args,
                  int64_t b, int64_t first, double& log_evidence, Upcoming* upcoming = nullptr) {
@@ -167,13 +161,16 @@ Status condition(const Memory<T>& before, const Chunk<T>& chunk, const Memory<T>
   absorb(before, chunk, after, upcoming);
   T energies[kChunk];
   squared_norms(chunk.values, energies);
+  const T C = static_cast<T>(args.C);
+  T level = 0, level_of = 0;  // ln(2πσ²), often the same for all
   for (int64_t t = 0; t < chunk.count(); ++t) {
     const bool seen = args.seen(b, first + t);
     const T noise = chunk.noise[t], pivot = chunk.pivot[t], s = seen && pivot > noise ? pivot : noise;
-    const T energy = energies[t];
+    const T energy = energies[t], growth = std::log(s / noise), beta = 1 - noise / s;
+    if (noise != level_of) level = std::log(kTwoPi * noise), level_of = noise;
     *args.innovation_var.at(b, first + t) = s;
-    *args.kl.at(b, first + t) = step_kl(args.C, noise, s, energy);
-    if (seen) log_evidence -= T(0.5) * (static_cast<T>(args.C) * std::log(kTwoPi * s) + energy);
+    *args.kl.at(b, first + t) = T(0.5) * (C * (growth - beta) + beta * energy);
+    if (seen) log_evidence -= T(0.5) * (C * (growth + level) + energy);
   }
   return chunk.good ? kGood : kNotPositiveDefinite;
 }
