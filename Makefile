@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*)
-FORMATTED := $(SOURCES) $(wildcard tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
 .PHONY: help setup bench bench-full bench-compare study gpu kernels test lint format readme clean distclean
 
