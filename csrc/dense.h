@@ -490,7 +490,7 @@ void invert_block(const Factor<T>& f) {
 // Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from
 // those on its left. Returns whether the matrix is positive definite; if not, the factor is finite but meaningless.
 template <class T>
-bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
+bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}, Upcoming* upcoming = nullptr) {
   const int64_t n = f.size();
   const Matrix<T> above = take_matrix<T>(arena, n, kBlock);  // Lᵀ of this block row
   const Matrix<T> panel = take_matrix<T>(arena, n, kBlock);
@@ -500,7 +500,7 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
     const Matrix<T> column = f.lower.block(j, n - j, j, width);
     if (j > 0) {
       transpose(above.block(0, j, 0, width), f.lower.block(j, width, 0, j));
-      product<Into::kSubtract>(column, j, left(f.lower.rows_from(j, n - j)), above);
+      product<Into::kSubtract>(column, j, left(f.lower.rows_from(j, n - j)), above, upcoming);
     }
     const Floors<T> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
     good &= factor_block(column, width, here, f.inverse_block(j).data, f.inverse_transposed_block(j).data);
@@ -508,7 +508,7 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}) {
     if (below > 0) {
       const Matrix<T> rest = column.rows_from(width, below);
       copy_rows(panel, rest);
-      product<Into::kSet>(rest, kBlock, left(panel), f.inverse_transposed_block(j));
+      product<Into::kSet>(rest, kBlock, left(panel), f.inverse_transposed_block(j), upcoming);
     }
   }
   return good;

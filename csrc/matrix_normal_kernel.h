@@ -28,9 +28,10 @@ Status load_lower(const Matrix<T>& to, const Batch<const T>& cov, int64_t b) {
 }
 
 template <class T>
-Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena) {
+Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena,
+                       Upcoming* upcoming = nullptr) {
   if (const Status status = load_lower(factor.lower, cov, b); status != kGood) return status;
-  return cholesky(factor, arena) ? kGood : kNotPositiveDefinite;
+  return cholesky(factor, arena, {}, upcoming) ? kGood : kNotPositiveDefinite;
 }
 
 // Sums over a whole matrix are taken in double: what is wanted is their small difference. A double also holds the
@@ -152,14 +153,31 @@ double squared_norm_of_solution(const Factor<T>& prior, const Batch<const T>& me
   return squared_norm_of_solution<3>(prior, round_up(C, W), top, row, arena);
 }
 
+// While the factors are computed: the means, and the covariances of the next. Small ones are there when they are
+// needed.
+template <class T>
+Upcoming upcoming_memories(const MatrixNormalArgs<T>& args, int64_t b, int64_t end) {
+  constexpr int64_t kLeastBytes = 1 << 18;
+  const int64_t K = args.K, C = args.C, tiles = 2 * K * K / (kBlock * FASTKM_TILE_ROWS);
+  Upcoming upcoming(1 + tiles);
+  if (2 * K * (K + C) * static_cast<int64_t>(sizeof(T)) < kLeastBytes) return upcoming;
+  upcoming.add(args.mean, b, 0, K, C);
+  upcoming.add(args.prior_mean, b, 0, K, C);
+  if (b + 1 == end) return upcoming;
+  upcoming.add(args.cov, b + 1, 0, K, K);
+  upcoming.add(args.prior_cov, b + 1, 0, K, K);
+  return upcoming;
+}
+
 // ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.
 template <class T>
 void kl_memory(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Factor<T> factor = take_factor<T>(arena, args.K), prior = take_factor<T>(arena, args.K);
-    const Status loaded = load_and_factor(factor, args.cov, b, arena);
-    const Status prior_loaded = load_and_factor(prior, args.prior_cov, b, arena);
+    Upcoming upcoming = upcoming_memories(args, b, end);
+    const Status loaded = load_and_factor(factor, args.cov, b, arena, &upcoming);
+    const Status prior_loaded = load_and_factor(prior, args.prior_cov, b, arena, &upcoming);
     args.info[b] = loaded > prior_loaded ? loaded : prior_loaded;
     if (args.info[b] != kGood) continue;
 
