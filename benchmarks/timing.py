@@ -32,7 +32,7 @@ def keep_freed_memory() -> str:
     """Large results come from memory the process already has, for every candidate; in words.
 
     By default glibc returns it to the system, and a result of megabytes waits for the kernel to clear its pages anew at
-    every call: a fifth to a third of what a read of 10⁵ queries takes.
+    every call.
     """
     if platform.libc_ver()[0] != "glibc":
         return "as the system's allocator has it"

@@ -178,12 +178,14 @@ struct State {
   Batch<const T> mean, cov;  // of one memory
 };
 
+// Rows as they are, or those of a transposed mean.
 template <class T>
 void load_mean(const Matrix<T>& to, const State<T>& state) {
-  if (state.mean.stride[1] == 1)
-    transpose(to.rows, to.columns, to.data, to.ld, state.mean.data, state.mean.stride[2]);
+  const Batch<const T>& mean = state.mean;
+  if (mean.stride[1] == 1)
+    load_transposed(to, Batch<const T>{mean.data, {0, mean.stride[2], 1}}, 0);
   else
-    load_matrix(to, state.mean, 0);
+    load_matrix(to, mean, 0);
 }
 
 template <class T>

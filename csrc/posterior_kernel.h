@@ -125,7 +125,7 @@ void whiten_values(const Chunk<T>& chunk, const Factor<T>& factor, const Matrix<
   const bool consume = values.padded && mean.padded;
   const Matrix<T> innovations = consume ? values : take_cleared<T>(arena, values.rows, values.columns);
   product<Into::kSubtract>(innovations, values, mean.rows, left(weights), mean, upcoming);
-  product<Into::kSet>(chunk.values, chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations, upcoming);
+  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations, upcoming);
 }
 
 template <class T>
@@ -136,7 +136,7 @@ Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<
   const Matrix<T> projected = take_cleared<T>(arena, count, K), weights_transposed = take_matrix<T>(arena, K, count);
   const Factor<T> factor = take_factor<T>(arena, count);
   transpose(weights_transposed, weights);
-  product<Into::kSet>(projected, projected, K, left(weights), memory.cov, upcoming);
+  product<Into::kSet>(projected, K, left(weights), memory.cov, upcoming);
   product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
   chunk.good = factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
   product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);

@@ -180,10 +180,10 @@ void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t e
     upcoming.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
     const Batch<const T> here = args.queries.from_row(first);
     const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
-    product<Into::kSet>(w, w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &upcoming);
+    product<Into::kSet>(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &upcoming);
     if (!args.values.data) continue;
     const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
-    product<Into::kSet>(z, z, args.K, left(w), memory.mean, &upcoming);
+    product<Into::kSet>(z, args.K, left(w), memory.mean, &upcoming);
   }
 }
 
