@@ -296,6 +296,8 @@ def share_of(rank, path, found):
         module.zero_grad()
         parallel(x[2 * rank : 2 * rank + 2]).mean().backward()
     torch.save([parameter.grad for parameter in module.parameters()], f"{path}/{found}{rank}")
+    dist.barrier()  # neither leaves while the other may still wait for it
+    del parallel  # it holds the group, whose threads must end before the process does
     dist.destroy_process_group()
 
 
