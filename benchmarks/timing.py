@@ -12,6 +12,8 @@ import torch
 from fastkm.cli.measure import Timing, clock, no_collection
 
 SHORTEST = 1e-3  # seconds of one sample; a shorter call is repeated within it
+WARM_UP = 2e-3  # seconds of calls ahead of a sample: cores wake and speed up, caches fill
+LONG = 0.02  # seconds; beside a call that takes longer that is nothing
 MOST, FEWEST = 41, 3  # samples of a candidate
 SLOW = 0.25  # seconds; of a call that takes longer two samples have to do
 LARGEST_GAP = 0.05  # between two timings of one thing; beyond it nothing is concluded
@@ -61,13 +63,20 @@ def schedule(costs: Mapping[str, float], seconds: float) -> list[str]:
 
 
 def interleave(candidates: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Timing]:
-    """Median and quartiles of the seconds a call takes, all candidates in turn."""
+    """Median and quartiles of the seconds a call takes, all candidates in turn.
+
+    A sample is of a candidate's steady state, not of the change from the one before it, which may have left a core
+    asleep or at a low clock for milliseconds: all are called for a while before they are timed.
+    """
     first = {name: clock(call) for name, call in candidates.items()}
     first |= {name: min(once, clock(candidates[name])) for name, once in first.items() if once < SLOW}
     calls = {name: max(1, math.ceil(SHORTEST / once)) for name, once in first.items()}
+    ahead = {name: math.ceil(WARM_UP / once) if once < LONG else 0 for name, once in first.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     with no_collection():
-        for name in schedule({name: once * calls[name] for name, once in first.items()}, seconds):
+        for name in schedule({name: once * (ahead[name] + calls[name]) for name, once in first.items()}, seconds):
+            for _ in range(ahead[name]):
+                candidates[name]()
             samples[name].append(clock(candidates[name], calls[name]))
     return {name: Timing.of(times, calls[name]) for name, times in samples.items()}
 

@@ -227,9 +227,6 @@ class Upcoming {
 
 // ---- products ----------------------------------------------------------------------------------------------------
 
-// Height of a tile that is two vectors wide: four rows of them are too few sums to hide how long each takes.
-constexpr int kNarrowTileRows = FASTKM_TILE_ROWS < 6 ? 6 : FASTKM_TILE_ROWS;
-
 // Widest tile. Its height, FASTKM_TILE_ROWS, divides a chunk and a block: 16 rows leave no small tiles over.
 constexpr int64_t kTileVectors = 3;
 template <class T>
@@ -237,10 +234,17 @@ int64_t strips(int64_t columns) {
   return (columns + kTileVectors * kLanes<T> - 1) / (kTileVectors * kLanes<T>);
 }
 
+// Tiles two vectors and one vector wide: four rows of them are too few sums to hide how long each takes.
+constexpr bool kLowTiles = FASTKM_TILE_ROWS < 6;
+constexpr int kNarrowTileRows = kLowTiles ? 6 : FASTKM_TILE_ROWS, kThinTileRows = kLowTiles ? 8 : FASTKM_TILE_ROWS;
+
+// How wide the next tiles are, with so many vectors of columns left.
+inline int64_t tile_vectors(int64_t left) { return kLowTiles && left == 4 ? 2 : smaller(kTileVectors, left); }
+
 template <Into INTO, int VECS, class T>
 void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d, int64_t ldd, T* c,
                     int64_t ldc, Upcoming* upcoming) {
-  constexpr int kRows = VECS == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
+  constexpr int kRows = VECS == 1 ? kThinTileRows : VECS == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
   int64_t i = 0;
   const auto tiles = [&]<int ROWS>() {
     for (; i + ROWS <= rows; i += ROWS) {
@@ -286,7 +290,7 @@ void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a
   constexpr int64_t W = kLanes<T>;
   const bool padded = b.padded && c.padded && d.padded;
   for (int64_t j = 0; j < c.columns;) {
-    int64_t vectors = smaller(kTileVectors, (c.columns - j + W - 1) / W), first = j;
+    int64_t vectors = tile_vectors((c.columns - j + W - 1) / W), first = j;
     if (!padded) {
       vectors = smaller(vectors, c.columns / W);
       first = smaller(j, c.columns - vectors * W);
