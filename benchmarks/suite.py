@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from fastkm import MemoryState, _backend
 from fastkm.cli.console import progress
 from fastkm.cli.episodes import Episode, build_episode
-from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
+from fastkm.cli.gradients import ALL, GRADIENT, INPUTS, symmetric
 from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
 from fastkm.cli.measure import Verdict, clock, errors, granted, judge, reference_errors
@@ -105,6 +105,13 @@ def episode(case: Case) -> Episode:
 # ---- verification --------------------------------------------------------------------------------------------------
 
 
+def fields(operation: str, kind: str, result: Any) -> Result:
+    """What is compared of a candidate's result; a function of the package is timed without it."""
+    if kind in (NATIVE, REFERENCE):
+        return ALL[operation].fields(result)
+    return symmetric(result) if operation.endswith(GRADIENT) else result
+
+
 class Truth:
     """The definition in float64 for some memories of a batch, and the rounding that is granted."""
 
@@ -119,9 +126,9 @@ class Truth:
         if e.values.dtype != torch.float64:
             self.reference = reference_errors(operation, some, op.run(some, REFERENCE), self.fields)
 
-    def judge(self, kind: str, result: Result) -> Verdict:
+    def judge(self, kind: str, result: Any) -> Verdict:
         """Native kernels are held to twice the reference's error, three times for a gradient."""
-        result = {name: x[self.memories] for name, x in result.items()}
+        result = {name: x[self.memories] for name, x in fields(self.operation, kind, result).items()}
         demanded = self.fields
         if kind not in (NATIVE, REFERENCE):
             essential = ESSENTIAL.get(self.operation, tuple(self.fields))
@@ -154,7 +161,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
 def candidates(case: Case) -> dict[str, Candidate]:
     op = ALL[case.operation]
-    found = {name: Candidate(name, lambda _, name=name: partial(run_backend, op.run, name))
+    found = {name: Candidate(name, lambda _, name=name: partial(run_backend, op.call, name))
              for name in (NATIVE, REFERENCE)}  # fmt: skip
     for name, form in forms(case.operation).items():
         found[name] = Candidate("loop" if name == LOOP else "eager", lambda _, form=form: form)
@@ -166,8 +173,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
     return found
 
 
-def run_backend(run: Callable[[Episode, str], Result], backend: str, e: Episode) -> Result:
-    return run(e, backend)
+def run_backend(call: Callable[[Episode, str], Any], backend: str, e: Episode) -> Any:
+    return call(e, backend)
 
 
 class Group:
@@ -178,7 +185,7 @@ class Group:
     ) -> None:
         """``expected``: seconds a call by candidate, where a smaller case tells. ``only``: names; all without it."""
         self.case, self.compile_limit = case, compile_limit
-        self.ready: dict[str, Callable[[], Result]] = {}  # what is to be timed
+        self.ready: dict[str, Callable[[], object]] = {}  # what is to be timed
         self.records: dict[str, dict[str, Any]] = {}
         self.gaps: list[float] = []
         e = episode(case)

@@ -238,13 +238,16 @@ int64_t strips(int64_t columns) {
 constexpr bool kLowTiles = FASTKM_TILE_ROWS < 6;
 constexpr int kNarrowTileRows = kLowTiles ? 6 : FASTKM_TILE_ROWS, kThinTileRows = kLowTiles ? 8 : FASTKM_TILE_ROWS;
 
+constexpr int tile_rows(int vectors) {
+  return vectors == 1 ? kThinTileRows : vectors == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
+}
+
 // How wide the next tiles are, with so many vectors of columns left.
 inline int64_t tile_vectors(int64_t left) { return kLowTiles && left == 4 ? 2 : smaller(kTileVectors, left); }
 
 template <Into INTO, int VECS, class T>
 void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d, int64_t ldd, T* c,
                     int64_t ldc, Upcoming* upcoming) {
-  constexpr int kRows = VECS == 1 ? kThinTileRows : VECS == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
   int64_t i = 0;
   const auto tiles = [&]<int ROWS>() {
     for (; i + ROWS <= rows; i += ROWS) {
@@ -253,14 +256,30 @@ void product_column(int64_t rows, int64_t k, const Left<T>& a, const T* b, int64
                                      ldc);
     }
   };
-  tiles.template operator()<kRows>();
-  if constexpr (kRows > 4) tiles.template operator()<4>();
+  tiles.template operator()<tile_rows(VECS)>();
+  if constexpr (tile_rows(VECS) > 4) tiles.template operator()<4>();
   tiles.template operator()<2>();
   tiles.template operator()<1>();
 }
 
 // Longest run of a sum in registers: bounds the rounding of long sums, and a tile's share of B stays in the cache.
 constexpr int64_t kSumRun = 128;
+
+// A column of tiles.
+struct Strip {
+  int64_t first, vectors;
+};
+
+// The strip from column `j` on. Where rows are not padded, the last one ends with them, and computes again what it has
+// in common with the one before; rows are then a vector long at least.
+template <class T>
+Strip strip_at(int64_t j, int64_t columns, bool padded) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t vectors = tile_vectors((columns - j + W - 1) / W);
+  if (padded) return {j, vectors};
+  const int64_t whole = smaller(vectors, columns / W);
+  return {smaller(j, columns - whole * W), whole};
+}
 
 // One column of tiles of C = A B or D ± A B, `vectors` wide.
 template <Into INTO, class T>
@@ -281,23 +300,16 @@ void product_strip(int64_t rows, int64_t vectors, int64_t k, Left<T> a, const T*
     run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(first, c, ldc);
 }
 
-// C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. Where one of them is not padded, the
-// last strip ends with its rows, and computes again what it has in common with the one before: then D is not C, and
-// rows are a vector long at least.
+// C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]; where one of them is not padded, D is
+// not C.
 template <Into INTO, class T>
 void product(const Matrix<T>& c, const Matrix<T>& d, int64_t k, const Left<T>& a, const Matrix<T>& b,
              Upcoming* upcoming = nullptr) {
-  constexpr int64_t W = kLanes<T>;
-  const bool padded = b.padded && c.padded && d.padded;
   for (int64_t j = 0; j < c.columns;) {
-    int64_t vectors = tile_vectors((c.columns - j + W - 1) / W), first = j;
-    if (!padded) {
-      vectors = smaller(vectors, c.columns / W);
-      first = smaller(j, c.columns - vectors * W);
-    }
+    const auto [first, vectors] = strip_at<T>(j, c.columns, b.padded && c.padded && d.padded);
     product_strip<INTO>(c.rows, vectors, k, a, b.data + first, b.ld, d.data + first, d.ld, c.data + first, c.ld,
                         upcoming);
-    j = first + vectors * W;
+    j = first + vectors * kLanes<T>;
   }
 }
 
@@ -405,6 +417,28 @@ void transpose_block(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
+// What is on and below the diagonal only, in whole squares of vectors; or on and above it.
+template <class T>
+void transpose_lower(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
+    for (int64_t j = i; j < kBlock; j += kLanes<T>)
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+}
+template <class T>
+void transpose_upper(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
+    for (int64_t j = 0; j <= i; j += kLanes<T>)
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+}
+
+// f<0>(), f<1>(), … f<COUNT − 1>()
+template <int64_t COUNT, class F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, static_cast<int>(COUNT)>());
+}
+
 // The pivot to go on with, and whether it is that of a positive definite matrix.
 template <class T>
 bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
@@ -418,55 +452,107 @@ bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
   return holds && finite;
 }
 
+// One vector of columns of as many rows as it has lanes, in registers: what elimination leaves of them once the rows
+// above, and then those before each among them, are taken off. `above` are rows as elimination left them and
+// `multipliers` the same over their pivots, both from the column of the first of these rows.
+template <class T>
+struct Panel {
+  static constexpr int W = static_cast<int>(kLanes<T>);
+  Vec<T> row[W];
+
+  // Take `other`, a row above, off all rows.
+  [[gnu::always_inline]] void eliminate(const T* multipliers, Vec<T> other) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) row[i] -= multipliers[i] * other;
+  }
+
+  // The same for row `j` and those below it.
+  template <int J>
+  [[gnu::always_inline]] void eliminate_with(const T* multipliers) {
+#pragma GCC unroll 16
+    for (int i = J + 1; i < W; ++i) row[i] -= multipliers[i] * row[J];
+  }
+};
+
 // L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of one elimination:
 // what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits for, come last.
 template <class T>
 bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
-  constexpr int64_t W = kLanes<T>, kVecs = kBlock / W;
-  Square<T> upper, root = {};  // Lᵀ, of which only what is on and right of the diagonal counts; L⁻¹
+  constexpr int64_t W = kLanes<T>;
+  // Lᵀ, of which only what is on and right of the diagonal counts; its rows over their pivots; L⁻¹
+  Square<T> upper, multipliers, root;
   if (n == kBlock) {
-    transpose_block(upper.entry[0], kBlock, a.data, a.ld);
+    transpose_lower(upper.entry[0], kBlock, a.data, a.ld);
   } else {
     upper = {};
     for (int64_t i = n; i < kBlock; ++i) upper.entry[i][i] = 1;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j <= i; ++j) upper.entry[j][i] = a.row(i)[j];
   }
-  for (int64_t i = 0; i < kBlock; ++i) root.entry[i][i] = 1;
   bool good = true;
-  T pivots[kBlock], pivot = upper.entry[0][0];
-  for (int64_t j = 0; j < kBlock; ++j) {
-    const T* row = upper.entry[j];
-    if (j < n) good &= admit(pivot, floors, j);
-    pivots[j] = pivot;
-    const T reciprocal = 1 / pivot;
-    // The next pivot ahead of its row: nothing else is waited for.
-    if (j + 1 < kBlock) pivot = upper.entry[j + 1][j + 1] - row[j + 1] * reciprocal * row[j + 1];
-    Vec<T> right[kVecs], root_row[kVecs];
-    for (int64_t v = 0; v < kVecs; ++v) right[v] = load(row + v * W), root_row[v] = load(root.entry[j] + v * W);
-    for (int64_t i = j + 1; i < kBlock; ++i) {
-      const T factor = row[i] * reciprocal;
-      T *below = upper.entry[i], *root_below = root.entry[i];
-      for (int64_t v = i / W; v < kVecs; ++v) store<T>(below + v * W, load(below + v * W) - factor * right[v]);
-      for (int64_t v = 0; v <= j / W; ++v)
-        store<T>(root_below + v * W, load(root_below + v * W) - factor * root_row[v]);
+  T pivots[kBlock], reciprocals[kBlock];
+  for (int64_t g = 0; g < kBlock; g += W) {
+    // A vector of columns of rows g to g + W, brought up to date with the rows of `from` above them.
+    const auto take = [&](Panel<T>& panel, const Square<T>& from, int64_t first, int64_t column)
+                          __attribute__((always_inline)) {
+                            for (int64_t j = first; j < g; ++j)
+                              panel.eliminate(multipliers.entry[j] + g, load(from.entry[j] + column));
+                          };
+    const auto within = [&](Panel<T>& panel) __attribute__((always_inline)) {
+      unrolled<W>([&]<int J>() __attribute__((always_inline)) {
+        panel.template eliminate_with<J>(multipliers.entry[g + J] + g);
+      });
+    };
+    Panel<T> panel;
+    for (int64_t i = 0; i < W; ++i) panel.row[i] = load(upper.entry[g + i] + g);
+    take(panel, upper, 0, g);
+    T pivot = panel.row[0][0];
+    unrolled<W>([&]<int J>() __attribute__((always_inline)) {
+      if (g + J < n) good &= admit(pivot, floors, g + J);
+      const T reciprocal = 1 / pivot;
+      pivots[g + J] = pivot;
+      reciprocals[g + J] = reciprocal;
+      // The next pivot ahead of its row: nothing else is waited for.
+      if constexpr (J + 1 < W) pivot = panel.row[J + 1][J + 1] - panel.row[J][J + 1] * reciprocal * panel.row[J][J + 1];
+      store<T>(upper.entry[g + J] + g, panel.row[J]);
+      store<T>(multipliers.entry[g + J] + g, panel.row[J] * reciprocal);
+      panel.template eliminate_with<J>(multipliers.entry[g + J] + g);
+    });
+    for (int64_t column = g + W; column < kBlock; column += W) {
+      for (int64_t i = 0; i < W; ++i) panel.row[i] = load(upper.entry[g + i] + column);
+      take(panel, upper, 0, column);
+      within(panel);
+      for (int64_t i = 0; i < W; ++i) {
+        store<T>(upper.entry[g + i] + column, panel.row[i]);
+        store<T>(multipliers.entry[g + i] + column, panel.row[i] * reciprocals[g + i]);
+      }
+    }
+    for (int64_t column = 0; column <= g; column += W) {
+      for (int64_t i = 0; i < W; ++i) panel.row[i] = Vec<T>{};
+      if (column == g)
+        unrolled<W>([&]<int J>() __attribute__((always_inline)) { panel.row[J][J] = 1; });
+      else
+        take(panel, root, column, column);
+      within(panel);
+      for (int64_t i = 0; i < W; ++i) store<T>(root.entry[g + i] + column, panel.row[i]);
     }
   }
   for (int64_t j = 0; j < kBlock; ++j) {
-    T *row = upper.entry[j], *root_row = root.entry[j];
+    T* row = upper.entry[j];
+    const T* root_row = root.entry[j];
     const T length = std::sqrt(pivots[j]), reciprocal = 1 / length;
     for (int64_t c = j / W * W; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
-    for (int64_t c = 0; c <= j; c += W) store<T>(root_row + c, load(root_row + c) * reciprocal);
+    for (int64_t c = 0; c < kBlock; c += W)
+      store<T>(inverse + j * kBlock + c, c <= j ? load(root_row + c) * reciprocal : Vec<T>{});
     row[j] = length;
   }
   if (n == kBlock) {
-    transpose_block(a.data, a.ld, upper.entry[0], kBlock);
+    transpose_upper(a.data, a.ld, upper.entry[0], kBlock);
   } else {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper.entry[j][i];
   }
-  __builtin_memcpy(inverse, root.entry, sizeof root.entry);
-  transpose_block(inverse_transposed, kBlock, root.entry[0], kBlock);
+  transpose_block(inverse_transposed, kBlock, inverse, kBlock);
   return good;
 }
 
@@ -489,6 +575,50 @@ void invert_block(const Factor<T>& f) {
   }
   __builtin_memcpy(f.inverse, root.entry, sizeof root.entry);
   transpose_block(f.inverse_transposed, kBlock, root.entry[0], kBlock);
+}
+
+// One column of tiles of X = L⁻¹ (D − A B), from the top: a tile meets those above it.
+template <int VECS, class T>
+void solve_strip(const Factor<T>& f, int64_t rows, int64_t k, const Left<T>& a, const T* b, int64_t ldb, const T* d,
+                 int64_t ldd, T* x, int64_t ldx, Upcoming* upcoming) {
+  int64_t i = 0;
+  const auto tiles = [&]<int ROWS>() {
+    for (; i + ROWS <= rows; i += ROWS) {
+      if (upcoming) upcoming->fetch();
+      Tile<ROWS, VECS, T> tile;
+      tile.add_product(k, a.data + i * a.row, a.row, a.column, b, ldb);
+      tile.add_product(i, f.lower.row(i), f.lower.ld, 1, x, ldx);
+      tile.each([&](Vec<T>& sum, int64_t r, int64_t j)
+                    __attribute__((always_inline)) { sum = load(d + (i + r) * ldd + j) - sum; });
+      // The inverse of a small diagonal block of L is that of the large one there.
+      tile.multiply_lower(f.inverse + i * kBlock + i, kBlock);
+      tile.each([&](Vec<T>& y, int64_t r, int64_t j)
+                    __attribute__((always_inline)) { store<T>(x + (i + r) * ldx + j, y); });
+    }
+  };
+  tiles.template operator()<tile_rows(VECS)>();
+  if constexpr (tile_rows(VECS) > 4) tiles.template operator()<4>();
+  tiles.template operator()<2>();
+  tiles.template operator()<1>();
+}
+
+// X = L⁻¹ (D − A B) for an L of one block; A is [rows, k], and X is not D.
+template <class T>
+void solve(const Matrix<T>& x, const Factor<T>& f, const Matrix<T>& d, int64_t k, const Left<T>& a, const Matrix<T>& b,
+           Upcoming* upcoming = nullptr) {
+  for (int64_t j = 0; j < x.columns;) {
+    const auto [first, vectors] = strip_at<T>(j, x.columns, b.padded && d.padded && x.padded);
+    const auto strip = [&]<int VECS>() {
+      solve_strip<VECS>(f, x.rows, k, a, b.data + first, b.ld, d.data + first, d.ld, x.data + first, x.ld, upcoming);
+    };
+    if (vectors == 3)
+      strip.template operator()<3>();
+    else if (vectors == 2)
+      strip.template operator()<2>();
+    else
+      strip.template operator()<1>();
+    j = first + vectors * kLanes<T>;
+  }
 }
 
 // Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from

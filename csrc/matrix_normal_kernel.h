@@ -48,8 +48,9 @@ double log_det(const Factor<T>& factor) {
   return 2 * sum;
 }
 
-// The squared norm of L⁻¹ X by columns, for a panel X of VECS vectors whose rows above `first` are zero; `rhs(i, v)` is
-// vector v of row i. A tile of rows is solved in registers and Y, the solution, is kept for the tiles below it.
+// The squared norm of L⁻¹ X by columns, for a panel X of VECS vectors whose rows above `first` are zero; `rhs(i, j)` is
+// the vector from column j of row i. A tile of rows is solved in registers and Y, the solution, is kept for the tiles
+// below it.
 template <int VECS, class T, class Rhs>
 void add_squared_norm(double (&total)[kLanes<T>], const Factor<T>& f, int64_t first, const Rhs& rhs, T* y) {
   constexpr int64_t W = kLanes<T>, kWidth = VECS * W;
@@ -58,43 +59,19 @@ void add_squared_norm(double (&total)[kLanes<T>], const Factor<T>& f, int64_t fi
   for (int64_t i = first / kRows * kRows; i < n; i += kRows) {
     const int64_t start = first / kRows * kRows, ld = f.lower.ld;
     const T* lower = f.lower.row(i);
-    Vec<T> x[kRows][VECS] = {};
-    for (int64_t p = start; p < i; ++p) {
-      Vec<T> row[VECS];
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) row[v] = load(y + p * kWidth + v * W);
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const T factor = lower[r * ld + p];
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; ++v) x[r][v] += factor * row[v];
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) x[r][v] = rhs(smaller(i + r, n - 1), v) - x[r][v];
+    Tile<kRows, VECS, T> tile;
+    tile.add_product(i - start, lower + start, ld, 1, y + start * kWidth, kWidth);
+    tile.each([&](Vec<T>& sum, int64_t r, int64_t j)
+                  __attribute__((always_inline)) { sum = rhs(smaller(i + r, n - 1), j) - sum; });
     // The inverse of a small diagonal block of L is that of the large one there.
     const int64_t within = i % kBlock;
-    const T* inverse = f.inverse_block(i - within).row(within) + within;
-    Vec<T> sum = {};
-#pragma GCC unroll 16
-    for (int above = 1; above <= kRows; ++above) {  // from the last, as a row meets those above it
-      const int r = kRows - above;
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) x[r][v] *= inverse[r * kBlock + r];
-#pragma GCC unroll 16
-      for (int s = 0; s < r; ++s)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; ++v) x[r][v] += inverse[r * kBlock + s] * x[s][v];
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) store<T>(y + (i + r) * kWidth + v * W, x[r][v]);
-    }
+    tile.multiply_lower(f.inverse_block(i - within).row(within) + within, kBlock);
     const int64_t count = smaller(kRows, n - i);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) sum += r < count ? x[r][v] * x[r][v] : Vec<T>{};
+    Vec<T> sum = {};
+    tile.each([&](Vec<T>& x, int64_t r, int64_t j) __attribute__((always_inline)) {
+      store<T>(y + (i + r) * kWidth + j, x);
+      sum += r < count ? x * x : Vec<T>{};
+    });
     for (int64_t lane = 0; lane < W; ++lane) total[lane] += sum[lane];
   }
 }
@@ -107,7 +84,7 @@ double squared_norm_of_solution(const Factor<T>& f, int64_t columns, const First
   double total[W] = {};
   T* y = arena.take<T>(round_up(f.size(), kBlock) * kTileVectors * W);
   const auto panel = [&]<int VECS>(int64_t j) {
-    add_squared_norm<VECS>(total, f, first(j), [&](int64_t i, int64_t v) { return rhs(i, j + v * W); }, y);
+    add_squared_norm<VECS>(total, f, first(j), [&](int64_t i, int64_t within) { return rhs(i, j + within); }, y);
   };
   int64_t j = 0;
   for (; WIDEST >= 3 && j + 3 * W <= columns; j += 3 * W) panel.template operator()<3>(j);

@@ -118,14 +118,15 @@ bool factor_variances(const Factor<T>& factor, const PosteriorArgs<T>& args, int
   return good;
 }
 
-// E = L⁻¹ (Z − W R). A chunk has one block, so L⁻¹ is there. A copy of Z may be consumed.
+// E = L⁻¹ (Z − W R); a chunk has one block. Long sums are summed part by part, out of registers.
 template <class T>
 void whiten_values(const Chunk<T>& chunk, const Factor<T>& factor, const Matrix<T>& mean, const Matrix<T>& weights,
                    const Matrix<T>& values, Arena& arena, Upcoming* upcoming = nullptr) {
+  if (mean.rows <= kSumRun) return solve(chunk.values, factor, values, mean.rows, left(weights), mean, upcoming);
   const bool consume = values.padded && mean.padded;
   const Matrix<T> innovations = consume ? values : take_cleared<T>(arena, values.rows, values.columns);
   product<Into::kSubtract>(innovations, values, mean.rows, left(weights), mean, upcoming);
-  product<Into::kSet>(chunk.values, chunk.count(), left(factor.inverse_block(0)), innovations, upcoming);
+  solve(chunk.values, factor, innovations, 0, {}, mean);
 }
 
 template <class T>
@@ -139,7 +140,7 @@ Chunk<T> whiten(const Memory<T>& memory, const Matrix<T>& weights, const Matrix<
   product<Into::kSet>(projected, K, left(weights), memory.cov, upcoming);
   product_lower<Into::kSet>(factor.lower, K, left(projected), weights_transposed);
   chunk.good = factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
-  product<Into::kSet>(chunk.gain, count, left(factor.inverse_block(0)), projected);
+  solve(chunk.gain, factor, projected, 0, {}, projected);
   whiten_values(chunk, factor, memory.mean, weights, values, arena, upcoming);
   return chunk;
 }

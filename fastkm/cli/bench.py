@@ -50,7 +50,7 @@ def measure(operation: str, preset: Preset, episode: Episode, seconds: float) ->
     """One record for each backend of ``operation`` and one for the literal loop; no timing for what fails its check."""
     op, verdicts = ALL[operation], verify(operation, episode)
     candidates: dict[str, Callable[[], object]]
-    candidates = {name: partial(op.run, episode, name) for name, verdict in verdicts.items() if verdict.ok}
+    candidates = {name: partial(op.call, episode, name) for name, verdict in verdicts.items() if verdict.ok}
     if op.loop is not None:
         verdicts[LOOP] = own_error(operation, episode)
         candidates[LOOP] = partial(op.loop, episode)

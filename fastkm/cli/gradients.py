@@ -22,7 +22,10 @@ INPUTS = {
 
 
 def gradient_of(form: Callable[..., Result], operation: str) -> Callable[..., Result]:
-    """``form`` followed by its backward: the gradients by every tensor the operation takes, by name."""
+    """``form`` followed by its backward: the gradients by every tensor the operation takes, by name.
+
+    That by a covariance may have any antisymmetric part; see :func:`symmetric`.
+    """
     state_field, fields = INPUTS[operation]
 
     def run(episode: Episode, *backend: str, **options) -> Result:
@@ -32,22 +35,31 @@ def gradient_of(form: Callable[..., Result], operation: str) -> Callable[..., Re
         outputs = [x for x in result.values() if x.requires_grad]
         leaves = {**state._asdict(), **others}
         found = torch.autograd.grad(outputs, leaves.values(), [x.detach() for x in outputs], allow_unused=True)
-        gradients = dict(zip(leaves, found, strict=True))
-        if (cov := gradients["cov"]) is not None:
-            gradients["cov"] = (cov + cov.mT) / 2  # a covariance moves in symmetric directions only
-        return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
 
     return run
 
 
+def symmetric(gradients: Result) -> Result:
+    """Gradients that can be compared: a covariance moves in symmetric directions only."""
+    cov = gradients.get("cov")
+    return gradients if cov is None else {**gradients, "cov": (cov + cov.mT) / 2}
+
+
 def with_gradient(operation: str) -> Operation:
     op = OPERATIONS[operation]
+
+    def of(form: Callable[[Episode], Result]) -> Callable[[Episode], Result]:
+        form = gradient_of(form, operation)
+        return lambda episode: symmetric(form(episode))
+
     return Operation(
         gradient_of(op.run, operation),
-        gradient_of(op.definition, operation),
-        gradient_of(op.other, operation),
+        of(op.definition),
+        of(op.other),
         op.unit,
         None if op.loop is None else gradient_of(op.definition, operation),
+        symmetric,
     )
 
 

@@ -24,11 +24,15 @@ WEIGHT_VAR = 0.1  # σw² of the attractor read's energy
 class Operation(NamedTuple):
     """``definition`` in float64 is the truth; ``other`` shares no code with it, so their gap is float64's rounding."""
 
-    run: Callable[..., Result]  # the public function, of an episode and a named backend; options are passed on
+    call: Callable[..., Any]  # the public function, of an episode and a named backend; options are passed on
     definition: Callable[[Episode], Result]
     other: Callable[[Episode], Result]
     unit: str  # what is counted per second
     loop: Callable[[Episode], object] | None = None  # the literal PyTorch loop, where the reference is something else
+    fields: Callable[[Any], Result] = lambda result: named(result)  # of what `call` returns
+
+    def run(self, episode: Episode, backend: str, **options) -> Result:
+        return self.fields(self.call(episode, backend, **options))
 
 
 def named(result: Any, name: str = "value") -> Result:
@@ -76,18 +80,16 @@ def attractor_loop(e: Episode, solve: Callable[[Tensor, Tensor, Tensor], Tensor]
     return {"values": values, "weights": weights, "energy": torch.stack(energies, -1)}
 
 
-def attractor_read(e: Episode, backend: str) -> Result:
-    return named(
-        fastkm.attractor_read(
-            e.written,
-            e.queries,
-            e.noise_var[:, 0],
-            e.ridge,
-            clean=e.clean,
-            num_iters=e.num_iters,
-            weight_var=WEIGHT_VAR,
-            backend=backend,
-        )
+def attractor_read(e: Episode, backend: str) -> tuple:
+    return fastkm.attractor_read(
+        e.written,
+        e.queries,
+        e.noise_var[:, 0],
+        e.ridge,
+        clean=e.clean,
+        num_iters=e.num_iters,
+        weight_var=WEIGHT_VAR,
+        backend=backend,
     )
 
 
@@ -162,8 +164,8 @@ def kl_memory_of_diagonals(e: Episode) -> Result:
 
 OPERATIONS = {
     "update_posterior": Operation(
-        lambda e, backend, **options: named(
-            fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var, backend=backend, **options)
+        lambda e, backend, **options: fastkm.update_posterior(
+            e.prior, e.weights, e.values, e.noise_var, backend=backend, **options
         ),
         update_one_by_one,
         update_normal_equations,
@@ -171,16 +173,14 @@ OPERATIONS = {
         lambda e: posterior.update_sequential(*e.prior, e.weights, e.values, e.noise_var),
     ),
     "write": Operation(
-        lambda e, backend, **options: named(
-            fastkm.write(e.prior, e.values, e.noise_var, e.ridge, backend=backend, **options)
-        ),
+        lambda e, backend, **options: fastkm.write(e.prior, e.values, e.noise_var, e.ridge, backend=backend, **options),
         write_literal,
         write_gram_space,
         "patterns",
     ),
     "read": Operation(
-        lambda e, backend, **options: named(
-            fastkm.read(e.written.mean, e.queries, e.ridge, num_iters=e.num_iters, backend=backend, **options)
+        lambda e, backend, **options: fastkm.read(
+            e.written.mean, e.queries, e.ridge, num_iters=e.num_iters, backend=backend, **options
         ),
         read_literal,
         read_dual,
@@ -188,30 +188,29 @@ OPERATIONS = {
         read_literal,
     ),
     "solve_addressing": Operation(
-        lambda e, backend: named(
-            fastkm.solve_addressing(e.written.mean, e.queries, e.ridge, backend=backend), "weights"
-        ),
+        lambda e, backend: fastkm.solve_addressing(e.written.mean, e.queries, e.ridge, backend=backend),
         lambda e: {"weights": solve_primal(e.written.mean, e.queries, e.ridge)},
         lambda e: {"weights": solve_dual(e.written.mean, e.queries, e.ridge)},
         "reads",
+        fields=lambda weights: {"weights": weights},
     ),
     "attractor_read": Operation(
         attractor_read, lambda e: attractor_loop(e, solve_primal), lambda e: attractor_loop(e, solve_dual), "reads"
     ),
     "kl_memory": Operation(
-        lambda e, backend: named(fastkm.kl_memory(e.written, e.prior, backend=backend)),
+        lambda e, backend: fastkm.kl_memory(e.written, e.prior, backend=backend),
         lambda e: {"value": matrix_normal.kl_memory(*e.written, *e.prior)[0]},
         kl_memory_by_eigenvalues,
         "memories",
     ),
     "kl_memory_deepmind": Operation(
-        lambda e, backend: named(fastkm.kl_memory(e.written, e.prior, method="deepmind", backend=backend)),
+        lambda e, backend: fastkm.kl_memory(e.written, e.prior, method="deepmind", backend=backend),
         lambda e: {"value": matrix_normal.kl_memory_deepmind(*e.written, *e.prior)},
         kl_memory_of_diagonals,
         "memories",
     ),
     "logdet": Operation(
-        lambda e, backend: named(logdet(e.written.cov, backend=backend)),
+        lambda e, backend: logdet(e.written.cov, backend=backend),
         lambda e: {"value": matrix_normal.logdet(e.written.cov)[0]},
         lambda e: {"value": torch.linalg.eigvalsh(e.written.cov).log().sum(-1)},
         "memories",
