@@ -12,7 +12,7 @@ import torch
 from fastkm.cli.measure import Timing, clock, no_collection
 
 SHORTEST = 1e-3  # seconds of one sample; a shorter call is repeated within it
-WARM_UP = 2e-3  # seconds of calls ahead of a sample: cores wake and speed up, caches fill
+WARM_UP = 5e-3  # seconds of calls ahead of a sample: cores wake and speed up, caches fill
 LONG = 0.02  # seconds; beside a call that takes longer that is nothing
 MOST, FEWEST = 41, 3  # samples of a candidate
 SLOW = 0.25  # seconds; of a call that takes longer two samples have to do

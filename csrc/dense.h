@@ -474,8 +474,9 @@ struct Panel {
   }
 };
 
-// L Lᵀ and L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of one elimination:
-// what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits for, come last.
+// L Lᵀ and, where it is wanted, L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of
+// one elimination: what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits
+// for, come last.
 template <class T>
 bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
   constexpr int64_t W = kLanes<T>;
@@ -527,7 +528,7 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
         store<T>(multipliers.entry[g + i] + column, panel.row[i] * reciprocals[g + i]);
       }
     }
-    for (int64_t column = 0; column <= g; column += W) {
+    for (int64_t column = 0; inverse && column <= g; column += W) {
       for (int64_t i = 0; i < W; ++i) panel.row[i] = Vec<T>{};
       if (column == g)
         unrolled<W>([&]<int J>() __attribute__((always_inline)) { panel.row[J][J] = 1; });
@@ -542,7 +543,7 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
     const T* root_row = root.entry[j];
     const T length = std::sqrt(pivots[j]), reciprocal = 1 / length;
     for (int64_t c = j / W * W; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
-    for (int64_t c = 0; c < kBlock; c += W)
+    for (int64_t c = 0; inverse && c < kBlock; c += W)
       store<T>(inverse + j * kBlock + c, c <= j ? load(root_row + c) * reciprocal : Vec<T>{});
     row[j] = length;
   }
@@ -552,7 +553,7 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper.entry[j][i];
   }
-  transpose_block(inverse_transposed, kBlock, inverse, kBlock);
+  if (inverse) transpose_block(inverse_transposed, kBlock, inverse, kBlock);
   return good;
 }
 
@@ -621,10 +622,14 @@ void solve(const Matrix<T>& x, const Factor<T>& f, const Matrix<T>& d, int64_t k
   }
 }
 
+// Which blocks a factor inverts: the last one's inverse is for solves alone.
+enum class Inverses { kAll, kAllButLast };
+
 // Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from
 // those on its left. Returns whether the matrix is positive definite; if not, the factor is finite but meaningless.
 template <class T>
-bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}, Upcoming* upcoming = nullptr) {
+bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}, Upcoming* upcoming = nullptr,
+              Inverses inverses = Inverses::kAll) {
   const int64_t n = f.size();
   const Matrix<T> above = take_matrix<T>(arena, n, kBlock);  // Lᵀ of this block row
   const Matrix<T> panel = take_matrix<T>(arena, n, kBlock);
@@ -637,8 +642,10 @@ bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}, Up
       product<Into::kSubtract>(column, j, left(f.lower.rows_from(j, n - j)), above, upcoming);
     }
     const Floors<T> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
-    good &= factor_block(column, width, here, f.inverse_block(j).data, f.inverse_transposed_block(j).data);
     const int64_t below = n - j - width;
+    const bool inverted = below > 0 || inverses == Inverses::kAll;
+    good &= factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,
+                         f.inverse_transposed_block(j).data);
     if (below > 0) {
       const Matrix<T> rest = column.rows_from(width, below);
       copy_rows(panel, rest);

@@ -29,9 +29,9 @@ Status load_lower(const Matrix<T>& to, const Batch<const T>& cov, int64_t b) {
 
 template <class T>
 Status load_and_factor(const Factor<T>& factor, const Batch<const T>& cov, int64_t b, Arena& arena,
-                       Upcoming* upcoming = nullptr) {
+                       Inverses inverses = Inverses::kAll, Upcoming* upcoming = nullptr) {
   if (const Status status = load_lower(factor.lower, cov, b); status != kGood) return status;
-  return cholesky(factor, arena, {}, upcoming) ? kGood : kNotPositiveDefinite;
+  return cholesky(factor, arena, {}, upcoming, inverses) ? kGood : kNotPositiveDefinite;
 }
 
 // Sums over a whole matrix are taken in double: what is wanted is their small difference. A double also holds the
@@ -153,8 +153,8 @@ void kl_memory(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
     Arena& arena = Arena::fresh();
     const Factor<T> factor = take_factor<T>(arena, args.K), prior = take_factor<T>(arena, args.K);
     Upcoming upcoming = upcoming_memories(args, b, end);
-    const Status loaded = load_and_factor(factor, args.cov, b, arena, &upcoming);
-    const Status prior_loaded = load_and_factor(prior, args.prior_cov, b, arena, &upcoming);
+    const Status loaded = load_and_factor(factor, args.cov, b, arena, Inverses::kAllButLast, &upcoming);
+    const Status prior_loaded = load_and_factor(prior, args.prior_cov, b, arena, Inverses::kAll, &upcoming);
     args.info[b] = loaded > prior_loaded ? loaded : prior_loaded;
     if (args.info[b] != kGood) continue;
 
@@ -171,7 +171,7 @@ void logdet(const MatrixNormalArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Factor<T> factor = take_factor<T>(arena, args.K);
-    args.info[b] = load_and_factor(factor, args.cov, b, arena);
+    args.info[b] = load_and_factor(factor, args.cov, b, arena, Inverses::kAllButLast);
     args.result[b] = static_cast<T>(log_det(factor));
   }
 }
