@@ -452,25 +452,40 @@ bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
   return holds && finite;
 }
 
-// One vector of columns of as many rows as it has lanes, in registers: what elimination leaves of them once the rows
-// above, and then those before each among them, are taken off. `above` are rows as elimination left them and
-// `multipliers` the same over their pivots, both from the column of the first of these rows.
+// One vector of columns of rows `first` to `first` + W of a square being eliminated, in registers. With `multipliers`
+// in hand, which are the rows of Lᵀ unscaled and over their pivots, a panel of any square goes the way of Lᵀ itself.
 template <class T>
 struct Panel {
   static constexpr int W = static_cast<int>(kLanes<T>);
+  const Square<T>& multipliers;
+  const int64_t first;
   Vec<T> row[W];
 
-  // Take `other`, a row above, off all rows.
-  [[gnu::always_inline]] void eliminate(const T* multipliers, Vec<T> other) {
+  [[gnu::always_inline]] void load_from(const Square<T>& square, int64_t column) {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) row[i] -= multipliers[i] * other;
+    for (int i = 0; i < W; ++i) row[i] = load(square.entry[first + i] + column);
   }
 
-  // The same for row `j` and those below it.
-  template <int J>
-  [[gnu::always_inline]] void eliminate_with(const T* multipliers) {
+  [[gnu::always_inline]] void store_to(Square<T>& square, int64_t column) const {
 #pragma GCC unroll 16
-    for (int i = J + 1; i < W; ++i) row[i] -= multipliers[i] * row[J];
+    for (int i = 0; i < W; ++i) store<T>(square.entry[first + i] + column, row[i]);
+  }
+
+  // Take row `j` of the square off rows AFTER + 1 and on.
+  template <int AFTER>
+  [[gnu::always_inline]] void take_off(int64_t j, Vec<T> other) {
+    const T* factors = multipliers.entry[j] + first;
+#pragma GCC unroll 16
+    for (int i = AFTER + 1; i < W; ++i) row[i] -= factors[i] * other;
+  }
+
+  // All rows above, from `start` on: before it they are zero in this column.
+  [[gnu::always_inline]] void take_off_above(const Square<T>& square, int64_t start, int64_t column) {
+    for (int64_t j = start; j < first; ++j) take_off<-1>(j, load(square.entry[j] + column));
+  }
+
+  [[gnu::always_inline]] void take_off_within() {
+    unrolled<W>([&]<int J>() __attribute__((always_inline)) { take_off<J>(first + J, row[J]); });
   }
 };
 
@@ -492,50 +507,39 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
   }
   bool good = true;
   T pivots[kBlock], reciprocals[kBlock];
-  for (int64_t g = 0; g < kBlock; g += W) {
-    // A vector of columns of rows g to g + W, brought up to date with the rows of `from` above them.
-    const auto take = [&](Panel<T>& panel, const Square<T>& from, int64_t first, int64_t column)
-                          __attribute__((always_inline)) {
-                            for (int64_t j = first; j < g; ++j)
-                              panel.eliminate(multipliers.entry[j] + g, load(from.entry[j] + column));
-                          };
-    const auto within = [&](Panel<T>& panel) __attribute__((always_inline)) {
-      unrolled<W>([&]<int J>() __attribute__((always_inline)) {
-        panel.template eliminate_with<J>(multipliers.entry[g + J] + g);
-      });
-    };
-    Panel<T> panel;
-    for (int64_t i = 0; i < W; ++i) panel.row[i] = load(upper.entry[g + i] + g);
-    take(panel, upper, 0, g);
+  for (int64_t first = 0; first < kBlock; first += W) {
+    Panel<T> panel{.multipliers = multipliers, .first = first};
+    panel.load_from(upper, first);
+    panel.take_off_above(upper, 0, first);
     T pivot = panel.row[0][0];
     unrolled<W>([&]<int J>() __attribute__((always_inline)) {
-      if (g + J < n) good &= admit(pivot, floors, g + J);
-      const T reciprocal = 1 / pivot;
-      pivots[g + J] = pivot;
-      reciprocals[g + J] = reciprocal;
+      const int64_t j = first + J;
+      const auto& row = panel.row;
+      if (j < n) good &= admit(pivot, floors, j);
+      pivots[j] = pivot;
+      const T reciprocal = reciprocals[j] = 1 / pivot;
       // The next pivot ahead of its row: nothing else is waited for.
-      if constexpr (J + 1 < W) pivot = panel.row[J + 1][J + 1] - panel.row[J][J + 1] * reciprocal * panel.row[J][J + 1];
-      store<T>(upper.entry[g + J] + g, panel.row[J]);
-      store<T>(multipliers.entry[g + J] + g, panel.row[J] * reciprocal);
-      panel.template eliminate_with<J>(multipliers.entry[g + J] + g);
+      if constexpr (J + 1 < W) pivot = row[J + 1][J + 1] - row[J][J + 1] * reciprocal * row[J][J + 1];
+      store<T>(multipliers.entry[j] + first, row[J] * reciprocal);
+      panel.template take_off<J>(j, row[J]);
     });
-    for (int64_t column = g + W; column < kBlock; column += W) {
-      for (int64_t i = 0; i < W; ++i) panel.row[i] = load(upper.entry[g + i] + column);
-      take(panel, upper, 0, column);
-      within(panel);
-      for (int64_t i = 0; i < W; ++i) {
-        store<T>(upper.entry[g + i] + column, panel.row[i]);
-        store<T>(multipliers.entry[g + i] + column, panel.row[i] * reciprocals[g + i]);
-      }
+    panel.store_to(upper, first);
+    for (int64_t column = first + W; column < kBlock; column += W) {
+      panel.load_from(upper, column);
+      panel.take_off_above(upper, 0, column);
+      panel.take_off_within();
+      panel.store_to(upper, column);
+      for (int64_t i = 0; i < W; ++i)
+        store<T>(multipliers.entry[first + i] + column, panel.row[i] * reciprocals[first + i]);
     }
-    for (int64_t column = 0; inverse && column <= g; column += W) {
-      for (int64_t i = 0; i < W; ++i) panel.row[i] = Vec<T>{};
-      if (column == g)
-        unrolled<W>([&]<int J>() __attribute__((always_inline)) { panel.row[J][J] = 1; });
-      else
-        take(panel, root, column, column);
-      within(panel);
-      for (int64_t i = 0; i < W; ++i) store<T>(root.entry[g + i] + column, panel.row[i]);
+    for (int64_t column = 0; inverse && column <= first; column += W) {
+      unrolled<W>([&]<int J>() __attribute__((always_inline)) {
+        panel.row[J] = Vec<T>{};
+        if (column == first) panel.row[J][J] = 1;
+      });
+      panel.take_off_above(root, column, column);
+      panel.take_off_within();
+      panel.store_to(root, column);
     }
   }
   for (int64_t j = 0; j < kBlock; ++j) {

@@ -138,15 +138,12 @@ def straight(native: Differentiable, backend: str | None, *arguments: Any) -> tu
                     continue
                 if kind is MemoryState:
                     mean, x = x
-                    if not mean.is_cpu:
-                        return None
                     gradient = gradient or mean.requires_grad
                     plain.append(mean)
-            # One tensor on the meta device, and the operator would answer without computing.
-            if not x.is_cpu:
-                return None
             gradient = gradient or x.requires_grad
             plain.append(x)
+        if not plain[0].is_cpu:  # the others the operator refuses where they are not with the first
+            return None
         gradient = gradient and torch.is_grad_enabled()
         if not gradient:
             outputs = native.operator(*plain)

@@ -23,7 +23,12 @@ _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace i
 def _operator(schema: str) -> Callable[[Callable], None]:
     """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
 
-    def register(fake: Callable) -> None:
+    def register(make_outputs: Callable) -> None:
+        def fake(*arguments):
+            if len({x.device for x in arguments if isinstance(x, Tensor)}) > 1:
+                raise RuntimeError("fastkm: the tensors are on different devices")  # as the kernels say it
+            return make_outputs(*arguments)
+
         for namespace, library in _libraries.items():
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", fake, lib=library)

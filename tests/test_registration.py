@@ -162,3 +162,12 @@ def test_a_level_above_the_highest_gives_the_highest():
     highest = torch.ops.fastkm.select_cpu_level(max(LEVELS))
     assert torch.ops.fastkm.select_cpu_level(99) == highest
     assert highest in LEVELS
+
+
+@pytest.mark.parametrize("namespace", ["fastkm", "fastkm_triton"])
+def test_an_operator_refuses_tensors_of_different_devices(namespace):
+    """One on the meta device, and the operator would else return memory that nobody wrote."""
+    p = problem(2, 3, 3, 4, 5)
+    update = getattr(torch.ops, namespace).update_posterior
+    with pytest.raises(RuntimeError, match="different devices"):
+        update(*p.state, p.weights, p.values, p.noise_var.to("meta"), None, 0)
