@@ -92,7 +92,7 @@ struct Chunk {
 
 template <class T>
 Chunk<T> take_chunk(const PosteriorArgs<T>& args, int64_t count, Arena& arena) {
-  return {.gain = take_matrix<T>(arena, count, args.K), .values = take_matrix<T>(arena, count, args.C)};
+  return {.gain = take_matrix<T>(arena, count, args.K), .values = take_cleared<T>(arena, count, args.C)};
 }
 
 // How far below σ² rounding may bring a variance in a chunk of `count` patterns.
