@@ -21,6 +21,13 @@ Result = dict[str, Tensor]
 WEIGHT_VAR = 0.1  # σw² of the attractor read's energy
 
 
+def named(result: Any, name: str = "value") -> Result:
+    """The floating-point tensors of a public function's result, by name."""
+    if isinstance(result, Tensor):
+        return {name: result} if result.is_floating_point() else {}
+    return {key: tensor for field, value in result._asdict().items() for key, tensor in named(value, field).items()}
+
+
 class Operation(NamedTuple):
     """``definition`` in float64 is the truth; ``other`` shares no code with it, so their gap is float64's rounding."""
 
@@ -29,17 +36,10 @@ class Operation(NamedTuple):
     other: Callable[[Episode], Result]
     unit: str  # what is counted per second
     loop: Callable[[Episode], object] | None = None  # the literal PyTorch loop, where the reference is something else
-    fields: Callable[[Any], Result] = lambda result: named(result)  # of what `call` returns
+    fields: Callable[[Any], Result] = named  # of what `call` returns
 
     def run(self, episode: Episode, backend: str, **options) -> Result:
         return self.fields(self.call(episode, backend, **options))
-
-
-def named(result: Any, name: str = "value") -> Result:
-    """The floating-point tensors of a public function's result, by name."""
-    if isinstance(result, Tensor):
-        return {name: result} if result.is_floating_point() else {}
-    return {key: tensor for field, value in result._asdict().items() for key, tensor in named(value, field).items()}
 
 
 # Addressing and reading, with the solve as an argument: the Cholesky solve in K, and the dual one in C.
