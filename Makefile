@@ -17,7 +17,7 @@ RUNGS ?= simt interpreter ttsem aot
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := $(wildcard csrc/*)
+SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
 .PHONY: help setup bench bench-full bench-compare study gpu kernels test lint format readme clean distclean

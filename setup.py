@@ -20,6 +20,9 @@ from setuptools import setup
 
 STABLE_ABI_TORCH = "0x020a000000000000"  # torch 2.10: the oldest release the built extension loads with
 PYTHON_TAG = "cp310"  # the oldest Python; the extension itself uses no Python API
+SOURCES = sorted(glob("csrc/**/*.cpp", recursive=True))
+CUDA_SOURCES = sorted(glob("csrc/**/*.cu", recursive=True))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
 CUDA_ARCHITECTURES = (80, 90, 100)  # compute capability × 10; devices after the last compile its PTX
 
 
@@ -49,22 +52,22 @@ def find_nvcc() -> str | None:
 
 def compile_cuda(nvcc: str, compiler: str, folder: Path) -> list[str]:
     """Objects of the CUDA kernels, which know nothing of torch; only what is out of date is compiled."""
-    folder.mkdir(parents=True, exist_ok=True)
-    headers = max(os.path.getmtime(path) for path in [__file__, *glob("csrc/*.h"), *glob("csrc/*.cuh")])
+    headers = max(os.path.getmtime(path) for path in [__file__, *HEADERS])
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
     targets += [f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
 
     def compiled(source: str) -> str:
-        made = folder / f"{Path(source).stem}.o"
+        made = (folder / source).with_suffix(".o")
+        made.parent.mkdir(parents=True, exist_ok=True)
         if not made.exists() or made.stat().st_mtime < max(headers, os.path.getmtime(source)):
             flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-ccbin", shlex.split(compiler)[0]]
-            command = [nvcc, *flags, *targets, "-c", source, "-o", str(made)]
+            command = [nvcc, "-Icsrc", *flags, *targets, "-c", source, "-o", str(made)]
             print(shlex.join(command), flush=True)
             subprocess.run(command, check=True)
         return str(made)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(compiled, sorted(glob("csrc/*_cuda.cu"))))
+        return list(pool.map(compiled, CUDA_SOURCES))
 
 
 def cuda_libraries(nvcc: str) -> list[str]:
@@ -87,7 +90,7 @@ def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     macros = [("TORCH_TARGET_VERSION", STABLE_ABI_TORCH)]
-    nvcc = find_nvcc() if glob("csrc/*_cuda.cu") else None
+    nvcc = find_nvcc() if CUDA_SOURCES else None
     linked = {}
     if nvcc:
         architectures = ",".join(map(str, CUDA_ARCHITECTURES))
@@ -104,8 +107,9 @@ def extension() -> dict:
         "ext_modules": [
             CppExtension(
                 "fastkm._C",
-                sorted(glob("csrc/*.cpp")),
-                depends=sorted(glob("csrc/*.h") + glob("csrc/*.cu*")),
+                SOURCES,
+                include_dirs=["csrc"],
+                depends=[*HEADERS, *CUDA_SOURCES],
                 define_macros=macros,
                 **linked,
                 extra_compile_args=["-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall"],

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fastkm.addressing.reference import solve_addressing
-from fastkm.cli.episodes import Episode
-from fastkm.cli.gradients import GRADIENT, gradient_of
-from fastkm.cli.operations import Result, update_one_by_one, write_literal
 from fastkm.posterior.reference import information, update_sequential
+from fastkm.testing.episodes import Episode
+from fastkm.testing.gradients import GRADIENT, gradient_of
+from fastkm.testing.operations import Result, update_one_by_one, write_literal
 
 Form = Callable[[Episode], Result]
 LOOP = "literal loop"

@@ -9,9 +9,10 @@ import torch
 from timing import interleave
 
 import fastkm
-from fastkm import MemoryState, _backend
-from fastkm.cli.peak import peak_of_step
-from fastkm.cli.presets import PRESETS
+from fastkm import MemoryState
+from fastkm._runtime import dispatch
+from fastkm.testing.peak import peak_of_step
+from fastkm.testing.presets import PRESETS
 
 PROCESSES = 7
 PEAK_BATCH = 64
@@ -74,7 +75,7 @@ def measure() -> dict[str, Any]:
     """Nothing that needs the native kernels where they are not there."""
     imports = [milliseconds for (milliseconds,) in fresh(IMPORT)]
     first, steady = zip(*fresh(FIRST_CALL), strict=True)
-    backends = [name for name in ("native", "reference") if _backend.why_not("write", name) is None]
+    backends = [name for name in ("native", "reference") if dispatch.why_not("write", name) is None]
     return {
         "import_ms": {"median": statistics.median(imports), "all": imports},
         "first_call_ms": {"first": statistics.median(first), "steady": statistics.median(steady)},

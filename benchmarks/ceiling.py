@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from fastkm.cli import roofline
-from fastkm.cli.gradients import GRADIENT
-from fastkm.cli.measure import clock
-from fastkm.cli.presets import Preset
+from fastkm.testing import roofline
+from fastkm.testing.gradients import GRADIENT
+from fastkm.testing.measure import clock
+from fastkm.testing.presets import Preset
 
 SIZES = (512, 1024, 2048)  # of the matrices whose product is timed
 COPIED = 2**27  # bytes; far more than any cache holds

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from baselines import LOOP
 
-from fastkm.cli.gradients import GRADIENT
+from fastkm.testing.gradients import GRADIENT
 
 NATIVE = "native"
 PYTORCH = ("loop", "eager", "compiled", "reference")

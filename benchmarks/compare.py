@@ -22,9 +22,9 @@ from suite import FAMILIES, Case, episode
 from timing import LARGEST_GAP, SHORTEST, pin
 
 from fastkm.cli.console import CommandError, markdown_table, progress, show_table
-from fastkm.cli.gradients import GRADIENT, INPUTS
 from fastkm.cli.machine import machine
-from fastkm.cli.presets import PRESETS
+from fastkm.testing.gradients import GRADIENT, INPUTS
+from fastkm.testing.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "compare"  # one folder a revision, kept for the next comparison

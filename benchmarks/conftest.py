@@ -9,7 +9,7 @@ import pytest
 import torch
 from suite import ITERS, Case, Group, candidates
 
-from fastkm.cli.presets import PRESETS
+from fastkm.testing.presets import PRESETS
 
 COMPILE_LIMIT = 120  # seconds; nothing is compiled here
 

@@ -22,17 +22,18 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from fastkm import MemoryState, _backend, _schema
-from fastkm.cli import roofline
+from fastkm import MemoryState
+from fastkm._runtime import dispatch, schema
 from fastkm.cli.bench import LOOP, TIMED, TRAINED
 from fastkm.cli.console import markdown_table, show_table
-from fastkm.cli.episodes import Episode, build_episode
-from fastkm.cli.gradients import ALL, GRADIENT
-from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import errors, judge, own_error, reference_errors, verify
-from fastkm.cli.operations import Result
-from fastkm.cli.presets import PRESETS, Preset
+from fastkm.testing import roofline
+from fastkm.testing.episodes import Episode, build_episode
+from fastkm.testing.gradients import ALL, GRADIENT
+from fastkm.testing.images import load_images
+from fastkm.testing.measure import errors, judge, own_error, reference_errors, verify
+from fastkm.testing.operations import Result
+from fastkm.testing.presets import PRESETS, Preset
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU that torch can use; there is none here"
@@ -75,7 +76,7 @@ def pytest(*arguments: str) -> tuple[str, ...]:
 
 def build() -> str:
     """The package as it was set up, or built again with CUDA where that has none though there is a compiler for it."""
-    if not _schema.has_cuda:
+    if not schema.has_cuda:
         if shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists():
             raise Skip("needs nvcc; there is none here")
         pip = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ".")
@@ -133,7 +134,7 @@ def attempt(name: str, work: Callable[[], str]) -> Step:
 def candidates(operation: str, episode: Episode) -> dict[str, Callable[[], Result]]:
     """Every way to the same numbers: each backend by its name, and by its name and a precision that is not exact."""
     op, forward = ALL[operation], operation.removesuffix(GRADIENT)
-    known = _backend.CAPABILITIES[forward]
+    known = dispatch.CAPABILITIES[forward]
     ways = {name: partial(op.run, episode, name) for name in known}
     if forward in ROUNDED:
         for name in (name for name in KERNELS if name in known):

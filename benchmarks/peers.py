@@ -13,8 +13,8 @@ import torch
 from baselines import Form
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastkm.cli.episodes import Episode
-from fastkm.cli.operations import Result
+from fastkm.testing.episodes import Episode
+from fastkm.testing.operations import Result
 
 LARGEST_DENSE = 3200  # KC of the largest dense covariance: 3,200² numbers are 41 MB a memory
 MOST_DENSE = 2  # memories

@@ -26,15 +26,16 @@ from timing import LARGEST_GAP, interleave_until_quiet, keep_freed_memory, pin
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastkm import MemoryState, _backend
+from fastkm import MemoryState
+from fastkm._runtime import dispatch
 from fastkm.cli.console import progress
-from fastkm.cli.episodes import Episode, build_episode
-from fastkm.cli.gradients import ALL, GRADIENT, INPUTS, symmetric
-from fastkm.cli.images import load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import Verdict, clock, errors, granted, judge, reference_errors
-from fastkm.cli.operations import Result, units
-from fastkm.cli.presets import PRESETS, Preset
+from fastkm.testing.episodes import Episode, build_episode
+from fastkm.testing.gradients import ALL, GRADIENT, INPUTS, symmetric
+from fastkm.testing.images import load_images
+from fastkm.testing.measure import Verdict, clock, errors, granted, judge, reference_errors
+from fastkm.testing.operations import Result, units
+from fastkm.testing.presets import PRESETS, Preset
 from fastkm.writing.reference import write_gram_space
 
 FAMILIES = ("write", "update_posterior", "read", "solve_addressing", "kl_memory", "logdet")
@@ -225,7 +226,7 @@ class Group:
     def why_not(self, kind: str, expected: float) -> str | None:
         if kind in (NATIVE, REFERENCE):
             operation = self.case.operation.removesuffix(GRADIENT)
-            if reason := _backend.why_not(operation, kind, torch.empty(0, dtype=DTYPES[self.case.dtype])):
+            if reason := dispatch.why_not(operation, kind, torch.empty(0, dtype=DTYPES[self.case.dtype])):
                 return reason
         return f"a call would take about {expected:.0f} s" if expected > LONGEST else None
 

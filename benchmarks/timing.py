@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fastkm.cli.measure import Timing, clock, no_collection
+from fastkm.testing.measure import Timing, clock, no_collection
 
 SHORTEST = 1e-3  # seconds of one sample; a shorter call is repeated within it
 WARM_UP = 5e-3  # seconds of calls ahead of a sample: cores wake and speed up, caches fill

@@ -2,10 +2,10 @@
 
 from importlib.metadata import version
 
-from fastkm._backend import BackendUnavailableError, explain_backend
+from fastkm._runtime.dispatch import BackendUnavailableError, explain_backend
 from fastkm.addressing import solve_addressing
 from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights
-from fastkm.memory import KanervaMemory
+from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState, load_memory_state, save_memory_state

@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 
 from fastkm.cli.console import CommandError
-from fastkm.cli.presets import PRESETS
+from fastkm.testing.presets import PRESETS
 
 
 def at_least(least: int):

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "arena.cpp"
+#include "cpu/linalg/arena.cpp"
 
 namespace {
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 from oracle import OPERATIONS, runs_on_cpu
 
-from fastkm import _backend, _schema
+from fastkm._runtime import dispatch, schema
 
 settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=True, database=None)
 settings.load_profile("fastkm")
@@ -20,8 +20,8 @@ def pytest_addoption(parser):
 
 def backend_param(*values):
     """A parameter set that ends in a backend, skipped while that backend cannot run here."""
-    missing = values[-1] == "native" and _schema.unavailable is not None
-    marks = [pytest.mark.skip(reason=_schema.unavailable)] if missing else []
+    missing = values[-1] == "native" and schema.unavailable is not None
+    marks = [pytest.mark.skip(reason=schema.unavailable)] if missing else []
     return pytest.param(*values, marks=marks, id="-".join(values))
 
 
@@ -41,6 +41,6 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(autouse=True)
 def fixed_surroundings(monkeypatch):
     """No preset backend, one thread, a fixed seed."""
-    monkeypatch.setattr(_backend, "CHOSEN", None)
+    monkeypatch.setattr(dispatch, "CHOSEN", None)
     torch.set_num_threads(1)
     torch.manual_seed(0)

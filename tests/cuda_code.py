@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from fastkm import _schema
+from fastkm._runtime import schema
 
-EXTENSION = Path(_schema.__file__).with_name("_C.abi3.so")
+EXTENSION = Path(schema.__file__).parents[1] / "_C.abi3.so"
 TARGETS = ("sm_80", "sm_90", "sm_100")
-THREADS = 256  # of a block, kThreads of csrc/cuda_dense.cuh
+THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/dense.cuh
 ROUNDINGS = {"0": "ieee", "1": "tensor"}  # the first template argument of kernels that multiply with codes
 
 # Of one multiprocessor, as the CUDA programming guide has it for compute capability 8.0, 9.0 and 10.0 alike.
@@ -50,7 +50,7 @@ def tool(name: str) -> str | None:
 
 def unavailable() -> str | None:
     """Why there is no machine code to look at; ``None`` if there is."""
-    if not _schema.has_cuda:
+    if not schema.has_cuda:
         return "the extension was built without CUDA kernels; they need nvcc"
     missing = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
     return f"no {' and no '.join(missing)}; they come with Triton" if missing else None

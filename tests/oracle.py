@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import fastkm
-from fastkm import MemoryState, _backend
+from fastkm import MemoryState
+from fastkm._runtime import dispatch
 
 # ---------------------------------------------------------------------------------------------- one memory, float64
 
@@ -287,7 +288,7 @@ def tensors(p: Problem) -> list[Tensor]:
 
 def runs_on_cpu(operation: str, backend: str) -> bool:
     """Whether the backend has the operation at all, and for tensors on the CPU."""
-    capability = _backend.CAPABILITIES[operation].get(backend)
+    capability = dispatch.CAPABILITIES[operation].get(backend)
     return capability is not None and (not capability.devices or "cpu" in capability.devices)
 
 

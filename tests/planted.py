@@ -2,7 +2,11 @@
 
 from collections.abc import Callable
 
-from fastkm import addressing, matrix_normal, posterior, reading, writing
+from fastkm.addressing import api as addressing
+from fastkm.matrix_normal import api as matrix_normal
+from fastkm.posterior import api as posterior
+from fastkm.reading import api as reading
+from fastkm.writing import api as writing
 
 # operation -> its table of backends, and the native one, to whose operator a plain call goes straight
 KERNELS = {

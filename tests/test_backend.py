@@ -7,29 +7,30 @@ from oracle import call, problem, runs_on_cpu
 from planted import KERNELS, replace_kernel
 
 import fastkm
-from fastkm import BackendUnavailableError, _backend, _schema
-from fastkm._backend import CAPABILITIES, PREFERENCE, explain_backend, resolve, why_not
+from fastkm import BackendUnavailableError
+from fastkm._runtime import dispatch, schema
+from fastkm._runtime.dispatch import CAPABILITIES, PREFERENCE, explain_backend, resolve, why_not
 
 NATIVE_OPERATIONS = [operation for operation in CAPABILITIES if runs_on_cpu(operation, "native")]
 CALLABLE = [operation for operation in CAPABILITIES if operation in oracle.OPERATIONS]
-NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+NATIVE_MISSING = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 
 @pytest.fixture
 def no_extension(monkeypatch):
-    monkeypatch.setattr(_schema, "unavailable", "the C++ extension was not built")
+    monkeypatch.setattr(schema, "unavailable", "the C++ extension was not built")
 
 
 @pytest.fixture
 def extension(monkeypatch):
     """The table as it reads with the extension; nothing is run."""
-    monkeypatch.setattr(_schema, "unavailable", None)
+    monkeypatch.setattr(schema, "unavailable", None)
 
 
 def test_every_operation_has_a_reference_for_any_device_and_gradients():
     for operation, table in CAPABILITIES.items():
         assert set(table) <= set(PREFERENCE), operation
-        assert table["reference"] == _backend.Capability(devices={}, gradients=True), operation
+        assert table["reference"] == dispatch.Capability(devices={}, gradients=True), operation
 
 
 @pytest.mark.parametrize("operation", CAPABILITIES)
@@ -101,7 +102,7 @@ def test_a_plain_call_that_wants_a_gradient_passes_no_guard(operation, monkeypat
 def test_a_plain_call_under_another_chosen_backend_is_not_native(monkeypatch):
     ran = []
     replace_kernel(monkeypatch, "read", "native", lambda run: lambda *a: ran.append("native") or run(*a))
-    monkeypatch.setattr(_backend, "CHOSEN", "reference")
+    monkeypatch.setattr(dispatch, "CHOSEN", "reference")
     call("read", problem(2, 3, 3, 4, 5), None)
     assert not ran
     call("read", problem(2, 3, 3, 4, 5), "native")
@@ -171,18 +172,18 @@ def test_gradients_of_the_reference(operation):
 
 
 def test_variable_names_the_backend_of_calls_that_name_none(monkeypatch, extension):
-    monkeypatch.setattr(_backend, "CHOSEN", "reference")
+    monkeypatch.setattr(dispatch, "CHOSEN", "reference")
     assert resolve("write", None, torch.ones(1)) == "reference"
     assert resolve("write", "native", torch.ones(1)) == "native"
-    monkeypatch.setattr(_backend, "CHOSEN", "native")
+    monkeypatch.setattr(dispatch, "CHOSEN", "native")
     assert resolve("write", None, torch.ones(1)) == "native"
 
 
 def test_variable_does_not_fall_back_either(monkeypatch, no_extension):
-    monkeypatch.setattr(_backend, "CHOSEN", "native")
+    monkeypatch.setattr(dispatch, "CHOSEN", "native")
     with pytest.raises(BackendUnavailableError, match="backend 'native' cannot run write"):
         resolve("write", None, torch.ones(1))
-    monkeypatch.setattr(_backend, "CHOSEN", "cuda")
+    monkeypatch.setattr(dispatch, "CHOSEN", "cuda")
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'cuda'"):
         resolve("write", None, torch.ones(1))
 

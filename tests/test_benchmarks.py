@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastkm.cli.gradients import ALL, GRADIENT
-from fastkm.cli.measure import Timing, errors
-from fastkm.cli.presets import PRESETS, Preset
+from fastkm.testing.gradients import ALL, GRADIENT
+from fastkm.testing.measure import Timing, errors
+from fastkm.testing.presets import PRESETS, Preset
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the source tree")

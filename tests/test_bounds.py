@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fastkm import _schema
+from fastkm._runtime import schema
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "csrc"
 LEVELS = ("base", "avx2", "avx512")
 
 pytestmark = [
-    pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable)),
+    pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable)),
     pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++"),
 ]
 
@@ -30,7 +30,7 @@ def program(request, highest, tmp_path_factory):
     if LEVELS.index(request.param) > highest:
         pytest.skip(f"this processor has no {request.param}")
     binary = tmp_path_factory.mktemp("bounds") / request.param
-    source = CSRC / f"level_{request.param}.cpp"
+    source = CSRC / "cpu" / "levels" / f"{request.param}.cpp"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover"]
     defines = [f'-DFASTKM_LEVEL_SOURCE="{source}"', f"-DFASTKM_LEVEL_NAME={request.param}"]
     options = ["-std=c++20", "-O1", "-g1", "-w", "-ffp-contract=fast", f"-I{CSRC}"]

@@ -13,15 +13,16 @@ import pytest
 import torch
 from planted import KERNELS, replace_kernel
 
-from fastkm import _backend, reading
+from fastkm import reading
 from fastkm.__main__ import main
-from fastkm.cli import measure, operations
+from fastkm._runtime import dispatch
 from fastkm.cli.console import CommandError
 from fastkm.cli.doctor import capability_table
-from fastkm.cli.episodes import CUES, build_episode, draw_images, remarks
-from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
-from fastkm.cli.images import CODE_RMS, PIXELS, load_images, principal_components
-from fastkm.cli.presets import PRESETS, Preset
+from fastkm.testing import measure, operations
+from fastkm.testing.episodes import CUES, build_episode, draw_images, remarks
+from fastkm.testing.gradients import ALL, GRADIENT, INPUTS
+from fastkm.testing.images import CODE_RMS, PIXELS, load_images, principal_components
+from fastkm.testing.presets import PRESETS, Preset
 
 SMALL = Preset("small", 7, 12, 9)
 README = Path(__file__).parents[1] / "README.md"
@@ -76,9 +77,9 @@ def test_doctor_in_a_fresh_process(absent):
     code += "; runpy.run_module('fastkm', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    for word in (*_backend.CAPABILITIES, "extension", "instruction level", "threads", "CUDA", "Triton"):
+    for word in (*dispatch.CAPABILITIES, "extension", "instruction level", "threads", "CUDA", "Triton"):
         assert word in done.stdout
-    built = operations.fastkm._schema.unavailable is None
+    built = operations.fastkm._runtime.schema.unavailable is None
     assert ("loaded from" in done.stdout) == built
     if not built:
         assert "install a C++ compiler" in done.stdout
@@ -95,8 +96,8 @@ def test_check_passes(pngs, capsys):
     out = capsys.readouterr().out
     assert "FAILED" not in out
     runs = sum(
-        _backend.why_not(operation, backend) is None
-        for operation, capable in _backend.CAPABILITIES.items()
+        dispatch.why_not(operation, backend) is None
+        for operation, capable in dispatch.CAPABILITIES.items()
         for backend in capable
     )
     assert f"{2 * runs} of {2 * runs} within the allowed error" in out
@@ -115,7 +116,7 @@ def test_bench_writes_json_picture_and_table(bench, tmp_path):
     backends = {(r["operation"], r["backend"]) for r in records}
     assert backends >= {("read", "literal loop"), ("update_posterior", "literal loop"), ("write", "reference")}
     measured = {r["operation"] for r in records}
-    assert backends >= {(o, b) for o in measured for b in _backend.CAPABILITIES[o.removesuffix(GRADIENT)]}
+    assert backends >= {(o, b) for o in measured for b in dispatch.CAPABILITIES[o.removesuffix(GRADIENT)]}
     assert {operation + GRADIENT for operation in INPUTS} <= measured
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {"processor", "threads", "torch", "date", "instruction level"} <= report["machine"].keys()
@@ -142,7 +143,7 @@ def broken(run, error):
     ("kind", "error"), [(torch.float32, 1e-2), (torch.float64, 1e-9), (torch.float64, float("nan"))]
 )
 def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypatch):
-    if reason := _backend.why_not(kernel, backend):
+    if reason := dispatch.why_not(kernel, backend):
         pytest.skip(reason)
     replace_kernel(monkeypatch, kernel, backend, partial(broken, error=error))
     verdict = measure.verify(kernel, episode.to(kind))[backend]
@@ -152,7 +153,7 @@ def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypa
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_a_wrong_kernel_is_not_timed(backend, bench, monkeypatch):
-    if reason := _backend.why_not("write", backend):
+    if reason := dispatch.why_not("write", backend):
         pytest.skip(reason)
     replace_kernel(monkeypatch, "write", backend, partial(broken, error=0.1))
     status, out, records = bench()
@@ -188,7 +189,7 @@ def test_verdict_on_missing_and_misshapen_fields():
 
 
 def test_every_operation_has_a_check():
-    assert operations.OPERATIONS.keys() == _backend.CAPABILITIES.keys()
+    assert operations.OPERATIONS.keys() == dispatch.CAPABILITIES.keys()
 
 
 @pytest.mark.parametrize("operation", ALL)

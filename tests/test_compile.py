@@ -13,9 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributions import Distribution
 
 import fastkm
-from fastkm import KanervaMemory, _backend, _schema
+from fastkm import KanervaMemory
+from fastkm._runtime import dispatch, schema
 
-pytestmark = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "kl_memory")
 WIDTH, CODE, ROWS = 9, 7, 5
@@ -170,7 +171,7 @@ def test_variable_decides_for_the_graph(monkeypatch):
         return seen
 
     assert operator in nodes()
-    monkeypatch.setattr(_backend, "CHOSEN", "reference")
+    monkeypatch.setattr(dispatch, "CHOSEN", "reference")
     assert operator not in nodes()
 
 

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastkm import _backend
-from fastkm.cli.episodes import build_episode
-from fastkm.cli.gradients import ALL
-from fastkm.cli.images import load_images
-from fastkm.cli.presets import Preset
+from fastkm._runtime import dispatch
+from fastkm.testing.episodes import build_episode
+from fastkm.testing.gradients import ALL
+from fastkm.testing.images import load_images
+from fastkm.testing.presets import Preset
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
@@ -162,9 +162,9 @@ def simulated(gpu, monkeypatch):
     monkeypatch.setattr(gpu, "COMPILED_PRESETS", ("S",))
     monkeypatch.setitem(gpu.PRESETS, "S", SMALL._replace(name="S"))
     monkeypatch.setattr(torch, "compile", lambda function: function)  # minutes, and nothing of the command's
-    for operation, table in _backend.CAPABILITIES.items():
+    for operation, table in dispatch.CAPABILITIES.items():
         here = {name: capability for name, capability in table.items() if name != "triton"}
-        monkeypatch.setitem(_backend.CAPABILITIES, operation, here)
+        monkeypatch.setitem(dispatch.CAPABILITIES, operation, here)
     for step in ("build", "machine_code", "tests", "sanitize"):
         monkeypatch.setattr(gpu, step, lambda: "not this time")
 

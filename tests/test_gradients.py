@@ -9,10 +9,11 @@ from oracle import EMPTY_SHAPES, Problem, call, flat, largest, map_tensors, pois
 from test_registration import arguments
 
 import fastkm
-from fastkm import KanervaMemory, MemoryState, _schema
-from fastkm.cli.presets import PRESETS
+from fastkm import KanervaMemory, MemoryState
+from fastkm._runtime import schema
+from fastkm.testing.presets import PRESETS
 
-pytestmark = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 METHODS = ("ridge", "deepmind")
 CASES = {

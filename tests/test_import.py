@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastkm
-from fastkm import _schema
+from fastkm._runtime import schema
 
 PACKAGE = Path(fastkm.__file__).parent
 OPTIONAL = ("triton", "matplotlib", "rich", "mlxtend", "safetensors", "PIL", "pytest", "hypothesis")
@@ -91,7 +91,7 @@ def test_a_broken_extension_is_a_reason_not_a_crash(content, without_extension):
     assert "no: the C++ extension does not load with torch" in native
 
 
-@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 def test_extension_is_taken_in_a_fresh_process():
     assert python(EVERY_OPERATION + "fastkm.explain_backend('write')").startswith("write: native\n")
 
@@ -101,7 +101,7 @@ def test_variable_is_read_in_a_fresh_process():
     assert said.startswith("write: reference\n")
 
 
-@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 def test_variable_is_read_once_and_means_nothing_when_empty():
     set_afterwards = "import os, fastkm; os.environ['FASTKM_BACKEND'] = 'reference'; fastkm.explain_backend('write')"
     for given in ({}, {"FASTKM_BACKEND": ""}):

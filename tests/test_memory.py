@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fastkm
-from fastkm import KanervaMemory, MemoryState, _schema
+from fastkm import KanervaMemory, MemoryState
+from fastkm._runtime import schema
 
 B, T, Q, K, C = 3, 5, 4, 6, 7
 PARAMETERS = {"prior_mean", "prior_log_var", "log_weight_stddev", "log_noise_stddev"}
@@ -314,7 +315,7 @@ def test_bad_inputs_name_the_argument():
 
 
 def test_a_named_backend_that_cannot_run_raises(monkeypatch):
-    monkeypatch.setattr(_schema, "unavailable", "the C++ extension was not built")
+    monkeypatch.setattr(schema, "unavailable", "the C++ extension was not built")
     module = memory(backend="native")
     with pytest.raises(fastkm.BackendUnavailableError, match="backend='reference'"):
         module.write(torch.randn(B, T, C).double())

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import fastkm
-from fastkm import KanervaMemory, _schema
+from fastkm import KanervaMemory
+from fastkm._runtime import schema
 from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine
 
 B, T, K, C = 3, 5, 4, 6
@@ -81,7 +82,7 @@ def test_a_masked_pattern_is_as_if_it_were_not_there():
     torch.testing.assert_close(model.loss(x, mask), model.loss(x[:, :-2]))
 
 
-@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 def test_backends_agree():
     losses = []
     for backend in ("native", "reference"):

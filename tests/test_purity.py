@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import EMPTY_SHAPES, LAYOUTS, SHAPES, call, map_tensors, poisoned, problem, tensors
 
-from fastkm import _schema
+from fastkm._runtime import schema
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,7 +86,7 @@ def test_memories_do_not_touch_one_another(operation, backend, dtype):
                 oracle.assert_close(x[b], clean[name][b].double(), f"{name} of memory {b}")
 
 
-@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 @pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
 def test_the_number_of_threads_changes_no_bit(operation, dtype):
     p = problem(7, 20, 9, 33, 17, dtype, masked=True)

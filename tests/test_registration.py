@@ -6,10 +6,10 @@ import torch
 from oracle import EMPTY_SHAPES, SHAPES, problem
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastkm import _backend, _schema
+from fastkm._runtime import dispatch, schema
 
 OPERATORS = ("solve_addressing", "update_posterior", "write", "read", "kl_memory", "logdet")
-NATIVE_MISSING = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+NATIVE_MISSING = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 
 def arguments(operator, p, num_iters=2, squared_gram=False):
@@ -33,7 +33,7 @@ def as_tuple(result):
 
 def test_every_native_capability_is_an_operator():
     made_of_others = {"attractor_read"}
-    native = {o for o, table in _backend.CAPABILITIES.items() if "native" in table}
+    native = {o for o, table in dispatch.CAPABILITIES.items() if "native" in table}
     assert native - made_of_others == set(OPERATORS)
 
 
@@ -79,7 +79,7 @@ def test_fakes_agree_with_the_reference(operator, dtype):
     from fastkm.reading.reference import read
     from fastkm.writing.reference import write_sequential
 
-    exact = _backend.exact
+    exact = dispatch.exact
     implementations = (solve_addressing, exact(update_block), exact(write_sequential), exact(read), kl_memory, logdet)
     reference = dict(zip(OPERATORS, implementations, strict=True))[operator]
     p = problem(3, 5, 7, 13, 6, dtype, masked=True)

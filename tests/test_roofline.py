@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkm import _schema
 from fastkm.__main__ import main
+from fastkm._runtime import schema
 from fastkm.addressing import reference as addressing
-from fastkm.cli import roofline
-from fastkm.cli.presets import PRESETS, Preset
-from fastkm.cli.roofline import OPERATORS, bound, bytes_to_move, inputs
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
+from fastkm.testing import roofline
+from fastkm.testing.presets import PRESETS, Preset
+from fastkm.testing.roofline import OPERATORS, bound, bytes_to_move, inputs
 from fastkm.writing import reference as writing
 
 SMALL = Preset("small", 5, 7, 4)
@@ -172,7 +172,7 @@ def test_a_backward_asks_for_less_than_autograd_does(operator):
 
 
 def test_every_operator_has_its_bound():
-    assert set(_schema.OPERATORS) <= set(OPERATORS)
+    assert set(schema.OPERATORS) <= set(OPERATORS)
 
 
 def test_whatever_has_most_to_do_is_the_bound():

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
+from examples.dkm import training  # noqa: E402
+from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
+from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
 from fastkm.__main__ import main  # noqa: E402
-from fastkm.cli import training  # noqa: E402
-from fastkm.cli.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
-from fastkm.cli.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
 
 OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 TINY = ["--batch", "2", "--patterns", "4", "--rows", "4", "--code-size", "8", "--width", "2", "--threads", "1"]
@@ -209,7 +209,7 @@ def test_jitter_moves_and_keeps():
 
 
 def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
-    from fastkm.cli import evaluation, study
+    from examples.dkm import evaluation, study
 
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     monkeypatch.setattr(evaluation, "LENGTHS", (4, 8))

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastkm import KanervaMemory, _schema
+from fastkm import KanervaMemory
+from fastkm._runtime import schema
 
-pytestmark = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 PIXELS, CODE, ROWS = 784, 32, 16
 STEPS, EPISODES, PATTERNS = 200, 16, 8

@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import fastkm
-from fastkm import KanervaMemory, MemoryState, _schema
+from fastkm import KanervaMemory, MemoryState
+from fastkm._runtime import schema
 
-pytestmark = pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
 OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "kl_memory")
 SECOND = r"{} has no second derivative on the native backend; take backend='reference'"

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import EMPTY_SHAPES, SHAPES, assert_close, assert_result, batched, problem
 
-from fastkm import _schema, solve_addressing, update_posterior, write
+from fastkm import solve_addressing, update_posterior, write
+from fastkm._runtime import schema
 from fastkm.writing.reference import write_gram_space
 
 
@@ -226,7 +227,7 @@ def hard(name):
     return pytest.param(name, marks=[limit] if name == "near copies, small ridge and noise" else [])
 
 
-@pytest.mark.skipif(_schema.unavailable is not None, reason=str(_schema.unavailable))
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 @pytest.mark.parametrize("name", [hard(name) for name in HARD])
 def test_native_is_as_good_as_the_reference_where_rounding_grows(name):
     shape, changes, times = HARD[name]

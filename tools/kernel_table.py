@@ -26,8 +26,8 @@ from simt import build as simt_build  # noqa: E402
 from update_readme import update  # noqa: E402
 
 from fastkm.cli.console import markdown_table  # noqa: E402
-from fastkm.cli.presets import PRESETS, Preset  # noqa: E402
-from fastkm.cli.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
+from fastkm.testing.presets import PRESETS, Preset  # noqa: E402
+from fastkm.testing.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
 
 PAGE = ROOT / "docs" / "kernels.md"
 PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are told for this one
@@ -64,12 +64,12 @@ class HostBuild:
 
     def __init__(self, source: str) -> None:
         folder = simt_build.build().parent
-        bindings, runtime = sorted(folder.glob("*_binding.o")), [folder / "simt.o"]
+        bindings, runtime = sorted(folder.glob("csrc/bindings/*.o")), [folder / "tests/simt/simt.o"]
         if source == "record_launches.cpp":  # is the runtime itself
-            kernels, runtime = sorted(folder.glob("*_cuda.o")), []
+            kernels, runtime = sorted(folder.glob("csrc/cuda/**/*.o")), []
         else:
-            sources = [ROOT / "tests/simt/races.cpp", *sorted((ROOT / "csrc").glob("*_cuda.cu"))]
-            kernels = sorted(simt_build.build("thread", "program", sources).parent.glob("*_cuda.o"))
+            sources = [ROOT / "tests/simt/races.cpp", *sorted((ROOT / "csrc").glob("cuda/**/*.cu"))]
+            kernels = sorted(simt_build.build("thread", "program", sources).parent.glob("csrc/cuda/**/*.o"))
         made, libraries = folder / Path(source).with_suffix(".so"), Path(torch.__file__).with_name("lib")
         command = ["g++", "-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-o", made]
         command += [ROOT / "tools" / source, *kernels, *bindings, *runtime, f"-L{libraries}", "-ltorch_cpu", "-lc10"]

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from fastkm import _backend
+from fastkm._runtime import dispatch
 from fastkm.cli.console import markdown_table, progress, show_table
-from fastkm.cli.episodes import Episode, build_episode, remarks
-from fastkm.cli.gradients import ALL, GRADIENT, INPUTS
-from fastkm.cli.images import Images, load_images
 from fastkm.cli.machine import machine
-from fastkm.cli.measure import own_error, time_interleaved, verify
-from fastkm.cli.operations import units
-from fastkm.cli.peak import peak_of_step
 from fastkm.cli.picture import draw_picture
-from fastkm.cli.presets import PRESETS, Preset
+from fastkm.testing.episodes import Episode, build_episode, remarks
+from fastkm.testing.gradients import ALL, GRADIENT, INPUTS
+from fastkm.testing.images import Images, load_images
+from fastkm.testing.measure import own_error, time_interleaved, verify
+from fastkm.testing.operations import units
+from fastkm.testing.peak import peak_of_step
+from fastkm.testing.presets import PRESETS, Preset
 
 TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet")
 TRAINED = tuple(operation + GRADIENT for operation in INPUTS)
@@ -155,8 +155,8 @@ def measure_all(options: argparse.Namespace, images: Images, presets: list[Prese
 
 def peak_memory(preset: Preset, batch: int = 64) -> dict[str, Any]:
     """What forward and backward of a write add to the process at their peak, native against the literal loop."""
-    peaks = {backend: peak_of_step(preset, batch, backend) for backend in _backend.CAPABILITIES["write"]
-             if _backend.why_not("write", backend) is None}  # fmt: skip
+    peaks = {backend: peak_of_step(preset, batch, backend) for backend in dispatch.CAPABILITIES["write"]
+             if dispatch.why_not("write", backend) is None}  # fmt: skip
     return {"preset": preset.name, "batch": batch, "bytes": peaks}
 
 

@@ -4,12 +4,12 @@ import argparse
 
 import torch
 
-from fastkm import _backend
+from fastkm._runtime import dispatch
 from fastkm.cli.console import progress, show_table
-from fastkm.cli.episodes import build_episode, remarks
-from fastkm.cli.images import load_images
-from fastkm.cli.measure import Verdict, verify
-from fastkm.cli.presets import PRESETS
+from fastkm.testing.episodes import build_episode, remarks
+from fastkm.testing.images import load_images
+from fastkm.testing.measure import Verdict, verify
+from fastkm.testing.presets import PRESETS
 
 DTYPES = (torch.float32, torch.float64)
 HEADERS = ("operation", "preset", "dtype", "backend", "error", "allowed", "verdict")
@@ -28,12 +28,12 @@ def run(options: argparse.Namespace) -> int:
     presets = [PRESETS[name] for name in options.presets or PRESETS]
     print(f"Images: {images.source}", *remarks(images, presets), sep="\n")
     rows, failures, absent = [], [], {}
-    with progress("check", len(presets) * len(DTYPES) * len(_backend.CAPABILITIES)) as start:
+    with progress("check", len(presets) * len(DTYPES) * len(dispatch.CAPABILITIES)) as start:
         for preset in presets:
             exact = build_episode(images, preset, options.batch, options.queries, options.iters)
             for dtype in DTYPES:
                 episode = exact.to(dtype)
-                for operation in _backend.CAPABILITIES:
+                for operation in dispatch.CAPABILITIES:
                     start(f"{operation}, preset {preset.name}, {dtype}")
                     for backend, verdict in verify(operation, episode).items():
                         if verdict.ok is None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from fastkm import _backend, _check, _schema
+from fastkm._runtime import dispatch, guards, schema
 from fastkm.cli.console import markdown_table, show_table
 from fastkm.cli.machine import machine
 
@@ -20,13 +20,13 @@ def installed(package: str) -> str:
 
 
 def extension() -> str:
-    path = Path(_schema.__file__).with_name("_C.abi3.so")
-    return f"loaded from {path}" if _schema.unavailable is None else f"not loaded: {_schema.unavailable}"
+    path = Path(schema.__file__).with_name("_C.abi3.so")
+    return f"loaded from {path}" if schema.unavailable is None else f"not loaded: {schema.unavailable}"
 
 
 def cuda() -> str:
     built = "kernels not built (no nvcc at install time, or FASTKM_CUDA=0)"
-    if architectures := _schema.cuda_architectures():
+    if architectures := schema.cuda_architectures():
         compiled = ", ".join(f"sm_{architecture}" for architecture in architectures)
         built = f"kernels built for {compiled} and PTX"
     if not torch.cuda.is_available():
@@ -36,24 +36,24 @@ def cuda() -> str:
 
 
 def triton() -> str:
-    kernels = any("triton" in capable for capable in _backend.CAPABILITIES.values())
+    kernels = any("triton" in capable for capable in dispatch.CAPABILITIES.values())
     return installed("triton") + ("" if kernels else "; there are no Triton kernels in this version")
 
 
 def backends() -> tuple[str, ...]:
     """The backends that have a kernel for anything, the reference first."""
-    known = {name for capable in _backend.CAPABILITIES.values() for name in capable}
-    return tuple(name for name in reversed(_backend.PREFERENCE) if name in known)
+    known = {name for capable in dispatch.CAPABILITIES.values() for name in capable}
+    return tuple(name for name in reversed(dispatch.PREFERENCE) if name in known)
 
 
 def capability_table() -> str:
     """What every backend can do, in Markdown; the table of the README."""
 
-    def cell(capability: _backend.Capability | None) -> str:
+    def cell(capability: dispatch.Capability | None) -> str:
         if capability is None:
             return "–"
         devices = {name.upper(): dtypes for name, dtypes in capability.devices.items()}
-        runs = (f"{name} {dtypes(of)}" for name, of in (devices or {"any device": _check.DTYPES}).items())
+        runs = (f"{name} {dtypes(of)}" for name, of in (devices or {"any device": guards.DTYPES}).items())
         return f"{'; '.join(runs)}; {'gradients' if capability.gradients else 'forward only'}"
 
     def dtypes(of: tuple) -> str:
@@ -61,7 +61,7 @@ def capability_table() -> str:
 
     rows = [
         (f"`{operation}`", *(cell(capable.get(name)) for name in backends()))
-        for operation, capable in _backend.CAPABILITIES.items()
+        for operation, capable in dispatch.CAPABILITIES.items()
     ]
     return markdown_table(("operation", *backends()), rows)
 
@@ -76,14 +76,14 @@ def run() -> int:
 
     reasons: list[str] = []
     rows = []
-    for operation, capable in _backend.CAPABILITIES.items():
+    for operation, capable in dispatch.CAPABILITIES.items():
         cells = []
         for name in backends():
-            reason = _backend.why_not(operation, name)
+            reason = dispatch.why_not(operation, name)
             if reason and name in capable and reason not in reasons:
                 reasons.append(reason)
             cells.append("–" if name not in capable else f"no [{reasons.index(reason) + 1}]" if reason else "runs")
-        rows.append((operation, _backend.resolve(operation, None), *cells))
+        rows.append((operation, dispatch.resolve(operation, None), *cells))
     show_table("What runs here (CPU tensors, no gradient)", ("operation", "taken by default", *backends()), rows)
     for number, reason in enumerate(reasons, 1):
         print(f"[{number}] {reason}")

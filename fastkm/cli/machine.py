@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from fastkm import _schema
+from fastkm._runtime import schema
 
 LEVELS = ("base", "AVX2", "AVX-512")
 
 
 def instruction_level() -> str | None:
     """The instruction set the native kernels run with; ``None`` without them."""
-    if _schema.unavailable is not None:
+    if schema.unavailable is not None:
         return None
     level = torch.ops.fastkm.select_cpu_level(len(LEVELS) - 1)
     return f"{level} ({LEVELS[level]})"

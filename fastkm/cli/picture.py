@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 import fastkm
 from fastkm import MemoryState
 from fastkm.cli.console import extra
-from fastkm.cli.episodes import CUES, draw_images
-from fastkm.cli.images import SIDE, Images
-from fastkm.cli.presets import Preset
+from fastkm.testing.episodes import CUES, draw_images
+from fastkm.testing.images import SIDE, Images
+from fastkm.testing.presets import Preset
 
 SHOWN, GAP = 10, 2  # images in a row, pixels between them
 INK, QUIET = "#1d2433", "#6b7385"

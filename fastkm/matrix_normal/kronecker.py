@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastkm._check import ASYMMETRIC, DTYPES, NOT_POSITIVE_DEFINITE, _dtype
+from fastkm._runtime.guards import ASYMMETRIC, DTYPES, NOT_POSITIVE_DEFINITE, _dtype
 from fastkm.matrix_normal.reference import factor_covariance, log_det_of_factor
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastkm._check import NOT_POSITIVE_DEFINITE
+from fastkm._runtime.guards import NOT_POSITIVE_DEFINITE
 from fastkm.posterior.reference import first_failure, symmetry
 
 

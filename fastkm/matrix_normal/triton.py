@@ -5,8 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkm._autograd import differentiable
-from fastkm._triton import (
+from fastkm._linalg.triton import (
     factor,
     implements,
     load_symmetric,
@@ -17,6 +16,7 @@ from fastkm._triton import (
     store_tile,
     workspace,
 )
+from fastkm._runtime.autograd import differentiable
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Independent
 
-from fastkm import _check
+from fastkm._runtime import guards
 
 __all__ = ["ConvDecoder", "ConvEncoder"]
 
@@ -27,8 +27,8 @@ class ConvEncoder(nn.Module):
 
     def __init__(self, code_size: int, width: int = 24) -> None:
         super().__init__()
-        _check.count("code_size", code_size)
-        _check.count("width", width)
+        guards.count("code_size", code_size)
+        guards.count("width", width)
         self.layers = nn.Sequential(
             nn.Conv2d(1, width, 4, stride=2, padding=1, bias=False),  # [N, W, 14, 14]
             *_activation(width),
@@ -57,8 +57,8 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, code_size: int, width: int = 24) -> None:
         super().__init__()
-        _check.count("code_size", code_size)
-        _check.count("width", width)
+        guards.count("code_size", code_size)
+        guards.count("width", width)
         self.layers = nn.Sequential(
             nn.Linear(code_size, 4 * width * 4 * 4, bias=False),
             nn.Unflatten(1, (4 * width, 4, 4)),

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from fastkm import _check
+from fastkm._runtime import guards
 from fastkm.addressing import solve_addressing
-from fastkm.memory import KanervaMemory
+from fastkm.nn.memory import KanervaMemory
 from fastkm.state import MemoryState
 from fastkm.writing import WriteResult
 
@@ -114,7 +114,7 @@ class DynamicKanervaMachine(nn.Module):
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
-        _check.count("num_reads", num_reads)
+        guards.count("num_reads", num_reads)
         codes = self.encode(episode)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
@@ -169,9 +169,9 @@ class DynamicKanervaMachine(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
         """
-        _check.count("num_iters", num_iters)
+        guards.count("num_iters", num_iters)
         if tol is not None:
-            _check.non_negative("tol", tol)
+            guards.non_negative("tol", tol)
         x = cues
         energies: list[Tensor] = []
         for i in range(num_iters):
@@ -205,8 +205,8 @@ class DynamicKanervaMachine(nn.Module):
         The first iteration decodes ``Rᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further ones reads the
         pattern again, which pulls it towards what is stored.
         """
-        _check.count("num_samples", num_samples)
-        _check.count("num_iters", num_iters)
+        guards.count("num_samples", num_samples)
+        guards.count("num_iters", num_iters)
         codes = self.memory.sample_prior_weights(state.mean.shape[0], num_samples) @ state.mean
         decoded = self.decode(codes)
         if num_iters == 1:
@@ -221,7 +221,7 @@ class DynamicKanervaMachine(nn.Module):
         bound on ``−ln p(x_1 … x_T | M) / T`` at the mean of q(M). The expectation is over ``num_samples`` samples of
         each w. What the papers on this memory report; KL(q(M) ‖ p(M)) is not part of it.
         """
-        _check.count("num_samples", num_samples)
+        guards.count("num_samples", num_samples)
         codes = self.encode(episode)
         state = self.memory.write(codes).state
         nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]

@@ -2,8 +2,8 @@
 
 import torch
 
-import fastkm._schema  # noqa: F401  declares the operators
-from fastkm._autograd import differentiable
+import fastkm._runtime.schema  # noqa: F401  declares the operators
+from fastkm._runtime.autograd import differentiable
 
 _operators = torch.ops.fastkm
 

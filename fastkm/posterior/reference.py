@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkm._check import ASYMMETRIC, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.guards import ASYMMETRIC, NOT_POSITIVE_DEFINITE
 
 
 def update_sequential(mean, cov, weights, values, noise_var):

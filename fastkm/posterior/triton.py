@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkm._autograd import differentiable
-from fastkm._triton import (
+from fastkm._linalg.triton import (
     BLOCK,
     EPS,
     IS_ASYMMETRIC,
@@ -41,6 +40,7 @@ from fastkm._triton import (
     warps,
     workspace,
 )
+from fastkm._runtime.autograd import differentiable
 
 CHUNK = 16
 TWO_PI = tl.constexpr(6.283185307179586)

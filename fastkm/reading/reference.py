@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastkm import _backend, _check
-from fastkm._autograd import wants_gradient
+from fastkm._runtime import dispatch, guards
+from fastkm._runtime.autograd import wants_gradient
 from fastkm.addressing.reference import factor_addressing, factor_ridge, solve_addressing, solve_factored, solve_with
 from fastkm.matrix_normal.reference import kl_weights
 
@@ -61,7 +61,7 @@ def attractor_read(
         energies.append(energy)
         if i + 1 == num_iters or not (active.is_cuda or active.any()):
             break
-        code = torch.where(active.unsqueeze(-1), _check.cleaned(clean(values), values), code)
+        code = torch.where(active.unsqueeze(-1), guards.cleaned(clean(values), values), code)
     energies += [energy] * (num_iters - len(energies))
     return values, weights, torch.stack(energies, -1), taken, info
 
@@ -85,7 +85,7 @@ def without_gradient(factor: Callable, solve: Callable) -> Callable:
 
     def guarded(mean, lower, code):
         if wants_gradient((code,)):
-            raise _backend.BackendUnavailableError(
+            raise dispatch.BackendUnavailableError(
                 "what clean returned requires a gradient, which these kernels do not have; take backend='reference', "
                 "or call attractor_read under torch.no_grad()"
             )

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkm._autograd import differentiable
-from fastkm._triton import (
+from fastkm._linalg.triton import (
     BLOCK,
     IS_INDEFINITE,
     copy_or_zero,
@@ -31,6 +30,7 @@ from fastkm._triton import (
     warps,
     workspace,
 )
+from fastkm._runtime.autograd import differentiable
 from fastkm.reading import reference
 
 

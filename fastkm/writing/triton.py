@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastkm._autograd import differentiable
-from fastkm._triton import (
+from fastkm._linalg.triton import (
     BLOCK,
     EPS,
     IS_INDEFINITE,
@@ -31,6 +30,7 @@ from fastkm._triton import (
     warps,
     workspace,
 )
+from fastkm._runtime.autograd import differentiable
 from fastkm.posterior.triton import (
     CHUNK,
     LARGEST_TILE,

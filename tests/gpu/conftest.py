@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from fastkm import _backend
-from fastkm._backend import FLOAT32, Capability
+from fastkm._runtime import dispatch
+from fastkm._runtime.dispatch import FLOAT32, Capability
 from gpu.support import Kernels
 
 BACKENDS = {"simt": ("native",), "interpreter": ("triton",), "ttsem": ("triton",), "gpu": ("native", "triton")}
@@ -59,12 +59,12 @@ def kernels(request, monkeypatch):
     rung, backend = request.config.getoption("--kernels"), request.param
     device = "cuda" if rung == "gpu" else "cpu"
     if device == "cpu":
-        for operation, table in _backend.CAPABILITIES.items():
+        for operation, table in dispatch.CAPABILITIES.items():
             if backend in table:
-                monkeypatch.setitem(_backend.CAPABILITIES[operation], backend, Capability({device: FLOAT32}))
+                monkeypatch.setitem(dispatch.CAPABILITIES[operation], backend, Capability({device: FLOAT32}))
     if rung == "simt":
         request.getfixturevalue("cuda_on_the_host")
-        monkeypatch.setattr(_backend, "accepted", lambda backend, memory, *inputs: inputs)
+        monkeypatch.setattr(dispatch, "accepted", lambda backend, memory, *inputs: inputs)
     deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -11,8 +11,8 @@ import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
 import fastkm.writing.triton  # noqa: F401  all four register their operators
-from fastkm._check import PRECISIONS
-from fastkm.cli.presets import PRESETS
+from fastkm._runtime.guards import PRECISIONS
+from fastkm.testing.presets import PRESETS
 from gpu import aot
 
 IEEE, TF32X3, TF32 = range(3)

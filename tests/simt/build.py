@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+# Those of the families: build.cpp tells of the extension, which this is not.
+BINDINGS = [path for path in sorted(CSRC.glob("bindings/*.cpp")) if path.stem != "build"]
 STABLE_ABI_TORCH = "0x020a000000000000"
 FLAGS = "-std=c++20 -O2 -g1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas"
 # How the kernels are compiled, and what the runtime, which is never instrumented, is told of it.
@@ -28,11 +31,11 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
     folder = ROOT / "build" / "simt" / sanitizer
     include = Path(torch.__file__).with_name("include")
     if sources is None:
-        sources = sorted([*(ROOT / "csrc").glob("*_cuda.cu"), *(ROOT / "csrc").glob("*_binding.cpp")])
+        sources = sorted([*CSRC.glob("cuda/**/*.cu"), *BINDINGS])
     name = "fastkm_simt.so" if target == "library" else sources[0].stem
     lines = [
         "rule compile",
-        f"  command = g++ {FLAGS} -DFASTKM_SIMT $how -I{ROOT}/csrc -I{ROOT}/tests/simt -MMD -MF $out.d"
+        f"  command = g++ {FLAGS} -DFASTKM_SIMT $how -I{CSRC} -I{ROOT}/tests/simt -MMD -MF $out.d"
         " -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -42,9 +45,9 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
     objects = []
     for source in [ROOT / "tests/simt/simt.cpp", *sources]:
         how = runtime if source.name == "simt.cpp" else instrumented
-        if source.name.endswith("_binding.cpp"):
+        if source in BINDINGS:
             how = f"{instrumented} -DTORCH_TARGET_VERSION={STABLE_ABI_TORCH} -isystem {include}"
-        objects.append(f"{source.stem}.o")
+        objects.append(str(source.relative_to(ROOT).with_suffix(".o")))
         lines += [f"build {objects[-1]}: compile {source}", f"  how = {how}"]
     lines += [f"build {name}: link {' '.join(objects)}"]
     if target == "library":
@@ -62,13 +65,13 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
 
 def install(sanitizer: str = "plain") -> list[torch.library.Library]:
     """Route ``torch.ops.fastkm`` on the CPU to the CUDA kernels; undone when the libraries returned are dropped."""
-    from fastkm import _schema
+    from fastkm._runtime import schema
 
     own, replaced = torch.library.Library("fastkm_simt", "DEF"), torch.library.Library("fastkm", "IMPL")
-    names = [*_schema.OPERATORS, "factor_addressing", "solve_factored"]
+    names = [*schema.OPERATORS, "factor_addressing", "solve_factored"]
     for name in names:
-        schema = str(getattr(torch.ops.fastkm, name).default._schema)
-        own.define(schema.removeprefix("fastkm::"))
+        declared = str(getattr(torch.ops.fastkm, name).default._schema)
+        own.define(declared.removeprefix("fastkm::"))
     torch.ops.load_library(str(build(sanitizer)))
     for name in names:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkm_simt::{name}", "CPU"):

@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda_dense.cuh"
+#include "cuda/linalg/dense.cuh"
 
 namespace fastkm {
 namespace {

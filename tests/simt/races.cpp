@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda_kernels.h"
+#include "cuda/kernels.h"
 
 using namespace fastkm;
 

@@ -64,7 +64,7 @@ def test_planted_bug_is_found(planted, number):
 @pytest.mark.parametrize("shared", ["232448", "24000"], ids=["on-chip", "in-the-workspace"])
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_kernels_are_clean(sanitizer, shared):
-    kernels = sorted((ROOT / "csrc").glob("*_cuda.cu"))
+    kernels = sorted((ROOT / "csrc").glob("cuda/**/*.cu"))
     program = build(sanitizer, "program", [ROOT / "tests/simt/races.cpp", *kernels])
     said = run(program, FASTKM_SIMT_SHARED=shared, FASTKM_SIMT_SEED="1")
     assert said == "clean\n", said

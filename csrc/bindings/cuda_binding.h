@@ -1,0 +1,116 @@
+// Calls that run on a GPU. Built into the extension with FASTKM_WITH_CUDA, and with FASTKM_SIMT into the one whose CUDA
+// threads run on the host.
+#pragma once
+
+#include "bindings/binding.h"
+
+#if defined(FASTKM_WITH_CUDA) || defined(FASTKM_SIMT)
+
+#ifdef FASTKM_WITH_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include <vector>
+
+namespace fastkm {
+
+class Gpu {
+ public:
+  static constexpr bool kOnHost = false;
+
+  template <class... Tensors>
+  explicit Gpu(const Tensor& memory, const Tensors&... others) : memory_(memory) {
+#ifdef FASTKM_WITH_CUDA
+    STD_TORCH_CHECK(memory.is_cuda(), "fastkm: the CUDA kernels take tensors on a CUDA device, got one on a CPU");
+    guard_.emplace(memory.get_device_index());
+#endif
+    (expect_here(others), ...);
+  }
+
+  template <class F>
+  void for_dtype(ScalarType type, const F& compute) const {
+    STD_TORCH_CHECK(type == ScalarType::Float, "fastkm: the CUDA kernels take float32 memories");
+    compute(float{});
+  }
+
+  static int64_t expect_codes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
+                              const Tensor&) {
+    const ScalarType type = tensor.scalar_type();
+    const bool low = type == ScalarType::BFloat16 || type == ScalarType::Half;
+    expect(tensor, name, sizes, low ? type : ScalarType::Float);
+    return type == ScalarType::BFloat16 ? kBFloat16 : low ? kFloat16 : kFloat32;
+  }
+
+  // A cotangent in the dtype of what it belongs to.
+  static Tensor like_codes(const Tensor& result, const Tensor& codes) {
+    if (codes.scalar_type() == ScalarType::Float) return result;
+    Tensor converted = torch::stable::new_empty(codes, result.sizes());
+    torch::stable::copy_(converted, result);
+    return converted;
+  }
+
+  template <class T, class Entry, class Launcher, class... Arguments>
+  void run(int64_t B, Entry Kernels<T>::*, const Launcher& launcher, const Arguments&... arguments) const {
+    launch(launcher, arguments..., B);
+  }
+
+  template <class Launcher, class... Arguments>
+  void launch(const Launcher& launcher, const Arguments&... arguments) const {
+    Context context(memory_);
+    const char* const error = launcher(arguments..., static_cast<cuda::Context&>(context));
+    STD_TORCH_CHECK(!error, "fastkm: a CUDA kernel did not start: ", error);
+  }
+
+ private:
+  struct Context : cuda::Context {
+    const Tensor& memory;
+    std::vector<Tensor> workspaces;
+
+    explicit Context(const Tensor& memory) : memory(memory) {
+      allocate = [](cuda::Context& self, int64_t floats) {
+        Context& own = static_cast<Context&>(self);
+        own.workspaces.push_back(make(own.memory, {floats}));
+        return data_of<float>(own.workspaces.back());
+      };
+#ifdef FASTKM_WITH_CUDA
+      // Looked up by name, so that the extension loads with a CPU build of torch, which has no such function.
+      using CurrentStream = int32_t (*)(int32_t device, void** stream);
+      static const auto current_stream =
+          reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+      STD_TORCH_CHECK(current_stream && current_stream(memory.get_device_index(), &stream) == 0,
+                      "fastkm: this build of torch has no CUDA streams");
+#endif
+    }
+  };
+
+  void expect_here(const Tensor& tensor) const {
+    STD_TORCH_CHECK(tensor.is_cuda() == memory_.is_cuda() && tensor.get_device_index() == memory_.get_device_index(),
+                    "fastkm: the tensors are on different devices");
+  }
+  void expect_here(const std::optional<Tensor>& tensor) const {
+    if (tensor) expect_here(*tensor);
+  }
+
+  const Tensor& memory_;
+#ifdef FASTKM_WITH_CUDA
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+#endif
+};
+
+}  // namespace fastkm
+
+#endif
+
+// Register the operators of a family, listed in `register_operators<Place>(m)`, for every place of this build.
+#if defined(FASTKM_SIMT)
+#define FASTKM_REGISTER(register_operators) \
+  STABLE_TORCH_LIBRARY_IMPL(fastkm_simt, CPU, m) { register_operators<Gpu>(m); }
+#elif defined(FASTKM_WITH_CUDA)
+#define FASTKM_REGISTER(register_operators)                                 \
+  STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) { register_operators<Cpu>(m); } \
+  STABLE_TORCH_LIBRARY_IMPL(fastkm, CUDA, m) { register_operators<Gpu>(m); }
+#else
+#define FASTKM_REGISTER(register_operators) \
+  STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) { register_operators<Cpu>(m); }
+#endif

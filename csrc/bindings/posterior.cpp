@@ -1,0 +1,58 @@
+// Binds update_posterior and its backward to torch.ops.fastkm.
+#include <tuple>
+
+#include "bindings/conditioning_args.h"
+
+namespace fastkm {
+
+template <class Place>
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior(
+    const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
+    const std::optional<Tensor>& mask, int64_t precision) {
+  const Place place(mean, cov, weights, values, noise_var, mask);
+  const PosteriorOutputs out(mean, values);
+  const Tensor log_evidence = make(mean, {mean.size(0)});
+  place.for_dtype(mean.scalar_type(), [&](auto scalar) {
+    using T = decltype(scalar);
+    PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);
+    take_weights(place, args, weights, mean);
+    args.log_evidence = data_of<T>(log_evidence);
+    out.into(args);
+    place.run(mean.size(0), &Kernels<T>::update_posterior, FASTKM_LAUNCHER(update_posterior), args);
+  });
+  return {out.mean, out.cov, out.innovation_var, out.kl, log_evidence, out.info};
+}
+
+template <class Place>
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backward(
+    const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
+    const std::optional<Tensor>& mask, int64_t precision, const std::optional<Tensor>& grad_mean,
+    const std::optional<Tensor>& grad_cov, const std::optional<Tensor>& grad_innovation_var,
+    const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_log_evidence) {
+  const Place place(mean, cov, weights, values, noise_var, mask, grad_mean, grad_cov, grad_innovation_var, grad_kl,
+                    grad_log_evidence);
+  expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
+  const PosteriorGradOutputs out(mean, values);
+  const Tensor to_weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
+  place.for_dtype(mean.scalar_type(), [&](auto scalar) {
+    using T = decltype(scalar);
+    PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);
+    take_weights(place, args, weights, mean);
+    PosteriorGrads<T> grads = out.grads<T>(grad_mean, grad_cov, grad_innovation_var, grad_kl);
+    grads.log_evidence = cotangent_of<T>(grad_log_evidence, "grad_log_evidence", {mean.size(0)}, mean);
+    grads.to_weights = batch_of<T>(to_weights);
+    place.run(mean.size(0), &Kernels<T>::update_posterior_backward, FASTKM_LAUNCHER(update_posterior_backward), args,
+              grads);
+  });
+  return {out.mean, out.cov, place.like_codes(to_weights, weights), place.like_codes(out.values, values),
+          out.noise_var};
+}
+
+template <class Place, class Library>
+static void register_posterior(Library& m) {
+  m.impl("update_posterior", TORCH_BOX(&update_posterior<Place>));
+  m.impl("update_posterior_backward", TORCH_BOX(&update_posterior_backward<Place>));
+}
+FASTKM_REGISTER(register_posterior)
+
+}  // namespace fastkm

@@ -1,0 +1,19 @@
+// Every CPU kernel, built for x86-64 processors with AVX2 and FMA (x86-64-v3).
+
+// Before the target is set: the standard library must not be compiled for it, for its inline functions are shared.
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "cpu/linalg/arena.h"
+#include "kernel_args.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("arch=x86-64-v3")
+#define FASTKM_LEVEL avx2
+#define FASTKM_VECTOR_BYTES 32
+#define FASTKM_TILE_ROWS 4
+#include "cpu/levels/level.h"
+#endif

@@ -1,0 +1,16 @@
+// Every CPU kernel, built for any processor the compiler targets by default.
+
+// Before the target is set: the standard library must not be compiled for it, for its inline functions are shared.
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <utility>
+
+#include "cpu/linalg/arena.h"
+#include "kernel_args.h"
+
+#define FASTKM_LEVEL base
+#define FASTKM_VECTOR_BYTES 16
+#define FASTKM_TILE_ROWS 4
+#include "cpu/levels/level.h"

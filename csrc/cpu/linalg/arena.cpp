@@ -1,0 +1,52 @@
+#include "cpu/linalg/arena.h"
+
+#include <algorithm>
+#include <new>
+
+namespace fastkm {
+
+namespace {
+constexpr std::align_val_t kLine{64};
+constexpr size_t kFirstBlock = size_t{1} << 18;
+}  // namespace
+
+Arena& Arena::fresh() {
+  static thread_local Arena arena;
+  arena.reset();
+  return arena;
+}
+
+void* Arena::take_bytes(size_t bytes) {
+  bytes = (bytes + 63) & ~size_t{63};
+  if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
+    const size_t size = std::max({bytes, kFirstBlock, blocks_.empty() ? 0 : 2 * blocks_.back().size});
+    blocks_.push_back({static_cast<std::byte*>(::operator new(size, kLine)), size});
+    used_ = 0;
+  }
+  void* piece = blocks_.back().data + used_;
+  used_ += bytes;
+  return piece;
+}
+
+// Blocks double, so the last one alone soon holds a whole memory.
+void Arena::reset() {
+  while (blocks_.size() > 1) {
+    ::operator delete(blocks_.front().data, kLine);
+    blocks_.erase(blocks_.begin());
+  }
+  used_ = 0;
+}
+
+// Space in a block begun after the mark is kept until the next reset: those blocks are the larger ones.
+void Arena::release(Mark mark) {
+  if (mark.blocks == blocks_.size())
+    used_ = mark.used;
+  else
+    used_ = 0;
+}
+
+Arena::~Arena() {
+  for (const Block& block : blocks_) ::operator delete(block.data, kLine);
+}
+
+}  // namespace fastkm

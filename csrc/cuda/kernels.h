@@ -1,0 +1,29 @@
+// The CUDA kernels as the bindings see them. No torch and no CUDA here: a launcher takes the arguments of kernels.h,
+// with float32 memories on the device of the stream, and returns what went wrong in words, or null.
+#pragma once
+
+#include "kernel_args.h"
+
+namespace fastkm::cuda {
+
+// Where a launch runs, and where its workspace comes from: `floats` of device memory, on 16 bytes, that live until the
+// stream has passed.
+struct Context {
+  void* stream = nullptr;
+  float* (*allocate)(Context&, int64_t floats) = nullptr;
+};
+
+const char* update_posterior(const PosteriorArgs<float>&, int64_t B, Context&);
+const char* update_posterior_backward(const PosteriorArgs<float>&, const PosteriorGrads<float>&, int64_t B, Context&);
+const char* write(const WritingArgs<float>&, int64_t B, Context&);
+const char* write_backward(const WritingArgs<float>&, const WritingGrads<float>&, int64_t B, Context&);
+const char* read(const ReadingArgs<float>&, int64_t B, Context&);
+const char* read_backward(const ReadingArgs<float>&, const ReadingGrads<float>&, int64_t B, Context&);
+const char* factor_addressing(const ReadingArgs<float>&, const Batch<float>& factor, int64_t B, Context&);
+const char* solve_factored(const ReadingArgs<float>&, const Batch<const float>& factor, int64_t B, Context&);
+const char* kl_memory(const MatrixNormalArgs<float>&, int64_t B, Context&);
+const char* logdet(const MatrixNormalArgs<float>&, int64_t B, Context&);
+const char* kl_memory_backward(const MatrixNormalArgs<float>&, const MatrixNormalGrads<float>&, int64_t B, Context&);
+const char* logdet_backward(const MatrixNormalArgs<float>&, const MatrixNormalGrads<float>&, int64_t B, Context&);
+
+}  // namespace fastkm::cuda

@@ -1,0 +1,1 @@
+"""The generative model trained, studied and shown."""

@@ -1,0 +1,55 @@
+"""``python -m fastkm demo``: held-out images stored, corrupted and cleaned up, in three pictures."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from examples.dkm import model_pictures
+from examples.dkm.evaluation import capacity, draw_episodes
+from examples.dkm.patterns import CORRUPTIONS, Patterns, load_patterns
+from examples.dkm.study import NUM_ITERS, capacity_table
+from examples.dkm.train import train
+from examples.dkm.training import Settings, Trainer, fingerprint, load_model
+from fastkm.cli.console import CommandError
+from fastkm.models import DynamicKanervaMachine
+
+SHOWN = ("salt and pepper 15 %", "a quarter occluded", "Gaussian 0.3")
+QUICK = Settings(steps=600)  # a few minutes
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    folder = Path(options.output)
+    model, data = open_or_train(Path(options.checkpoint), folder)
+    print(f"Images: {data.source}; {data.split}")
+    folder.mkdir(parents=True, exist_ok=True)
+    episode = draw_episodes(data.test, 1, model.memory.memory_size, seed=0)
+    corruptions = {name: CORRUPTIONS[name] for name in SHOWN}
+    model_pictures.draw_reads(model, episode, corruptions, folder / "demo_reads.png")
+    model_pictures.draw_samples(model, episode, NUM_ITERS, folder / "demo_samples.png")
+    rows = capacity(model, data.train, data.test, NUM_ITERS)
+    capacity_table(data.source, model.memory.memory_size, rows).show()
+    model_pictures.draw_capacity(rows, folder / "demo_capacity.png")
+    print(f"Pictures: demo_reads.png, demo_samples.png and demo_capacity.png in {folder}")
+    return 0
+
+
+def open_or_train(path: Path, folder: Path) -> tuple[DynamicKanervaMachine, Patterns]:
+    """The model of the checkpoint and its images; without one, a model trained for a few minutes and kept."""
+    if path.exists():
+        model, settings, images = load_model(path)
+        data = load_patterns(settings.data)
+        if fingerprint(data) != images:
+            raise CommandError(f"{path} was trained on other images than are at {settings.data} now")
+        print(f"Model: {path}")
+        return model, data
+    quick = folder / "demo.safetensors"
+    print(f"There is no checkpoint at {path}: training on MNIST for a few minutes first, {QUICK.steps:,} steps")
+    print(f"That is kept in {quick}; for a better model: python -m fastkm train")
+    data = load_patterns(QUICK.data)
+    trainer = Trainer(QUICK, data)
+    if quick.exists():
+        trainer.load(quick)
+    train(trainer, quick, every=30)
+    return trainer.model.eval(), data

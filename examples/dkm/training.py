@@ -1,0 +1,182 @@
+"""Training the generative model: settings, steps, and a checkpoint that is whole or not there."""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastkm
+from examples.dkm.patterns import Patterns, binary, corrupt, jitter
+from fastkm import KanervaMemory
+from fastkm.cli.console import CommandError, extra
+from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
+from fastkm.testing.episodes import draw_images
+
+RAMP = (0.05, 0.3)  # of the training, over which corrupted cues come in
+MOST_ITERS = 8  # of the attractor loop, behind a cue
+GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
+
+
+class Settings(NamedTuple):
+    """Everything that decides what a training computes."""
+
+    data: str = "mnist"
+    steps: int = 1600
+    batch: int = 16  # episodes a step
+    patterns: int = 32  # T
+    rows: int = 32  # K
+    code_size: int = 100  # C
+    width: int = 24  # channels of the first convolution
+    learning_rate: float = 4e-3  # falls to zero along half a cosine
+    reads: int = 10  # of a pattern that was written once
+    corrupt: bool = True  # cues are corrupted, see `Trainer.cues`
+    seed: int = 0
+    backend: str | None = None
+
+
+def build_model(settings: Settings, memory: type[KanervaMemory] = KanervaMemory, **options) -> DynamicKanervaMachine:
+    torch.manual_seed(settings.seed)
+    return DynamicKanervaMachine(
+        ConvEncoder(settings.code_size, settings.width),
+        ConvDecoder(settings.code_size, settings.width),
+        memory(settings.code_size, settings.rows, backend=settings.backend, **options),
+    )
+
+
+class Trainer:
+    """Steps that depend on the settings and the number of the step alone, so a resumed training is the same one."""
+
+    def __init__(self, settings: Settings, data: Patterns, model: DynamicKanervaMachine | None = None) -> None:
+        self.settings, self.data = settings, data
+        self.model = build_model(settings) if model is None else model
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
+        self.history: list[list[float]] = []  # the parts of the loss of every step
+        self.seconds = 0.0  # spent on them
+
+    @property
+    def step(self) -> int:
+        return len(self.history)
+
+    @property
+    def learning_rate(self) -> float:
+        s = self.settings
+        return s.learning_rate * (1 + math.cos(math.pi * self.step / s.steps)) / 2
+
+    def episode(self) -> tuple[Tensor, Tensor | None]:
+        """The patterns of the next step [B, T, 1, 28, 28] and the cues; later random numbers are those of this step."""
+        s = self.settings
+        generator = torch.Generator().manual_seed(1_000_003 * s.seed + self.step)
+        images = draw_images(self.data.train, s.batch, s.patterns, generator)
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        patterns = binary(jitter(images.flatten(0, 1), generator)).view_as(images)
+        return patterns, self.cues(patterns, generator) if self.settings.corrupt else None
+
+    def cues(self, patterns: Tensor, generator: torch.Generator) -> Tensor | None:
+        """What the weights are inferred from: a third each of clean patterns, corrupted ones, and reads of those.
+
+        The last are what the model itself makes of corrupted cues in a few iterations, as the attractor loop will meet
+        them; no gradient goes through them. All cues are clean at first.
+        """
+        begin, end = RAMP
+        progress = min(1.0, max(0.0, (self.step / self.settings.steps - begin) / (end - begin)))
+        each = round(progress * patterns.shape[1] / 3)
+        if each == 0:
+            return None
+        order = torch.randperm(patterns.shape[1], generator=generator)
+        num_iters = int(torch.randint(1, MOST_ITERS + 1, (), generator=generator))
+        corrupted = corrupt(patterns[:, order[: 2 * each]], generator)
+        self.model.eval()
+        with torch.no_grad():
+            state = self.model.write(patterns).state
+        read = self.model.attractor_read(corrupted[:, :each], num_iters, state=state).patterns
+        self.model.train()
+        return patterns.index_copy(1, order[: 2 * each], torch.cat([binary(read), corrupted[:, each:]], 1))
+
+    def run(self) -> Iterator[EpisodeLoss]:
+        """The steps that are left; yields the loss of each."""
+        while self.step < self.settings.steps:
+            begin = time.perf_counter()
+            episode, cues = self.episode()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
+            loss.total.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+            self.optimizer.step()
+            self.history.append([part.item() for part in loss])
+            self.seconds += time.perf_counter() - begin
+            yield loss
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on; ``path`` holds the old checkpoint or the new one, never a part of one."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, tensor in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{name}"] = tensor
+        tensors["history"] = torch.tensor(self.history, dtype=torch.float64).reshape(-1, len(EpisodeLoss._fields))
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        metadata = {
+            "settings": json.dumps(self.settings._asdict()),
+            "data": fingerprint(self.data),
+            "fastkm": fastkm.__version__,
+        }
+        data = extra("safetensors.torch").save({k: x.detach().contiguous() for k, x in tensors.items()}, metadata)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of the same settings and data."""
+        tensors, settings, data = read_checkpoint(path)
+        for name, ours in self.settings._asdict().items():
+            if name != "data" and ours != getattr(settings, name):  # images are told by what they are, not by where
+                raise CommandError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
+        if data != fingerprint(self.data):
+            raise CommandError(f"{path} was trained on other images than {self.data.source}")
+        self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
+        self.model.load_state_dict(part(tensors, "model."))
+        for name, parameter in self.model.named_parameters():
+            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = state
+
+
+def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
+    """The model of a checkpoint, its settings, and the fingerprint of the images it was trained on."""
+    tensors, settings, data = read_checkpoint(path)
+    model = build_model(settings)
+    model.load_state_dict(part(tensors, "model."))
+    return model.eval(), settings, data
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:
+    safetensors = extra("safetensors")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        return tensors, Settings(**json.loads(metadata["settings"])), metadata["data"]
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CommandError(f"{path} is no checkpoint of `python -m fastkm train` ({error})") from error
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def fingerprint(data: Patterns) -> str:
+    """Of the training images and the held-out ones."""
+    digest = hashlib.sha256(data.train.numpy().tobytes())
+    digest.update(data.test.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+"""Every operator of the package on one page: schema, and beside it the shapes it returns.
+
+Each stands in two namespaces: ``fastkm``, implemented by the C++ and CUDA sources under ``csrc/``, and
+``fastkm_triton``, implemented by ``<family>/triton.py``. The extension is loaded when it was built; without it its
+operators exist but have no kernel, and ``unavailable`` says why.
+
+``info [B]`` is an int32 status per memory: 0, or one of the codes of :mod:`fastkm._runtime.guards`. ``precision`` says
+how a GPU may round the products with codes, as an index into ``PRECISIONS`` of :mod:`fastkm._runtime.guards`; solves
+and factors are always float32. On a GPU
+``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside a float32 memory.
+"""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
+
+
+def _operator(schema: str) -> Callable[[Callable], None]:
+    """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
+
+    def register(make_outputs: Callable) -> None:
+        def fake(*arguments):
+            if len({x.device for x in arguments if isinstance(x, Tensor)}) > 1:
+                raise RuntimeError("fastkm: the tensors are on different devices")  # as the kernels say it
+            return make_outputs(*arguments)
+
+        for namespace, library in _libraries.items():
+            library.define(schema)
+            torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", fake, lib=library)
+
+    return register
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; on failure return the reason in words."""
+    path = Path(__file__).parents[1] / "_C.abi3.so"
+    if not path.exists():
+        return "the C++ extension was not built (no compiler at install time, or FASTKM_NO_EXT=1)"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the C++ extension does not load with torch {torch.__version__}: {error}"
+    declared = (f"fastkm::{name}" for name in OPERATORS)
+    missing = [name for name in declared if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    return f"the C++ extension is of another version, it lacks {', '.join(missing)}" if missing else None
+
+
+# What the extension must bring.
+OPERATORS = (
+    *("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet"),
+    *("update_posterior_backward", "write_backward", "read_backward", "kl_memory_backward", "logdet_backward"),
+)
+
+
+def _empty_info(like: Tensor) -> Tensor:
+    return like.new_empty(like.shape[:1], dtype=torch.int32)
+
+
+@_operator(
+    "update_posterior(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " int precision)"
+    " -> (Tensor mean, Tensor cov, Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor info)"
+)
+def _(mean, cov, weights, values, noise_var, mask, precision):
+    per_pattern = weights.shape[:2]
+    return (
+        mean.new_empty(mean.shape),
+        cov.new_empty(cov.shape),
+        mean.new_empty(per_pattern),
+        mean.new_empty(per_pattern),
+        mean.new_empty(mean.shape[:1]),
+        _empty_info(mean),
+    )
+
+
+@_operator(
+    "solve_addressing(Tensor mean, Tensor queries, Tensor ridge, bool squared_gram) -> (Tensor weights, Tensor info)"
+)
+def _(mean, queries, ridge, squared_gram):
+    return mean.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
+
+
+# The lower Cholesky factor of R Rᵀ + λI, zero above its diagonal, for solving again and again.
+@_operator("factor_addressing(Tensor mean, Tensor ridge) -> (Tensor factor, Tensor info)")
+def _(mean, ridge):
+    return mean.new_empty((*mean.shape[:2], mean.shape[1])), _empty_info(mean)
+
+
+@_operator("solve_factored(Tensor mean, Tensor factor, Tensor queries) -> Tensor weights")
+def _(mean, factor, queries):
+    return mean.new_empty((*queries.shape[:2], mean.shape[1]))
+
+
+@_operator(
+    "write(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
+    " bool squared_gram, Tensor? mask, int precision)"
+    " -> (Tensor mean, Tensor cov, Tensor weights, Tensor innovation_var, Tensor kl, Tensor info)"
+)
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision):
+    per_pattern = values.shape[:2]
+    return (
+        mean.new_empty(mean.shape),
+        cov.new_empty(cov.shape),
+        mean.new_empty((*per_pattern, mean.shape[1])),
+        mean.new_empty(per_pattern),
+        mean.new_empty(per_pattern),
+        _empty_info(mean),
+    )
+
+
+@_operator(
+    "read(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision)"
+    " -> (Tensor values, Tensor weights, Tensor info)"
+)
+def _(mean, queries, ridge, num_iters, squared_gram, precision):
+    weights = mean.new_empty((*queries.shape[:2], mean.shape[1]))
+    return mean.new_empty(queries.shape), weights, _empty_info(mean)
+
+
+@_operator("kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)")
+def _(mean, cov, prior_mean, prior_cov):
+    return mean.new_empty(mean.shape[:1]), _empty_info(mean)
+
+
+@_operator("logdet(Tensor cov) -> (Tensor logdet, Tensor info)")
+def _(cov):
+    return cov.new_empty(cov.shape[:1]), _empty_info(cov)
+
+
+# ---- backward: cotangents of the outputs in, cotangents of the tensor inputs out, in the order of the inputs -------
+# A cotangent that is None is zero. Everything else a backward needs it computes again.
+
+
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
+@_operator(
+    "update_posterior_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " int precision,"
+    " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_innovation_var, Tensor? grad_kl, Tensor? grad_log_evidence)"
+    " -> (Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var)"
+)
+def _(mean, cov, weights, values, noise_var, mask, precision, *grads):
+    return _like(mean, cov, weights, values, noise_var)
+
+
+# `weights` are those the write found.
+@_operator(
+    "write_backward(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
+    " bool squared_gram, Tensor? mask, int precision, Tensor weights,"
+    " Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_weights, Tensor? grad_innovation_var, Tensor? grad_kl)"
+    " -> (Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge)"
+)
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision, weights, *grads):
+    return _like(mean, cov, values, noise_var, ridge)
+
+
+# Serves solve_addressing too: one iteration, no grad_values.
+@_operator(
+    "read_backward(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision,"
+    " Tensor? grad_values, Tensor? grad_weights) -> (Tensor mean, Tensor queries, Tensor ridge)"
+)
+def _(mean, queries, ridge, num_iters, squared_gram, precision, *grads):
+    return _like(mean, queries, ridge)
+
+
+@_operator(
+    "kl_memory_backward(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov, Tensor grad_kl)"
+    " -> (Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov)"
+)
+def _(mean, cov, prior_mean, prior_cov, grad_kl):
+    return _like(mean, cov, prior_mean, prior_cov)
+
+
+@_operator("logdet_backward(Tensor cov, Tensor grad_logdet) -> Tensor")
+def _(cov, grad_logdet):
+    return cov.new_empty(cov.shape)
+
+
+# The instruction set the CPU kernels run with: 0 base, 1 AVX2, 2 AVX-512. `select_cpu_level` takes the highest one
+# that is both built and run by this processor and not above `limit`, and returns it.
+_libraries["fastkm"].define("select_cpu_level(int limit) -> int")
+
+# The i-th GPU architecture the CUDA kernels were compiled for, as compute capability × 10; 0 past the last.
+_libraries["fastkm"].define("cuda_architecture(int i) -> int")
+
+unavailable: str | None = _load_extension()
+# Whether the extension brings kernels for CUDA devices as well.
+has_cuda = unavailable is None and torch._C._dispatch_has_kernel_for_dispatch_key("fastkm::write", "CUDA")
+
+
+def cuda_architectures() -> list[int]:
+    """What the CUDA kernels were compiled for; later devices compile the PTX of the last."""
+    if not has_cuda:
+        return []
+    return list(iter(map(torch.ops.fastkm.cuda_architecture, itertools.count()).__next__, 0))

@@ -1,0 +1,115 @@
+"""Matrix-normal mathematics: divergences, the distribution, and Kronecker-structured covariances."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastkm._runtime import dispatch, guards
+from fastkm._runtime.autocast import in_float32
+from fastkm.matrix_normal import native, reference
+from fastkm.matrix_normal.distribution import MatrixNormal
+from fastkm.matrix_normal.kronecker import KroneckerCovariance
+from fastkm.state import MemoryState
+
+__all__ = ["KroneckerCovariance", "MatrixNormal", "kl_memory", "kl_weights", "logdet"]
+
+_TRITON = "fastkm.matrix_normal.triton"
+_RUN_KL_MEMORY: dict[str, Callable] = {
+    "reference": reference.kl_memory,
+    "native": native.kl_memory,
+    "triton": dispatch.on_first_use(_TRITON, "kl_memory"),
+}
+_RUN_LOGDET: dict[str, Callable] = {
+    "reference": reference.logdet,
+    "native": native.logdet,
+    "triton": dispatch.on_first_use(_TRITON, "logdet"),
+}
+
+
+@in_float32
+def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | Tensor) -> Tensor:
+    """KL(N(w, σw² I) ‖ N(0, σ0² I)) in nats: the cost of the weights of a pattern.
+
+    ``½ [ K σw²/σ0² + ‖w‖²/σ0² − K + K ln(σ0²/σw²) ]``
+
+    Args:
+        weights: ``[..., K]``, the means w.
+        weight_var: σw², positive; a float or a tensor that broadcasts against ``[...]``.
+        prior_var: σ0², positive; likewise.
+
+    Returns:
+        ``[...]``. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+
+    Source: Wu et al., NeurIPS 2018, eq. 12.
+    """
+    weight_var = guards.positive_like("weight_var", weight_var, weights)
+    prior_var = guards.positive_like("prior_var", prior_var, weights)
+    return reference.kl_weights(weights, weight_var, prior_var)
+
+
+def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None) -> Tensor:
+    """KL(q(M) ‖ p(M)) of two memories in nats, ``[B]``.
+
+    ``½ [ C tr(U0⁻¹U) + tr((R − R0)ᵀ U0⁻¹ (R − R0)) − KC + C (ln|U0| − ln|U|) ]``
+
+    Args:
+        state: q(M), mean ``R [B, K, C]`` and covariance ``U [B, K, K]``.
+        prior: p(M), ``R0`` and ``U0`` of the same shapes.
+        method: ``"exact"``, or ``"deepmind"`` for parity with the released code, which uses the diagonals only and
+            leaves out the ½.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None; ``"deepmind"`` has the reference only.
+
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: a covariance is not symmetric positive definite; names the memories.
+
+    Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
+    """
+    if method == "exact" and (outputs := dispatch.straight(native.kl_memory, backend, state, prior)):
+        return outputs[0]
+    return _guarded_kl(state, prior, method, backend)
+
+
+@in_float32
+def _guarded_kl(state, prior, method, backend) -> Tensor:
+    check = guards.Signature()
+    tensors = (*check.state("state", state), *check.state("prior", prior))
+    if guards.choice("method", method, ("exact", "deepmind")) == "deepmind":
+        dispatch.resolve("kl_memory_deepmind", backend, *tensors)
+        return reference.kl_memory_deepmind(*tensors)
+    kl, info = _RUN_KL_MEMORY[dispatch.resolve("kl_memory", backend, *tensors)](*tensors)
+    guards.factored(info, "state.cov or prior.cov")
+    return kl
+
+
+def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
+    """``ln|U|`` of every covariance, from its Cholesky diagonal: ``2 Σ_k ln L_kk`` with ``U = L Lᵀ``.
+
+    Args:
+        cov: U ``[B, K, K]``, symmetric positive definite, float32 or float64.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        ``[B]``; 0 for an empty matrix.
+
+    Numerics: computed in the dtype given, under autocast in float32. The determinant itself is never
+    formed, so it neither over- nor underflows.
+
+    Raises:
+        TypeError, ValueError: ``cov`` is of the wrong kind, dtype or shape.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+    """
+    if outputs := dispatch.straight(native.logdet, backend, cov):
+        return outputs[0]
+    return _guarded_logdet(cov, backend)
+
+
+@in_float32
+def _guarded_logdet(cov, backend) -> Tensor:
+    cov = guards.Signature().tensor("cov", cov, "BKK")
+    values, info = _RUN_LOGDET[dispatch.resolve("logdet", backend, cov)](cov)
+    guards.factored(info, "cov")
+    return values

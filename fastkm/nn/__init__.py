@@ -1,0 +1,5 @@
+"""The memory as a module."""
+
+from fastkm.nn.memory import KanervaMemory
+
+__all__ = ["KanervaMemory"]

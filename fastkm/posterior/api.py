@@ -1,0 +1,107 @@
+"""Posterior update of a memory when the weights of every pattern are given."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm._runtime import dispatch, guards
+from fastkm._runtime.autocast import in_float32
+from fastkm.posterior import native, reference
+from fastkm.state import MemoryState, made
+
+__all__ = ["PosteriorUpdate", "update_posterior"]
+
+_RUN: dict[str, Callable] = {
+    "reference": dispatch.exact(reference.update_block),
+    "native": native.update_posterior,
+    "triton": dispatch.on_first_use("fastkm.posterior.triton", "update_posterior"),
+}
+
+
+class PosteriorUpdate(NamedTuple):
+    """What :func:`update_posterior` returns."""
+
+    state: MemoryState  # mean [B, K, C], cov [B, K, K]
+    innovation_var: Tensor  # [B, T], s_t = w_tᵀ U_{t−1} w_t + σ²
+    kl: Tensor  # [B, T], KL(posterior after pattern t ‖ posterior before it), nats
+    log_evidence: Tensor  # [B], ln p(values | weights), nats
+
+
+def update_posterior(
+    state: MemoryState,
+    weights: Tensor,  # [B, T, K]
+    values: Tensor,  # [B, T, C]
+    noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
+    *,
+    mask: Tensor | None = None,  # [B, T], bool
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> PosteriorUpdate:
+    """Condition the memory on ``values = weights @ M + noise``: Bayesian linear regression, exactly.
+
+    One pattern ``z`` with weights ``w`` changes the mean ``R`` and covariance ``U`` by::
+
+        a = U w    s = wᵀa + σ²    δ = z − Rᵀw    R' = R + a δᵀ / s    U' = U − a aᵀ / s
+
+    ``T`` patterns are applied at once in block form, which equals the ``T`` steps above::
+
+        V = W U    V Wᵀ + σ²I = L Lᵀ    G = L⁻¹ V    E = L⁻¹ (Z − W R)    R' = R + GᵀE    U' = U − GᵀG
+
+    Args:
+        state: prior; ``cov`` must be symmetric positive definite. A symmetric ``cov`` that is not is found where the
+            weights reach a direction in which it is not.
+        weights: how much each row of the memory takes part in each pattern.
+        values: the patterns.
+        noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
+        mask: where False the pattern changes nothing; its ``kl`` is 0 and its ``innovation_var`` is σ².
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
+        backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
+
+    Returns:
+        :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.
+
+    Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
+    bfloat16 or float16. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+    The gradient for ``state.cov`` is that of a symmetric matrix.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric or not positive definite; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
+    """
+    outputs = dispatch.straight(
+        native.update_posterior,
+        backend,
+        state,
+        weights,
+        values,
+        noise_var,
+        mask,
+        guards.meaning(precision, guards.ROUNDING),
+    )
+    if outputs is None:
+        outputs = _guarded(state, weights, values, noise_var, mask, precision, backend)
+    mean, cov, innovation_var, kl, log_evidence, _ = outputs
+    state = made(MemoryState, (mean, cov))
+    return made(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
+
+
+@in_float32
+def _guarded(state, weights, values, noise_var, mask, precision, backend) -> tuple[Tensor, ...]:
+    check = guards.Signature()
+    mean, cov = check.state("state", state)
+    weights = check.tensor("weights", weights, "BTK", low_precision=True)
+    values = check.tensor("values", values, "BTC", low_precision=True)
+    noise_var = check.noise("noise_var", noise_var)
+    mask = check.mask("mask", mask, "BT")
+    rounding = guards.precision(precision)
+    backend = dispatch.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
+    weights, values = dispatch.accepted(backend, mean, weights, values)
+    outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
+    guards.factored(outputs[-1], "state.cov")
+    return outputs

@@ -1,0 +1,185 @@
+"""Reading: address the memory with a query and decode the weights, once or again and again."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm._runtime import dispatch, guards
+from fastkm._runtime.autocast import in_float32
+from fastkm.addressing.api import METHODS, SQUARED_GRAM
+from fastkm.reading import native, reference
+from fastkm.state import MemoryState, made
+
+__all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
+
+_RUN: dict[str, Callable] = {
+    "reference": dispatch.exact(reference.read),
+    "native": native.read,
+    "triton": dispatch.on_first_use("fastkm.reading.triton", "read"),
+}
+_RUN_ATTRACTOR: dict[str, Callable] = {
+    "reference": reference.attractor_read,
+    "native": native.attractor_read,
+    "triton": dispatch.on_first_use("fastkm.reading.triton", "attractor_read"),
+}
+
+
+class ReadResult(NamedTuple):
+    """What :func:`read` returns."""
+
+    values: Tensor  # [B, Q, C], Rᵀ w
+    weights: Tensor  # [B, Q, K]
+
+
+class AttractorResult(NamedTuple):
+    """What :func:`attractor_read` returns."""
+
+    values: Tensor  # [B, Q, C], Rᵀ w of each query's last iteration
+    weights: Tensor  # [B, Q, K]
+    energy: Tensor  # [B, Q, n], nats; a query that stopped keeps its last energy
+    num_iters: Tensor  # [B, Q], int64, the iterations each query took
+
+
+def read(
+    mean: Tensor,  # [B, K, C]
+    queries: Tensor,  # [B, Q, C]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    num_iters: int = 1,
+    method: str = "ridge",
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> ReadResult:
+    """Read the memory: solve for the weights of each query and return what they stand for.
+
+    One read is ``w = (R Rᵀ + λI)⁻¹ R z``, ``ẑ = Rᵀ w``; with ``num_iters = n`` the output is fed back n − 1 times.
+    Without a codec this is a linear map that stays in K, with ``A = R Rᵀ + λI`` factored once::
+
+        w₁ = A⁻¹ R z        w_{i+1} = A⁻¹ (R Rᵀ w_i) = w_i − λ A⁻¹ w_i        ẑ = Rᵀ w_n
+
+    Each further iteration shrinks the read-out (mode i by g_i/(g_i + λ)): it does not clean anything up. For clean-up,
+    put the codec in the loop with :func:`attractor_read`.
+
+    Args:
+        mean: the memory ``R``.
+        queries: the cues ``z``.
+        ridge: λ = σ²/σ0²; positive.
+        num_iters: n, at least 1.
+        method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        :class:`ReadResult` in the dtype of ``mean`` (float32 or float64), which is also the compute dtype; beside
+        float32 ``queries`` may be bfloat16 or float16.
+        Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
+    """
+    outputs = dispatch.straight(
+        native.read,
+        backend,
+        mean,
+        queries,
+        ridge,
+        guards.exact_int(num_iters),
+        guards.meaning(method, SQUARED_GRAM),
+        guards.meaning(precision, guards.ROUNDING),
+    )
+    if outputs is None:
+        outputs = _guarded_read(mean, queries, ridge, num_iters, method, precision, backend)
+    values, weights, _ = outputs
+    return made(ReadResult, (values, weights))
+
+
+@in_float32
+def _guarded_read(mean, queries, ridge, num_iters, method, precision, backend) -> tuple[Tensor, ...]:
+    check = guards.Signature()
+    mean = check.tensor("mean", mean, "BKC")
+    queries = check.tensor("queries", queries, "BQC", low_precision=True)
+    ridge = check.per_memory("ridge", ridge)
+    guards.count("num_iters", num_iters)
+    guards.choice("method", method, METHODS)
+    rounding = guards.precision(precision)
+    backend = dispatch.resolve("read", backend, mean, queries, ridge)
+    (queries,) = dispatch.accepted(backend, mean, queries)
+    outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
+    guards.factored(outputs[-1], "mean meanᵀ + ridge I")
+    return outputs
+
+
+@in_float32
+def attractor_read(
+    state: MemoryState,
+    queries: Tensor,  # [B, Q, C]
+    noise_var: float | Tensor,  # float, 0-d or [B]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    clean: Callable[[Tensor], Tensor],
+    num_iters: int,
+    weight_var: float = 0.0,
+    tol: float | None = None,
+    backend: str | None = None,
+) -> AttractorResult:
+    """Clean queries up by iterating: address, decode, pass the result through a codec, address again.
+
+    ``w_i = (R Rᵀ + λI)⁻¹ R x_i``, ``ẑ_i = Rᵀ w_i``, ``x_{i+1} = clean(ẑ_i)``. The Gram matrix is factored once. The
+    energy of every iteration is the negative expected log-likelihood under q(M) plus the cost of the weights::
+
+        E(x, w) = [ C ln 2πσ² + ( ‖x − Rᵀw‖² + C wᵀUw + σw² (‖R‖² + C tr U) ) / σ² ] / 2  +  cost(w)
+
+    where ``cost`` is ``KL(N(w, σw²I) ‖ N(0, σ0²I))`` of :func:`fastkm.kl_weights` with ``σ0² = σ²/λ``, or, for a point
+    estimate (σw² = 0, whose KL is infinite), ``−ln N(w | 0, σ0²I)``. The address step minimises this energy for U = 0,
+    and nearly so for a small U; a codec trained on the stored patterns lowers it further.
+
+    Args:
+        state: the memory; ``cov`` enters the energy only.
+        queries: corrupted codes.
+        noise_var: σ².
+        ridge: λ.
+        clean: any callable from codes to codes of the same shape ``[B, Q, C]`` (encode after decode), applied between
+            reads.
+        num_iters: the most iterations, n.
+        weight_var: σw² of q(w), at least 0.
+        tol: stop a query once the root mean square of ``ẑ_i − ẑ_{i−1}`` over its C entries is at most ``tol``; the
+            queries that are left go on.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None. The kernels, for GPUs only, have no gradient; on a
+            GPU every backend runs all ``num_iters`` iterations and waits for nothing, so that the call can be captured
+            in a CUDA graph.
+
+    Returns:
+        :class:`AttractorResult`. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32;
+        ``clean`` itself runs under autocast.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value, or a ``clean`` that changes
+            the shape, dtype or device.
+        torch.linalg.LinAlgError: the regularised Gram matrix is not positive definite in this dtype.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, section 3.2 and eq. 12.
+    """
+    check = guards.Signature()
+    mean, cov = check.state("state", state)
+    queries = check.tensor("queries", queries, "BQC")
+    noise_var = check.per_memory("noise_var", noise_var)
+    ridge = check.per_memory("ridge", ridge)
+    guards.count("num_iters", num_iters)
+    guards.non_negative("weight_var", weight_var)
+    if tol is not None:
+        guards.non_negative("tol", tol)
+    if not callable(clean):
+        raise TypeError(f"clean must be a callable from codes to codes, got {type(clean).__name__}")
+    backend = dispatch.resolve("attractor_read", backend, mean, cov, queries, noise_var, ridge)
+    values, weights, energy, taken, info = _RUN_ATTRACTOR[backend](
+        mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol
+    )
+    guards.factored(info, "mean meanᵀ + ridge I")
+    return AttractorResult(values, weights, energy, taken)

@@ -1,0 +1,114 @@
+"""Writing an episode: address and update, one pattern after the other."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastkm._runtime import dispatch, guards
+from fastkm._runtime.autocast import in_float32
+from fastkm.addressing.api import METHODS, SQUARED_GRAM
+from fastkm.state import MemoryState, made
+from fastkm.writing import native, reference
+
+__all__ = ["WriteResult", "write"]
+
+_RUN: dict[str, Callable] = {
+    "reference": dispatch.exact(reference.write_sequential),
+    "native": native.write,
+    "triton": dispatch.on_first_use("fastkm.writing.triton", "write"),
+}
+
+
+class WriteResult(NamedTuple):
+    """What :func:`write` returns."""
+
+    state: MemoryState  # mean [B, K, C], cov [B, K, K]
+    weights: Tensor  # [B, T, K], the weights each pattern was written with; 0 where masked
+    innovation_var: Tensor  # [B, T]
+    kl: Tensor  # [B, T], nats
+
+
+def write(
+    state: MemoryState,
+    values: Tensor,  # [B, T, C]
+    noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
+    ridge: float | Tensor,  # float, 0-d or [B]
+    *,
+    num_opt_iters: int = 1,
+    method: str = "ridge",
+    mask: Tensor | None = None,  # [B, T], bool
+    precision: str = "ieee",
+    backend: str | None = None,
+) -> WriteResult:
+    """Write an episode as the Dynamic Kanerva Machine does: each pattern is addressed, then stored.
+
+    For ``t = 1 … T``: solve ``(R Rᵀ + λI) w = R z_t`` against the current mean, then update mean and covariance
+    with ``w`` as in :func:`fastkm.update_posterior`. Because ``w_t`` depends on what was written before it, this
+    differs from solving all weights against the first mean.
+
+    Args:
+        state: memory before the episode. A zero mean stays zero: its weights are zero.
+        values: the patterns, in order.
+        noise_var: variance σ² of the observation noise; one for all, one a memory, or one a pattern.
+        ridge: λ = σ²/σ0² of the addressing solve.
+        num_opt_iters: with n > 1, each pattern's weights are solved n times, each time against the mean that the
+            previous weights would give; the update always starts from the mean before the pattern.
+        method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
+        mask: where False the pattern changes nothing; its weights and ``kl`` are 0, its ``innovation_var`` is σ².
+        precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
+            cores). Solves and factors are always float32; on a CPU everything is.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
+
+    Returns:
+        :class:`WriteResult`; the mean of q(w) is written, its variance plays no part.
+
+    Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``values`` may be bfloat16 or float16.
+    The native kernel works in Gram space; at σ² = λ = 1 it is as accurate as the literal loop unless patterns nearly
+    repeat, and it loses digits first when λ is small against the patterns' energy.
+    Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+    The gradient for ``state.cov`` is that of a symmetric matrix.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: ``state.cov`` is not symmetric positive definite, or the Gram matrix cannot be
+            factored in this dtype; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, algorithm 1.
+    """
+    outputs = dispatch.straight(
+        native.write,
+        backend,
+        state,
+        values,
+        noise_var,
+        ridge,
+        guards.exact_int(num_opt_iters),
+        guards.meaning(method, SQUARED_GRAM),
+        mask,
+        guards.meaning(precision, guards.ROUNDING),
+    )
+    if outputs is None:
+        outputs = _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend)
+    mean, cov, weights, innovation_var, kl, _ = outputs
+    state = made(MemoryState, (mean, cov))
+    return made(WriteResult, (state, weights, innovation_var, kl))
+
+
+@in_float32
+def _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend) -> tuple[Tensor, ...]:
+    check = guards.Signature()
+    mean, cov = check.state("state", state)
+    values = check.tensor("values", values, "BTC", low_precision=True)
+    noise_var = check.noise("noise_var", noise_var)
+    ridge = check.per_memory("ridge", ridge)
+    guards.count("num_opt_iters", num_opt_iters)
+    guards.choice("method", method, METHODS)
+    mask = check.mask("mask", mask, "BT")
+    rounding = guards.precision(precision)
+    backend = dispatch.resolve("write", backend, mean, cov, values, noise_var, ridge)
+    (values,) = dispatch.accepted(backend, mean, values)
+    outputs = _RUN[backend](mean, cov, values, noise_var, ridge, num_opt_iters, SQUARED_GRAM[method], mask, rounding)
+    guards.factored(outputs[-1], "state.cov")
+    return outputs
