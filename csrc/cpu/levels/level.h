@@ -1,12 +1,12 @@
 // Included by each level_*.cpp after it has set FASTKM_LEVEL, FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
-#include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/matrix_normal/divergence.h"
-#include "cpu/posterior/update_backward.h"
+#include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/posterior/update.h"
-#include "cpu/reading/read_backward.h"
+#include "cpu/posterior/update_backward.h"
 #include "cpu/reading/read.h"
-#include "cpu/writing/write_backward.h"
+#include "cpu/reading/read_backward.h"
 #include "cpu/writing/write.h"
+#include "cpu/writing/write_backward.h"
 
 namespace fastkm::FASTKM_LEVEL {
 

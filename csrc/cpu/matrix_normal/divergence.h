@@ -1,7 +1,10 @@
 // Divergence of two memories and the log-determinant of a covariance, by Cholesky.
 #pragma once
 
-#include "cpu/posterior/update.h"
+#include <cmath>
+
+#include "cpu/linalg/cholesky.h"
+#include "cpu/linalg/symmetric.h"
 
 namespace fastkm::FASTKM_LEVEL {
 

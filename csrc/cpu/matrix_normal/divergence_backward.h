@@ -1,8 +1,8 @@
 // Backward of the divergence of two memories and of the log-determinant of a covariance.
 #pragma once
 
+#include "cpu/linalg/solve.h"
 #include "cpu/matrix_normal/divergence.h"
-#include "cpu/reading/read_backward.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -24,12 +24,6 @@ FactoredCov<T> factor_cov(const Batch<const T>& cov, int64_t b, int64_t K, Arena
 template <class T>
 void solve_rows(const FactoredCov<T>& cov, const Matrix<T>& x, Arena& arena) {
   solve_rows(cov.factor, cov.lower_transposed, x, take_matrix<T>(arena, x.rows, kBlock));
-}
-
-template <class T>
-void scale(const Matrix<T>& m, T factor) {
-  for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = 0; j < m.columns; ++j) m.row(i)[j] *= factor;
 }
 
 // With g the cotangent of the divergence and E = U0⁻¹Δ: R̄ = g E = −R̄0, Ū = ½ g C (U0⁻¹ − U⁻¹) and

@@ -3,7 +3,8 @@
 
 #include <utility>
 
-#include "cpu/linalg/dense.h"
+#include "cpu/linalg/solve.h"
+#include "cpu/linalg/symmetric.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -58,16 +59,6 @@ int64_t factor_size(const ReadingArgs<T>& args) {
   return size;
 }
 
-// a ← G + λI, or G² + λI, ready to be factored; `gram` may be `a` itself.
-template <class T>
-void regularise(const Matrix<T>& a, const Matrix<T>& gram, T ridge, bool squared) {
-  if (squared)
-    product_lower<Into::kSet>(a, gram.rows, left(gram), gram);
-  else if (a.data != gram.data)
-    copy_rows(a, gram);
-  for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
-}
-
 template <class T>
 void factor_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
   load_matrix(memory.mean, args.mean, b);
@@ -78,14 +69,6 @@ void factor_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T
   regularise(memory.factor.lower, gram, *args.ridge.at(b), args.squared_gram);
   args.info[b] = cholesky(memory.factor, arena) ? kGood : kNotPositiveDefinite;
   transpose(memory.lower_transposed, memory.factor.lower);
-}
-
-// a ← a b for symmetric matrices that commute.
-template <class T>
-void multiply_symmetric(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& scratch) {
-  product_lower<Into::kSet>(scratch, a.rows, left(a), b);
-  copy_rows(a, scratch);
-  mirror(a);
 }
 
 // Rᵀ P into memory.mean_transposed. In double, as powers of a matrix lose digits that iterations keep.

@@ -1,8 +1,7 @@
 // Backward of addressing and reading: one factor serves the solves of both directions.
 #pragma once
 
-#include <limits>
-
+#include "cpu/linalg/vectors.h"
 #include "cpu/reading/read.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -15,31 +14,6 @@ struct ReadingGradient {
   Matrix<T> target;  // of no rows unless the solve is the squared-Gram one: Σ v (R z)ᵀ [K, K], then Ḡ
   double ridge = 0;  // λ̄
 };
-
-// Without a factor there is no gradient: let every solve answer NaN.
-template <class T>
-void poison(const Factor<T>& f) {
-  for (int64_t i = 0; i < round_up(f.size(), kBlock) * kBlock; ++i)
-    f.inverse[i] = f.inverse_transposed[i] = std::numeric_limits<T>::quiet_NaN();
-}
-
-// Sum of the products of entries.
-template <class T>
-double inner_product(const Matrix<T>& x, const Matrix<T>& y) {
-  double sum = 0;
-  for (int64_t i = 0; i < x.rows; ++i) sum += dot(x.columns, x.row(i), y.row(i));
-  return sum;
-}
-
-// m ← m + mᵀ
-template <class T>
-void add_transpose(const Matrix<T>& m) {
-  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
-    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
-      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
-        for (int64_t j = j0; j < smaller(j0 + kBlock, i + 1); ++j)
-          m.row(i)[j] = m.row(j)[i] = m.row(i)[j] + m.row(j)[i];
-}
 
 // Add what queries [first, first + kQueryTile) of memory b contribute, and store their own cotangents.
 template <class T>

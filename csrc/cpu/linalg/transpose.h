@@ -1,0 +1,60 @@
+// Transposes, within working memory and on the way to and from the caller's memory.
+#pragma once
+
+#include "cpu/linalg/matrix.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// to = fromᵀ [rows, columns], squares of whole vectors at a time. The last squares of a row or column overlap those
+// before them; a matrix too small for one goes entry by entry.
+template <class T>
+void transpose(int64_t rows, int64_t columns, T* to, int64_t to_ld, const T* from, int64_t from_ld) {
+  constexpr int64_t W = kLanes<T>;
+  if (rows < W || columns < W) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
+    return;
+  }
+  for (int64_t next_i = 0; next_i < rows; next_i += W) {
+    const int64_t i = smaller(next_i, rows - W);
+    for (int64_t next_j = 0; next_j < columns; next_j += W) {
+      const int64_t j = smaller(next_j, columns - W);
+      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+    }
+  }
+}
+
+// to = fromᵀ; the padding is set to zero.
+template <class T>
+void transpose(const Matrix<T>& to, const Matrix<T>& from) {
+  transpose(to.rows, to.columns, to.data, to.ld, from.data, from.ld);
+  for (int64_t i = 0; i < to.rows; ++i)
+    for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
+}
+
+template <class T>
+Matrix<T> take_transposed(const Matrix<T>& m, Arena& arena) {
+  const Matrix<T> result = take_matrix<T>(arena, m.columns, m.rows);
+  transpose(result, m);
+  return result;
+}
+
+// Transposed in, with the padding set to zero.
+template <class T>
+void load_transposed(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+  if (from.stride[2] == 1) {
+    transpose(to.rows, to.columns, to.data, to.ld, from.at(b), from.stride[1]);
+  } else {
+    for (int64_t i = 0; i < to.rows; ++i)
+      for (int64_t j = 0; j < to.columns; ++j) to.row(i)[j] = *from.at(b, j, i);
+  }
+  clear_padding(to);
+}
+
+// Transposed out; results have rows without gaps.
+template <class T>
+void store_transposed(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+  transpose(from.columns, from.rows, to.at(b), to.stride[1], from.data, from.ld);
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

@@ -1,0 +1,128 @@
+// Inner products and norms, products of a matrix with one or two vectors, and updates of rank one.
+#pragma once
+
+#include <array>
+
+#include "cpu/linalg/matrix.h"
+#include "cpu/linalg/tile.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+template <class T>
+T dot(int64_t n, const T* x, const T* y) {
+  constexpr int64_t W = kLanes<T>;
+  Vec<T> sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sum[0] += load(x + i) * load(y + i);
+    sum[1] += load(x + i + W) * load(y + i + W);
+  }
+  T total = lane_sum<T>(sum[0] + sum[1]);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// ‖row‖² of every row, padded to a whole vector of them.
+template <class T>
+void squared_norms(const Matrix<T>& m, T* norms) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t whole = m.columns / W * W;
+  const auto inside = lane_numbers<T>() < static_cast<LaneNumber<T>>(m.columns - whole);
+  for (int64_t i = 0; i < m.rows; i += W) {
+    Vec<T> sum[W];
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < W; ++lane) {
+      const T* row = m.row(smaller(i + lane, m.rows - 1));
+      Vec<T> last = {};
+      if (whole < m.columns) last = inside ? load(row + whole) : last;
+      sum[lane] = last * last;
+      for (int64_t j = 0; j < whole; j += W) sum[lane] += load(row + j) * load(row + j);
+    }
+    store<T>(norms + i, lane_sums<T>(sum));
+  }
+}
+
+// Sum of the products of entries.
+template <class T>
+double inner_product(const Matrix<T>& x, const Matrix<T>& y) {
+  double sum = 0;
+  for (int64_t i = 0; i < x.rows; ++i) sum += dot(x.columns, x.row(i), y.row(i));
+  return sum;
+}
+
+template <class T>
+void add_scaled(int64_t padded, T* to, T factor, const T* from) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t i = 0; i < padded; i += W) store<T>(to + i, load(to + i) + factor * load(from + i));
+}
+
+// M += (x yᵀ + y xᵀ) / 2 for two vectors.
+template <class T>
+void add_symmetric_outer(const Matrix<T>& m, T factor, const T* x, const T* y) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const T of_y = T(0.5) * factor * x[i], of_x = T(0.5) * factor * y[i];
+    for (int64_t j = 0; j < m.rows; ++j) m.row(i)[j] += of_y * y[j] + of_x * x[j];
+  }
+}
+
+// y (=, −=) Mᵀ x for the first `rows` rows of M and each of N vectors; `padded` columns.
+template <Into INTO, size_t N, class T>
+void combine(const Matrix<T>& m, int64_t rows, int64_t padded, const std::array<const T*, N>& x,
+             const std::array<T*, N>& y) {
+  constexpr int64_t W = kLanes<T>;
+  int64_t j = 0;
+  // Enough sums in flight to hide the latency of an addition: rows are dealt out to PARTS of them.
+  const auto pass = [&]<int VECS, int PARTS>() {
+    Vec<T> sum[PARTS][N][VECS] = {};
+    const auto add = [&](int part, int64_t i) {
+      const T* row = m.row(i) + j;
+      Vec<T> entry[VECS];
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) entry[v] = load(row + v * W);
+#pragma GCC unroll 2
+      for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECS; ++v) sum[part][n][v] += x[n][i] * entry[v];
+    };
+    int64_t i = 0;
+    for (; i + PARTS <= rows; i += PARTS)
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; ++part) add(part, i + part);
+    for (; i < rows; ++i) add(0, i);
+#pragma GCC unroll 2
+    for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) {
+#pragma GCC unroll 4
+        for (int part = 1; part < PARTS; ++part) sum[0][n][v] += sum[part][n][v];
+        T* at = y[n] + j + v * W;
+        store<T>(at, INTO == Into::kSubtract ? load(at) - sum[0][n][v] : sum[0][n][v]);
+      }
+  };
+  for (; j + 4 * W <= padded; j += 4 * W) pass.template operator()<4, 2 / N>();
+  for (; j + 2 * W <= padded; j += 2 * W) pass.template operator()<2, 4 / N>();
+  for (; j < padded; j += W) pass.template operator()<1, 4>();
+}
+
+// y = M x for a symmetric M.
+template <class T>
+void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
+  combine<Into::kSet, 1>(m, m.rows, padded, {x}, {y});
+}
+
+// y = M x for the first `rows` rows of M, which has more, up to a whole vector; `padded` columns.
+template <class T>
+void dots(const Matrix<T>& m, int64_t rows, int64_t padded, const T* x, T* y) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t i = 0; i < rows; i += W) {
+    Vec<T> sum[W] = {};
+    for (int64_t j = 0; j < padded; j += W) {
+      const Vec<T> entry = load(x + j);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row) sum[row] += load(m.row(i + row) + j) * entry;
+    }
+    store<T>(y + i, lane_sums<T>(sum));
+  }
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

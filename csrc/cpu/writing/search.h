@@ -1,0 +1,167 @@
+// The search for the weights of a chunk of patterns in Gram space.
+//
+// Each pattern's weights depend on what was written before it, but only through inner products. With A = R Rᵀ + λI,
+// X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T.
+#pragma once
+
+#include "cpu/linalg/low_rank.h"
+#include "cpu/posterior/conditioning.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// Patterns whose weights are found before the mean is moved. A chunk costs a Gram product, a factor and an inverse, and
+// each of its patterns a correction for those before it.
+constexpr int64_t kLargestSearchChunk = 2 * kChunk;
+inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : kLargestSearchChunk; }
+
+// What the search for the weights needs, kept up to date with what was written.
+template <class T>
+struct GramSpace {
+  Matrix<T> gram;     // G = R Rᵀ [K, K]
+  Matrix<T> cross;    // X = Z Rᵀ [T, K]
+  Matrix<T> inner;    // Q = Z Zᵀ [T, T], lower triangle
+  Matrix<T> cov;      // U [K, K]
+  Matrix<T> weights;  // [T, K], out
+};
+
+// The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero.
+template <class T>
+struct Search {
+  Downdated<T> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern that is seen
+  Downdated<T> cov;      // U: by c aᵀ, row for row
+  Matrix<T> past;        // [t, t], c_earlier · w_t
+  Matrix<T> along;       // [t, t], δ_t · z_later
+  T s[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};
+};
+
+// The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z). With `solved`, rows
+// A⁻¹ x with the A that the chunk began with follow: by `solved_c`, that of c.
+template <class T>
+void advance_cross(const GramSpace<T>& space, int64_t t, const T* w, const T* c, int64_t padded, T* told_along,
+                   const Matrix<T>* solved = nullptr, const T* solved_c = nullptr) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t later = t + 1; later < space.cross.rows; ++later) {
+    T* x = space.cross.row(later);
+    const T along = space.inner.row(later)[t] - dot(padded, w, x);
+    for (int64_t i = 0; i < padded; i += W) store<T>(x + i, load(x + i) + along * load(c + i));
+    if (told_along) told_along[later] = along;
+    if (!solved) continue;
+    T* h = solved->row(later);
+    for (int64_t i = 0; i < padded; i += W) store<T>(h + i, load(h + i) + along * load(solved_c + i));
+  }
+}
+
+// The ridge solve, once a pattern. With w exact, R δ = λ w, so A changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ, and its
+// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. What H
+// has lost to rounding, one step of refinement against A gives back to w. One factorisation a chunk, and no matrix is
+// written after it: a pattern reads H twice, A and U once.
+template <class T>
+Status find_weights(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first, Search<T>& search,
+                    Arena& arena) {
+  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<T>), count = space.weights.rows;
+  const T ridge = *args.ridge.at(b);
+  const Matrix<T>& inverse = search.inverse.base;
+  const Matrix<T>& system = space.gram;  // A = G + λI, as the chunk found it
+  const Factor<T> factor = take_factor<T>(arena, K);
+  for (int64_t i = 0; i < K; ++i) system.row(i)[i] += ridge;
+  copy_rows(factor.lower, system);
+  if (!cholesky(factor, arena)) return kNotPositiveDefinite;
+  invert(factor, inverse, arena);
+  clear_padding(inverse);
+  Downdated<T> now = take_downdated<T>(system, K, 2 * count, arena);
+  const Matrix<T> solved = take_matrix<T>(arena, count, K);  // A⁻¹ x of every pattern, with the first A
+  product<Into::kSet>(solved, K, left(space.cross), inverse);
+
+  // Vectors of length K with their padding at zero, so that dot products run over whole vectors.
+  const Matrix<T> vectors = take_matrix<T>(arena, 6, K);
+  fill_zero(vectors);
+  T *w = vectors.row(0), *p = vectors.row(1), *q = vectors.row(2), *e = vectors.row(3), *f = vectors.row(4),
+    *residual = vectors.row(5);
+  for (int64_t t = 0; t < count; ++t) {
+    if (!args.posterior.seen(b, first + t)) continue;
+    const T* x = space.cross.row(t);
+    T *c = search.cov.left.row(t), *a = search.cov.right.row(t);
+    __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(T));
+    search.inverse.template correct<1>(padded, {x}, {w});
+    now.template multiply<1>(padded, {w}, {residual});
+    for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
+    search.inverse.template multiply<1>(padded, {residual}, {p});
+    for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
+    search.cov.count = t;
+    search.cov.template multiply<1>(padded, {w}, {a});
+    __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(T));
+    __builtin_memcpy(search.past.row(t), search.cov.along.row(0), static_cast<size_t>(t) * sizeof(T));
+
+    const T s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
+    for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
+    const T d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
+    search.s[t] = s;
+    search.d[t] = d;
+    combine<Into::kSet, 2>(inverse, K, padded, {c, w}, {p, q});
+    advance_cross(space, t, w, c, padded, search.along.row(t), &solved, p);
+    search.inverse.template correct<2>(padded, {c, w}, {p, q});
+
+    const T n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge, n22 = dot(padded, w, q) - d / (ridge * ridge);
+    const T scale = 1 / (n11 * n22 - n12 * n12);
+    for (int64_t i = 0; i < padded; ++i) {
+      e[i] = (n22 * p[i] - n12 * q[i]) * scale;
+      f[i] = (n11 * q[i] - n12 * p[i]) * scale;
+    }
+    search.inverse.subtract(p, e);
+    search.inverse.subtract(q, f);
+    for (int64_t i = 0; i < padded; ++i) {
+      e[i] = -ridge * w[i] - d * c[i];
+      f[i] = -ridge * c[i];
+    }
+    now.subtract(c, e);
+    now.subtract(w, f);
+  }
+  return kGood;
+}
+
+template <class T>
+Search<T> take_search(const GramSpace<T>& space, Arena& arena) {
+  const int64_t K = space.cov.rows, count = space.weights.rows;
+  const Matrix<T> inverse = take_matrix<T>(arena, K, K);
+  const Downdated<T> cov = take_downdated<T>(space.cov, K, count, arena);
+  const Matrix<T> past = take_matrix<T>(arena, count, count);
+  for (const Matrix<T>* m : {&cov.right, &past}) fill_zero(*m);
+  return {.inverse = take_downdated<T>(inverse, K, 2 * count, arena),
+          .cov = cov,
+          .past = past,
+          .along = take_matrix<T>(arena, count, count)};
+}
+
+template <class T>
+bool factors_once(const WritingArgs<T>& args) {
+  return args.num_opt_iters == 1 && !args.squared_gram;
+}
+
+// The inner products of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z]. `own`: G and U are
+// copies, for the search that factors afresh writes to them.
+template <class T>
+GramSpace<T> take_gram_space(const Memory<T>& memory, const Matrix<T>& stacked, const Matrix<T>& weights, bool own,
+                             Arena& arena) {
+  const int64_t K = memory.cov.rows, count = weights.rows, both = stacked.rows;
+  const Matrix<T> stacked_transposed = take_matrix<T>(arena, stacked.columns, both);
+  const Matrix<T> products = take_matrix<T>(arena, both, both);  // Y Yᵀ = [G Xᵀ; X Q]
+  transpose(stacked_transposed, stacked);
+  product_lower<Into::kSet>(products, stacked.columns, left(stacked), stacked_transposed);
+  const Matrix<T> gram = products.block(0, K, 0, K), cross = products.block(K, count, 0, K);
+  mirror(gram);
+  const auto copy = [&](const Matrix<T>& from) {
+    const Matrix<T> to = take_matrix<T>(arena, from.rows, K);
+    copy_rows(to, from);
+    return to;
+  };
+  const GramSpace<T> space{.gram = own ? copy(gram) : gram,
+                           .cross = copy(cross),
+                           .inner = products.block(K, count, K, count),
+                           .cov = own ? copy(memory.cov) : memory.cov,
+                           .weights = weights};
+  for (const Matrix<T>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
+  fill_zero(weights);
+  return space;
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

@@ -1,0 +1,156 @@
+// The search for weights that factors a matrix anew for every solve.
+#pragma once
+
+#include <utility>
+
+#include "cpu/writing/search.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// One solve of a pattern, and the change of the mean that its weights would make: R + c δᵀ.
+template <class T>
+struct Attempt {
+  T *w, *a, *c, *g, *r;  // [K]: weights, U w, a/s, G w, R δ = x − G w
+  T s, along, d;         // innovation variance, δ·z, δ·δ
+};
+
+template <class T>
+Attempt<T> take_attempt(int64_t K, Arena& arena) {
+  const Matrix<T> vectors = take_matrix<T>(arena, 5, K);
+  fill_zero(vectors);
+  return {vectors.row(0), vectors.row(1), vectors.row(2), vectors.row(3), vectors.row(4), 0, 0, 0};
+}
+
+// M += c rᵀ + r cᵀ + d c cᵀ: what the attempt does to the Gram matrix.
+template <class T>
+void move_gram(const Matrix<T>& m, const Attempt<T>& by, T sign) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const T of_c = sign * by.c[i], of_r = sign * (by.r[i] + by.d * by.c[i]);
+    for (int64_t j = 0; j < m.rows; ++j) m.row(i)[j] += of_c * by.r[j] + of_r * by.c[j];
+  }
+}
+
+// Solves that factor afresh: needed for the squared-Gram solve, and when a pattern is solved more than once, each time
+// against the mean that the attempt before would give.
+template <class T>
+struct AfreshSolver {
+  const GramSpace<T>& space;
+  const WritingArgs<T>& args;
+  const int64_t K, padded;
+  const T ridge;
+  const Factor<T> factor;
+  const Matrix<T> lower_transposed, gram, work, target;
+
+  AfreshSolver(const GramSpace<T>& space, const WritingArgs<T>& args, T ridge, Arena& arena)
+      : space(space),
+        args(args),
+        K(args.posterior.K),
+        padded(round_up(K, kLanes<T>)),
+        ridge(ridge),
+        factor(take_factor<T>(arena, K)),
+        lower_transposed(take_matrix<T>(arena, K, K)),
+        gram(take_matrix<T>(arena, K, K)),
+        work(take_matrix<T>(arena, 1, kBlock)),
+        target(take_matrix<T>(arena, 2, K)) {
+    fill_zero(target);
+  }
+
+  // Factor the matrix of the next attempt: its Gram matrix in `gram`, its x in row 0 of `target`.
+  bool prepare(const T* x, const Attempt<T>* before, Arena& arena) const {
+    copy_rows(gram, space.gram);
+    __builtin_memcpy(target.data, x, static_cast<size_t>(padded) * sizeof(T));
+    if (before) {
+      move_gram(gram, *before, T(1));
+      for (int64_t i = 0; i < padded; ++i) target.data[i] += before->along * before->c[i];
+    }
+    regularise(factor.lower, gram, ridge, args.squared_gram);
+    const bool good = cholesky(factor, arena);
+    transpose(lower_transposed, factor.lower);
+    return good;
+  }
+
+  // y ← A⁻¹ y, or (G² + λI)⁻¹ y.
+  void solve(T* y) const {
+    solve_rows(factor, lower_transposed, Matrix<T>{y, 1, K, target.ld}, work);
+    for (int64_t i = K; i < target.ld; ++i) y[i] = 0;
+  }
+
+  bool attempt(int64_t t, T noise, const Attempt<T>* before, Attempt<T>& out, Arena& arena) const {
+    const T* x = space.cross.row(t);
+    const bool good = prepare(x, before, arena);
+    if (args.squared_gram)
+      multiply(gram, padded, target.data, out.w);
+    else
+      __builtin_memcpy(out.w, target.data, static_cast<size_t>(padded) * sizeof(T));
+    solve(out.w);
+    multiply(space.cov, padded, out.w, out.a);
+    multiply(space.gram, padded, out.w, out.g);
+    out.s = dot(padded, out.w, out.a) + noise;
+    out.along = space.inner.row(t)[t] - dot(padded, out.w, x);
+    out.d = out.along - dot(padded, out.w, x) + dot(padded, out.w, out.g);
+    for (int64_t i = 0; i < padded; ++i) {
+      out.c[i] = out.a[i] / out.s;
+      out.r[i] = x[i] - out.g[i];
+    }
+    return good;
+  }
+
+  // The last attempt is written: G and U move on; and back, when that is undone.
+  void write(const Attempt<T>& last) const { move(last, T(1)); }
+  void undo(const Attempt<T>& last) const { move(last, T(-1)); }
+
+ private:
+  void move(const Attempt<T>& last, T sign) const {
+    move_gram(space.gram, last, sign);
+    for (int64_t i = 0; i < K; ++i)
+      for (int64_t j = 0; j < K; ++j) space.cov.row(i)[j] -= sign * last.a[i] * last.c[j];
+  }
+};
+
+// What is needed to undo each pattern; rows are patterns.
+template <class T>
+struct AfreshTape {
+  Matrix<T> a, c, r;  // [t, K], of the last attempt
+  Matrix<T> along;    // [t, t]
+  T d[kChunk];
+
+  Attempt<T> written(int64_t t, const Matrix<T>& weights) const {
+    return {
+        .w = weights.row(t), .a = a.row(t), .c = c.row(t), .g = nullptr, .r = r.row(t), .s = 0, .along = 0, .d = d[t]};
+  }
+};
+
+template <class T>
+AfreshTape<T> take_afresh_tape(int64_t K, int64_t count, Arena& arena) {
+  return {take_matrix<T>(arena, count, K), take_matrix<T>(arena, count, K), take_matrix<T>(arena, count, K),
+          take_matrix<T>(arena, count, count)};
+}
+
+template <class T>
+Status find_weights_afresh(const GramSpace<T>& space, const WritingArgs<T>& args, int64_t b, int64_t first,
+                           Arena& arena, AfreshTape<T>* tape = nullptr) {
+  const AfreshSolver<T> solver(space, args, *args.ridge.at(b), arena);
+  Attempt<T> now = take_attempt<T>(solver.K, arena), before = take_attempt<T>(solver.K, arena);
+  const Arena::Mark step_start = arena.mark();
+  Status status = kGood;
+  for (int64_t t = 0; t < space.weights.rows; ++t) {
+    if (!args.posterior.seen(b, first + t)) continue;
+    const T noise = *args.posterior.noise_var.at(b, first + t);
+    for (int64_t n = 0; n < args.num_opt_iters; ++n) {
+      arena.release(step_start);
+      std::swap(now, before);
+      if (!solver.attempt(t, noise, n > 0 ? &before : nullptr, now, arena)) status = kNotPositiveDefinite;
+    }
+    __builtin_memcpy(space.weights.row(t), now.w, static_cast<size_t>(solver.K) * sizeof(T));
+    solver.write(now);
+    advance_cross(space, t, now.w, now.c, solver.padded, tape ? tape->along.row(t) : nullptr);
+    if (!tape) continue;
+    __builtin_memcpy(tape->a.row(t), now.a, static_cast<size_t>(solver.padded) * sizeof(T));
+    __builtin_memcpy(tape->c.row(t), now.c, static_cast<size_t>(solver.padded) * sizeof(T));
+    __builtin_memcpy(tape->r.row(t), now.r, static_cast<size_t>(solver.padded) * sizeof(T));
+    tape->d[t] = now.d;
+  }
+  return status;
+}
+
+}  // namespace fastkm::FASTKM_LEVEL
