@@ -1,7 +1,8 @@
 // What an update and a write have in common at the boundary: the arguments they check and the outputs they make.
 #pragma once
 
-#include "bindings/cuda_binding.h"
+#include "bindings/make_tensor.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -37,11 +38,11 @@ struct PosteriorOutputs {
   Tensor mean, cov, innovation_var, kl, info;
 
   PosteriorOutputs(const Tensor& prior_mean, const Tensor& values)
-      : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
-        cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
-        innovation_var(make(prior_mean, {values.size(0), values.size(1)})),
-        kl(make(prior_mean, {values.size(0), values.size(1)})),
-        info(make(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {}
+      : mean(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
+        cov(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
+        innovation_var(make_tensor(prior_mean, {values.size(0), values.size(1)})),
+        kl(make_tensor(prior_mean, {values.size(0), values.size(1)})),
+        info(make_tensor(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {}
 
   template <class T>
   void into(PosteriorArgs<T>& args) const {
@@ -58,10 +59,10 @@ struct PosteriorGradOutputs {
   Tensor mean, cov, values, noise_var;
 
   PosteriorGradOutputs(const Tensor& prior_mean, const Tensor& of_values)
-      : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
-        cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
-        values(make(prior_mean, {of_values.size(0), of_values.size(1), of_values.size(2)})),
-        noise_var(make(prior_mean, {of_values.size(0), of_values.size(1)})) {}
+      : mean(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
+        cov(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
+        values(make_tensor(prior_mean, {of_values.size(0), of_values.size(1), of_values.size(2)})),
+        noise_var(make_tensor(prior_mean, {of_values.size(0), of_values.size(1)})) {}
 
   template <class T>
   PosteriorGrads<T> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,

@@ -1,7 +1,9 @@
 // Binds kl_memory, logdet and their backward to torch.ops.fastkm.
 #include <tuple>
 
-#include "bindings/cuda_binding.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -14,7 +16,7 @@ static std::tuple<Tensor, Tensor> kl_memory(const Tensor& mean, const Tensor& co
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   expect(prior_mean, "prior_mean", {B, K, C}, mean.scalar_type());
   expect(prior_cov, "prior_cov", {B, K, K}, mean.scalar_type());
-  const Tensor kl = make(mean, {B}), info = make(mean, {B}, ScalarType::Int);
+  const Tensor kl = make_tensor(mean, {B}), info = make_tensor(mean, {B}, ScalarType::Int);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const MatrixNormalArgs<T> args{K,
@@ -35,7 +37,7 @@ static std::tuple<Tensor, Tensor> logdet(const Tensor& cov) {
   const Place place(cov);
   const int64_t B = cov.size(0), K = cov.size(1);
   expect(cov, "cov", {B, K, K}, cov.scalar_type());
-  const Tensor result = make(cov, {B}), info = make(cov, {B}, ScalarType::Int);
+  const Tensor result = make_tensor(cov, {B}), info = make_tensor(cov, {B}, ScalarType::Int);
   place.for_dtype(cov.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     MatrixNormalArgs<T> args{};
@@ -59,8 +61,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> kl_memory_backward(const Tenso
   expect(prior_mean, "prior_mean", {B, K, C}, type);
   expect(prior_cov, "prior_cov", {B, K, K}, type);
   expect(grad_kl, "grad_kl", {B}, type);
-  const Tensor to_mean = make(mean, {B, K, C}), to_cov = make(mean, {B, K, K});
-  const Tensor to_prior_mean = make(mean, {B, K, C}), to_prior_cov = make(mean, {B, K, K});
+  const Tensor to_mean = make_tensor(mean, {B, K, C}), to_cov = make_tensor(mean, {B, K, K});
+  const Tensor to_prior_mean = make_tensor(mean, {B, K, C}), to_prior_cov = make_tensor(mean, {B, K, K});
   place.for_dtype(type, [&](auto scalar) {
     using T = decltype(scalar);
     const MatrixNormalArgs<T> args{.K = K,
@@ -85,7 +87,7 @@ static Tensor logdet_backward(const Tensor& cov, const Tensor& grad_logdet) {
   const int64_t B = cov.size(0), K = cov.size(1);
   expect(cov, "cov", {B, K, K}, cov.scalar_type());
   expect(grad_logdet, "grad_logdet", {B}, cov.scalar_type());
-  const Tensor to_cov = make(cov, {B, K, K});
+  const Tensor to_cov = make_tensor(cov, {B, K, K});
   place.for_dtype(cov.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const MatrixNormalArgs<T> args{.K = K, .cov = batch_of<const T>(cov)};

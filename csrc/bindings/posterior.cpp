@@ -2,6 +2,9 @@
 #include <tuple>
 
 #include "bindings/conditioning_args.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -11,7 +14,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
     const std::optional<Tensor>& mask, int64_t precision) {
   const Place place(mean, cov, weights, values, noise_var, mask);
   const PosteriorOutputs out(mean, values);
-  const Tensor log_evidence = make(mean, {mean.size(0)});
+  const Tensor log_evidence = make_tensor(mean, {mean.size(0)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);
@@ -33,7 +36,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backw
                     grad_log_evidence);
   expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
-  const Tensor to_weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
+  const Tensor to_weights = make_tensor(mean, {values.size(0), values.size(1), mean.size(1)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);

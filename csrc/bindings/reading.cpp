@@ -1,8 +1,11 @@
 // Binds solve_addressing, read and their backward to torch.ops.fastkm, and for GPUs addressing in two steps: one factor
 // a memory, any number of queries.
 #include <tuple>
+#include <type_traits>
 
-#include "bindings/cuda_binding.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -35,7 +38,7 @@ static void read_on(const Cpu& place, const ReadingArgs<T>& args, const Tensor& 
     place.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
     return;
   }
-  const Tensor factors = make(mean, {B, table.factor_size(args)});
+  const Tensor factors = make_tensor(mean, {B, table.factor_size(args)});
   T* at = data_of<T>(factors);
   place.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, at, begin, end); });
   const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);
@@ -51,7 +54,7 @@ template <class Place>
 static Tensor run_read(const Place& place, const Tensor& mean, const Tensor& queries, const Tensor& ridge,
                        int64_t num_iters, bool squared_gram, int64_t precision, const Tensor& weights,
                        const Tensor* values) {
-  const Tensor info = make(mean, {mean.size(0)}, ScalarType::Int);
+  const Tensor info = make_tensor(mean, {mean.size(0)}, ScalarType::Int);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     ReadingArgs<T> args = reading_args<T>(place, mean, queries, ridge, num_iters, squared_gram, precision, info);
@@ -66,7 +69,7 @@ template <class Place>
 static std::tuple<Tensor, Tensor> solve_addressing(const Tensor& mean, const Tensor& queries, const Tensor& ridge,
                                                    bool squared_gram) {
   const Place place(mean, queries, ridge);
-  const Tensor weights = make(mean, {mean.size(0), queries.size(1), mean.size(1)});
+  const Tensor weights = make_tensor(mean, {mean.size(0), queries.size(1), mean.size(1)});
   const Tensor info = run_read(place, mean, queries, ridge, 1, squared_gram, kIeee, weights, nullptr);
   return {weights, info};
 }
@@ -75,8 +78,8 @@ template <class Place>
 static std::tuple<Tensor, Tensor, Tensor> read(const Tensor& mean, const Tensor& queries, const Tensor& ridge,
                                                int64_t num_iters, bool squared_gram, int64_t precision) {
   const Place place(mean, queries, ridge);
-  const Tensor weights = make(mean, {mean.size(0), queries.size(1), mean.size(1)});
-  const Tensor values = make(mean, {queries.size(0), queries.size(1), queries.size(2)});
+  const Tensor weights = make_tensor(mean, {mean.size(0), queries.size(1), mean.size(1)});
+  const Tensor values = make_tensor(mean, {queries.size(0), queries.size(1), queries.size(2)});
   const Tensor info = run_read(place, mean, queries, ridge, num_iters, squared_gram, precision, weights, &values);
   return {values, weights, info};
 }
@@ -89,8 +92,9 @@ static std::tuple<Tensor, Tensor, Tensor> read_backward(const Tensor& mean, cons
                                                         const std::optional<Tensor>& grad_weights) {
   const Place place(mean, queries, ridge, grad_values, grad_weights);
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
-  const Tensor to_mean = make(mean, {B, K, C}), to_queries = make(mean, {B, Q, C}), to_ridge = make(mean, {B});
-  const Tensor info = make(mean, {B}, ScalarType::Int);
+  const Tensor to_mean = make_tensor(mean, {B, K, C}), to_queries = make_tensor(mean, {B, Q, C}),
+               to_ridge = make_tensor(mean, {B});
+  const Tensor info = make_tensor(mean, {B}, ScalarType::Int);
   expect(ridge, "ridge", {B}, mean.scalar_type());
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
@@ -109,7 +113,7 @@ template <class Place>
 static std::tuple<Tensor, Tensor> factor_addressing(const Tensor& mean, const Tensor& ridge) {
   const Place place(mean, ridge);
   const int64_t B = mean.size(0), K = mean.size(1);
-  const Tensor factor = make(mean, {B, K, K}), info = make(mean, {B}, ScalarType::Int);
+  const Tensor factor = make_tensor(mean, {B, K, K}), info = make_tensor(mean, {B}, ScalarType::Int);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const ReadingArgs<T> args{.K = K,
@@ -132,7 +136,7 @@ static Tensor solve_factored(const Tensor& mean, const Tensor& factor, const Ten
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
   expect(factor, "factor", {B, K, K}, mean.scalar_type());
   const int64_t queries_type = place.expect_codes(queries, "queries", {B, Q, C}, mean);
-  const Tensor weights = make(mean, {B, Q, K});
+  const Tensor weights = make_tensor(mean, {B, Q, K});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     const ReadingArgs<T> args{.K = K,

@@ -2,6 +2,9 @@
 #include <tuple>
 
 #include "bindings/conditioning_args.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -23,7 +26,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
     int64_t num_opt_iters, bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
   const Place place(mean, cov, values, noise_var, ridge, mask);
   const PosteriorOutputs out(mean, values);
-  const Tensor weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
+  const Tensor weights = make_tensor(mean, {values.size(0), values.size(1), mean.size(1)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     WritingArgs<T> args =
@@ -47,7 +50,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
   expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
   expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
-  const Tensor to_ridge = make(mean, {mean.size(0)});
+  const Tensor to_ridge = make_tensor(mean, {mean.size(0)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using T = decltype(scalar);
     WritingArgs<T> args =
