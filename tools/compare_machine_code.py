@@ -65,7 +65,7 @@ def without_names(code: str, start: int) -> str:
     """One instruction or relocation: jumps relative to the function's start, names of symbols removed."""
     if relocation := re.match(r"(?:[0-9a-f]+: )?(R_X86_64_\w+)\s", code):
         return relocation[1]
-    code = re.sub(r"\s*#.*", "", code).strip()
+    code = re.sub(r"\s+# .*", "", code).strip()
     if jump := re.match(r"(j\w+|call|loop\w*)\s+([0-9a-f]+) <.*>$", code):
         return f"{jump[1]} {int(jump[2], 16) - start:+#x}"
     return re.sub(r"\s*<.*>$", "", code)

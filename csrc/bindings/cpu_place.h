@@ -38,9 +38,9 @@ class Cpu {
 
   // Compute `B` memories with an entry of the table, spread over torch's threads. One thread computes a whole memory,
   // so its result does not depend on the other memories of the batch.
-  template <class T, class Entry, class Launcher, class... Arguments>
-  void run(int64_t B, Entry Kernels<T>::* entry, const Launcher&, const Arguments&... arguments) const {
-    const auto& compute = kernels<T>().*entry;
+  template <class Real, class Entry, class Launcher, class... Arguments>
+  void run(int64_t B, Entry Kernels<Real>::* entry, const Launcher&, const Arguments&... arguments) const {
+    const auto& compute = kernels<Real>().*entry;
     over_threads(B, [&](int64_t begin, int64_t end) { compute(arguments..., begin, end); });
   }
 

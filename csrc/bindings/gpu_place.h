@@ -52,8 +52,8 @@ class Gpu {
     return converted;
   }
 
-  template <class T, class Entry, class Launcher, class... Arguments>
-  void run(int64_t B, Entry Kernels<T>::*, const Launcher& launcher, const Arguments&... arguments) const {
+  template <class Real, class Entry, class Launcher, class... Arguments>
+  void run(int64_t B, Entry Kernels<Real>::*, const Launcher& launcher, const Arguments&... arguments) const {
     launch(launcher, arguments..., B);
   }
 

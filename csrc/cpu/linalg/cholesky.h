@@ -12,60 +12,60 @@ namespace fastkm::FASTKM_LEVEL {
 
 // The lower factor L of a positive definite matrix, with the inverses of its diagonal blocks: with those, every solve
 // is made of products.
-template <class T>
+template <class Real>
 struct Factor {
-  Matrix<T> lower;  // [n, n], the upper triangle is meaningless
-  T* inverse;       // [blocks, kBlock, kBlock], lower triangular
-  T* inverse_transposed;
+  Matrix<Real> lower;  // [n, n], the upper triangle is meaningless
+  Real* inverse;       // [blocks, kBlock, kBlock], lower triangular
+  Real* inverse_transposed;
 
   int64_t size() const { return lower.rows; }
-  Matrix<T> inverse_block(int64_t first) const { return {inverse + first * kBlock, kBlock, kBlock, kBlock}; }
-  Matrix<T> inverse_transposed_block(int64_t first) const {
+  Matrix<Real> inverse_block(int64_t first) const { return {inverse + first * kBlock, kBlock, kBlock, kBlock}; }
+  Matrix<Real> inverse_transposed_block(int64_t first) const {
     return {inverse_transposed + first * kBlock, kBlock, kBlock, kBlock};
   }
 };
 
 // In whole blocks of rows, zero past the last, so that tiles may take part whole.
-template <class T>
-Factor<T> take_factor(Arena& arena, int64_t n) {
+template <class Real>
+Factor<Real> allocate_factor(Arena& arena, int64_t n) {
   const int64_t padded = round_up(n, kBlock);
-  const Matrix<T> lower = take_matrix<T>(arena, padded, n);
+  const Matrix<Real> lower = allocate_matrix<Real>(arena, padded, n);
   fill_zero(lower.rows_from(n, padded - n));
-  return {lower.rows_from(0, n), arena.take<T>(padded * kBlock), arena.take<T>(padded * kBlock)};
+  return {lower.rows_from(0, n), arena.allocate<Real>(padded * kBlock), arena.allocate<Real>(padded * kBlock)};
 }
 
 // Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further
 // below, or NaN, is not that of a positive definite matrix. With no floors, a pivot must be positive.
-template <class T>
-struct Floors {
-  const T* value = nullptr;  // [n]
-  const T* slack = nullptr;  // [n]
+template <class Real>
+struct PivotFloors {
+  const Real* value = nullptr;  // [n]
+  const Real* slack = nullptr;  // [n]
 };
 
 // A square of kBlock rows.
-template <class T>
-struct Square {
-  alignas(64) T entry[kBlock][kBlock];
+template <class Real>
+struct SquareBlock {
+  alignas(64) Real entry[kBlock][kBlock];
 };
 
-template <class T>
-void transpose_block(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
-    for (int64_t j = 0; j < kBlock; j += kLanes<T>)
+template <class Real>
+void transpose_block(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
+    for (int64_t j = 0; j < kBlock; j += kLanes<Real>)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
 // What is on and below the diagonal only, in whole squares of vectors; or on and above it.
-template <class T>
-void transpose_lower(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
-    for (int64_t j = i; j < kBlock; j += kLanes<T>)
+template <class Real>
+void transpose_lower(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
+    for (int64_t j = i; j < kBlock; j += kLanes<Real>)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
-template <class T>
-void transpose_upper(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  for (int64_t i = 0; i < kBlock; i += kLanes<T>)
-    for (int64_t j = 0; j <= i; j += kLanes<T>)
+template <class Real>
+void transpose_upper(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
+    for (int64_t j = 0; j <= i; j += kLanes<Real>)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
@@ -78,9 +78,9 @@ template <int64_t COUNT, class F>
 }
 
 // The pivot to go on with, and whether it is that of a positive definite matrix.
-template <class T>
-bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
-  const T floor = floors.value ? floors.value[j] : T(0);
+template <class Real>
+bool check_pivot(Real& pivot, const PivotFloors<Real>& floors, int64_t j) {
+  const Real floor = floors.value ? floors.value[j] : Real(0);
   const bool holds = floors.value ? pivot >= floor - floors.slack[j] : pivot > 0;
   const bool finite = pivot - pivot == 0;
   if (!holds || !finite)
@@ -92,49 +92,50 @@ bool admit(T& pivot, const Floors<T>& floors, int64_t j) {
 
 // One vector of columns of rows `first` to `first` + W of a square being eliminated, in registers. With `multipliers`
 // in hand, which are the rows of Lᵀ unscaled and over their pivots, a panel of any square goes the way of Lᵀ itself.
-template <class T>
+template <class Real>
 struct Panel {
-  static constexpr int W = static_cast<int>(kLanes<T>);
-  const Square<T>& multipliers;
+  static constexpr int W = static_cast<int>(kLanes<Real>);
+  const SquareBlock<Real>& multipliers;
   const int64_t first;
-  Vec<T> row[W];
+  Vec<Real> row[W];
 
-  [[gnu::always_inline]] void load_from(const Square<T>& square, int64_t column) {
+  [[gnu::always_inline]] void load_from(const SquareBlock<Real>& square, int64_t column) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) row[i] = load(square.entry[first + i] + column);
   }
 
-  [[gnu::always_inline]] void store_to(Square<T>& square, int64_t column) const {
+  [[gnu::always_inline]] void store_to(SquareBlock<Real>& square, int64_t column) const {
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) store<T>(square.entry[first + i] + column, row[i]);
+    for (int i = 0; i < W; ++i) store<Real>(square.entry[first + i] + column, row[i]);
   }
 
   // Take row `j` of the square off rows AFTER + 1 and on.
   template <int AFTER>
-  [[gnu::always_inline]] void take_off(int64_t j, Vec<T> other) {
-    const T* factors = multipliers.entry[j] + first;
+  [[gnu::always_inline]] void subtract_row(int64_t j, Vec<Real> other) {
+    const Real* factors = multipliers.entry[j] + first;
 #pragma GCC unroll 16
     for (int i = AFTER + 1; i < W; ++i) row[i] -= factors[i] * other;
   }
 
   // All rows above, from `start` on: before it they are zero in this column.
-  [[gnu::always_inline]] void take_off_above(const Square<T>& square, int64_t start, int64_t column) {
-    for (int64_t j = start; j < first; ++j) take_off<-1>(j, load(square.entry[j] + column));
+  [[gnu::always_inline]] void subtract_rows_above(const SquareBlock<Real>& square, int64_t start, int64_t column) {
+    for (int64_t j = start; j < first; ++j) subtract_row<-1>(j, load(square.entry[j] + column));
   }
 
-  [[gnu::always_inline]] void take_off_within() {
-    unrolled<W>([&]<int J>() __attribute__((always_inline)) { take_off<J>(first + J, row[J]); });
+  [[gnu::always_inline]] void eliminate_within() {
+    unrolled<W>([&]<int J>() __attribute__((always_inline)) { subtract_row<J>(first + J, row[J]); });
   }
 };
 
 // L Lᵀ and, where it is wanted, L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of
 // one elimination: what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits
 // for, come last.
-template <class T>
-bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inverse, T* inverse_transposed) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& floors, Real* inverse,
+                  Real* inverse_transposed) {
+  constexpr int64_t W = kLanes<Real>;
   // Lᵀ, of which only what is on and right of the diagonal counts; its rows over their pivots; L⁻¹
-  Square<T> upper, multipliers, root;
+  SquareBlock<Real> upper, multipliers, root;
   if (n == kBlock) {
     transpose_lower(upper.entry[0], kBlock, a.data, a.ld);
   } else {
@@ -144,49 +145,49 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
       for (int64_t j = 0; j <= i; ++j) upper.entry[j][i] = a.row(i)[j];
   }
   bool good = true;
-  T pivots[kBlock], reciprocals[kBlock];
+  Real pivots[kBlock], reciprocals[kBlock];
   for (int64_t first = 0; first < kBlock; first += W) {
-    Panel<T> panel{.multipliers = multipliers, .first = first};
+    Panel<Real> panel{.multipliers = multipliers, .first = first};
     panel.load_from(upper, first);
-    panel.take_off_above(upper, 0, first);
-    T pivot = panel.row[0][0];
+    panel.subtract_rows_above(upper, 0, first);
+    Real pivot = panel.row[0][0];
     unrolled<W>([&]<int J>() __attribute__((always_inline)) {
       const int64_t j = first + J;
       const auto& row = panel.row;
-      if (j < n) good &= admit(pivot, floors, j);
+      if (j < n) good &= check_pivot(pivot, floors, j);
       pivots[j] = pivot;
-      const T reciprocal = reciprocals[j] = 1 / pivot;
+      const Real reciprocal = reciprocals[j] = 1 / pivot;
       // The next pivot ahead of its row: nothing else is waited for.
       if constexpr (J + 1 < W) pivot = row[J + 1][J + 1] - row[J][J + 1] * reciprocal * row[J][J + 1];
-      store<T>(multipliers.entry[j] + first, row[J] * reciprocal);
-      panel.template take_off<J>(j, row[J]);
+      store<Real>(multipliers.entry[j] + first, row[J] * reciprocal);
+      panel.template subtract_row<J>(j, row[J]);
     });
     panel.store_to(upper, first);
     for (int64_t column = first + W; column < kBlock; column += W) {
       panel.load_from(upper, column);
-      panel.take_off_above(upper, 0, column);
-      panel.take_off_within();
+      panel.subtract_rows_above(upper, 0, column);
+      panel.eliminate_within();
       panel.store_to(upper, column);
       for (int64_t i = 0; i < W; ++i)
-        store<T>(multipliers.entry[first + i] + column, panel.row[i] * reciprocals[first + i]);
+        store<Real>(multipliers.entry[first + i] + column, panel.row[i] * reciprocals[first + i]);
     }
     for (int64_t column = 0; inverse && column <= first; column += W) {
       unrolled<W>([&]<int J>() __attribute__((always_inline)) {
-        panel.row[J] = Vec<T>{};
+        panel.row[J] = Vec<Real>{};
         if (column == first) panel.row[J][J] = 1;
       });
-      panel.take_off_above(root, column, column);
-      panel.take_off_within();
+      panel.subtract_rows_above(root, column, column);
+      panel.eliminate_within();
       panel.store_to(root, column);
     }
   }
   for (int64_t j = 0; j < kBlock; ++j) {
-    T* row = upper.entry[j];
-    const T* root_row = root.entry[j];
-    const T length = std::sqrt(pivots[j]), reciprocal = 1 / length;
-    for (int64_t c = j / W * W; c < kBlock; c += W) store<T>(row + c, load(row + c) * reciprocal);
+    Real* row = upper.entry[j];
+    const Real* root_row = root.entry[j];
+    const Real length = std::sqrt(pivots[j]), reciprocal = 1 / length;
+    for (int64_t c = j / W * W; c < kBlock; c += W) store<Real>(row + c, load(row + c) * reciprocal);
     for (int64_t c = 0; inverse && c < kBlock; c += W)
-      store<T>(inverse + j * kBlock + c, c <= j ? load(root_row + c) * reciprocal : Vec<T>{});
+      store<Real>(inverse + j * kBlock + c, c <= j ? load(root_row + c) * reciprocal : Vec<Real>{});
     row[j] = length;
   }
   if (n == kBlock) {
@@ -200,20 +201,20 @@ bool factor_block(const Matrix<T>& a, int64_t n, const Floors<T>& floors, T* inv
 }
 
 // The inverse of a factor of one block, row by row: L⁻¹ = diag(1/L_tt) (I − the rows above, by what L has of them).
-template <class T>
-void invert_block(const Factor<T>& f) {
-  constexpr int64_t W = kLanes<T>;
-  Square<T> root = {};
+template <class Real>
+void invert_block(const Factor<Real>& f) {
+  constexpr int64_t W = kLanes<Real>;
+  SquareBlock<Real> root = {};
   for (int64_t i = 0; i < kBlock; ++i) {
-    T* row = root.entry[i];
+    Real* row = root.entry[i];
     row[i] = 1;
     if (i >= f.size()) continue;
-    const T* lower = f.lower.row(i);
-    const T reciprocal = 1 / lower[i];
+    const Real* lower = f.lower.row(i);
+    const Real reciprocal = 1 / lower[i];
     for (int64_t c = 0; c <= i; c += W) {
-      Vec<T> sum = load(row + c);
+      Vec<Real> sum = load(row + c);
       for (int64_t j = c; j < i; ++j) sum -= lower[j] * load(root.entry[j] + c);
-      store<T>(row + c, sum * reciprocal);
+      store<Real>(row + c, sum * reciprocal);
     }
   }
   __builtin_memcpy(f.inverse, root.entry, sizeof root.entry);
@@ -225,39 +226,39 @@ enum class Inverses { kAll, kAllButLast };
 
 // Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from
 // those on its left. Returns whether the matrix is positive definite; if not, the factor is finite but meaningless.
-template <class T>
-bool cholesky(const Factor<T>& f, Arena& arena, const Floors<T>& floors = {}, Upcoming* upcoming = nullptr,
+template <class Real>
+bool cholesky(const Factor<Real>& f, Arena& arena, const PivotFloors<Real>& floors = {}, Prefetch* prefetch = nullptr,
               Inverses inverses = Inverses::kAll) {
   const int64_t n = f.size();
-  const Matrix<T> above = take_matrix<T>(arena, n, kBlock);  // Lᵀ of this block row
-  const Matrix<T> panel = take_matrix<T>(arena, n, kBlock);
+  const Matrix<Real> above = allocate_matrix<Real>(arena, n, kBlock);  // Lᵀ of this block row
+  const Matrix<Real> panel = allocate_matrix<Real>(arena, n, kBlock);
   bool good = true;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t width = smaller(kBlock, n - j);
-    const Matrix<T> column = f.lower.block(j, n - j, j, width);
+    const Matrix<Real> column = f.lower.block(j, n - j, j, width);
     if (j > 0) {
       transpose(above.block(0, j, 0, width), f.lower.block(j, width, 0, j));
-      product<Into::kSubtract>(column, j, left(f.lower.rows_from(j, n - j)), above, upcoming);
+      product<Into::kSubtract>(column, j, operand(f.lower.rows_from(j, n - j)), above, prefetch);
     }
-    const Floors<T> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
+    const PivotFloors<Real> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
     const int64_t below = n - j - width;
     const bool inverted = below > 0 || inverses == Inverses::kAll;
     good &= factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,
                          f.inverse_transposed_block(j).data);
     if (below > 0) {
-      const Matrix<T> rest = column.rows_from(width, below);
+      const Matrix<Real> rest = column.rows_from(width, below);
       copy_rows(panel, rest);
-      product<Into::kSet>(rest, kBlock, left(panel), f.inverse_transposed_block(j), upcoming);
+      product<Into::kSet>(rest, kBlock, operand(panel), f.inverse_transposed_block(j), prefetch);
     }
   }
   return good;
 }
 
 // Without a factor there is no gradient: let every solve answer NaN.
-template <class T>
-void poison(const Factor<T>& f) {
+template <class Real>
+void poison_factor(const Factor<Real>& f) {
   for (int64_t i = 0; i < round_up(f.size(), kBlock) * kBlock; ++i)
-    f.inverse[i] = f.inverse_transposed[i] = std::numeric_limits<T>::quiet_NaN();
+    f.inverse[i] = f.inverse_transposed[i] = std::numeric_limits<Real>::quiet_NaN();
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

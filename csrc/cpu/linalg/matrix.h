@@ -18,25 +18,25 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Rows a multiple of 512 bytes apart: a column of tiles falls into an eighth of the first-level cache.
-template <class T>
-inline bool falls_together(int64_t ld) {
-  return ld * static_cast<int64_t>(sizeof(T)) % 512 == 0;
+template <class Real>
+inline bool shares_cache_sets(int64_t ld) {
+  return ld * static_cast<int64_t>(sizeof(Real)) % 512 == 0;
 }
 
 // Elements from one row to the next.
-template <class T>
+template <class Real>
 inline int64_t row_stride(int64_t columns) {
   const int64_t padded = round_up(columns, kBlock);
-  return falls_together<T>(padded) ? padded + kBlock : padded;
+  return shares_cache_sets<Real>(padded) ? padded + kBlock : padded;
 }
 
-template <class T>
+template <class Real>
 struct Matrix {
-  T* data;
+  Real* data;
   int64_t rows, columns, ld;
   bool padded = true;
 
-  T* row(int64_t i) const { return data + i * ld; }
+  Real* row(int64_t i) const { return data + i * ld; }
   Matrix block(int64_t first_row, int64_t count, int64_t first_column, int64_t width) const {
     return {row(first_row) + first_column, count, width, ld, padded};
   }
@@ -44,70 +44,70 @@ struct Matrix {
 };
 
 // The left factor of a product: strided, so that a transpose is a view.
-template <class T>
-struct Left {
-  const T* data;
+template <class Real>
+struct Operand {
+  const Real* data;
   int64_t row, column;
 };
-template <class T>
-Left<T> left(const Matrix<T>& m) {
+template <class Real>
+Operand<Real> operand(const Matrix<Real>& m) {
   return {m.data, m.ld, 1};
 }
-template <class T>
-Left<T> transposed(const Matrix<T>& m) {
+template <class Real>
+Operand<Real> transposed(const Matrix<Real>& m) {
   return {m.data, 1, m.ld};
 }
 
-template <class T>
-Left<T> left(const Batch<const T>& m) {
+template <class Real>
+Operand<Real> operand(const Batch<const Real>& m) {
   return {m.data, m.stride[1], m.stride[2]};
 }
-template <class T>
-Left<T> transposed(const Batch<const T>& m) {
+template <class Real>
+Operand<Real> transposed(const Batch<const Real>& m) {
   return {m.data, m.stride[2], m.stride[1]};
 }
 
-template <class T>
-Matrix<T> take_matrix(Arena& arena, int64_t rows, int64_t columns) {
-  const int64_t ld = row_stride<T>(columns);
-  return {arena.take<T>(rows * ld), rows, columns, ld};
+template <class Real>
+Matrix<Real> allocate_matrix(Arena& arena, int64_t rows, int64_t columns) {
+  const int64_t ld = row_stride<Real>(columns);
+  return {arena.allocate<Real>(rows * ld), rows, columns, ld};
 }
 
-template <class T>
-void fill_zero(const Matrix<T>& m) {
-  for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(T));
+template <class Real>
+void fill_zero(const Matrix<Real>& m) {
+  for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real));
 }
 
 // Up to a whole vector.
-template <class T>
-void clear_padding(const Matrix<T>& m) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void clear_padding(const Matrix<Real>& m) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t whole = m.columns / W * W;
   if (whole == m.columns) return;
-  const auto inside = lane_numbers<T>() < static_cast<LaneNumber<T>>(m.columns - whole);
+  const auto inside = lane_numbers<Real>() < static_cast<LaneNumber<Real>>(m.columns - whole);
   for (int64_t i = 0; i < m.rows; ++i) {
-    T* at = m.row(i) + whole;
-    store<T>(at, inside ? load(at) : Vec<T>{});
+    Real* at = m.row(i) + whole;
+    store<Real>(at, inside ? load(at) : Vec<Real>{});
   }
 }
 
 // For products that end with the columns and leave the padding: what happens to stand in it can be denormal, on which
 // processors are slow.
-template <class T>
-Matrix<T> take_cleared(Arena& arena, int64_t rows, int64_t columns) {
-  const Matrix<T> m = take_matrix<T>(arena, rows, columns);
+template <class Real>
+Matrix<Real> allocate_cleared(Arena& arena, int64_t rows, int64_t columns) {
+  const Matrix<Real> m = allocate_matrix<Real>(arena, rows, columns);
   clear_padding(m);
   return m;
 }
 
 // Copy in, with the padding set to zero.
-template <class T>
-void load_matrix(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+template <class Real>
+void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   for (int64_t i = 0; i < to.rows; ++i) {
-    const T* source = from.at(b, i);
-    T* target = to.row(i);
+    const Real* source = from.at(b, i);
+    Real* target = to.row(i);
     if (from.stride[2] == 1) {
-      __builtin_memcpy(target, source, static_cast<size_t>(to.columns) * sizeof(T));
+      __builtin_memcpy(target, source, static_cast<size_t>(to.columns) * sizeof(Real));
     } else {
       for (int64_t j = 0; j < to.columns; ++j) target[j] = source[j * from.stride[2]];
     }
@@ -116,71 +116,71 @@ void load_matrix(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
 }
 
 // What was computed in the caller's own rows is there already.
-template <class T>
-void store_matrix(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+template <class Real>
+void store_matrix(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
   if (from.data == to.at(b)) return;
   for (int64_t i = 0; i < from.rows; ++i)
-    __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(T));
+    __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(Real));
 }
 
 // The caller's own rows, where products do well with them as they are; else `work`, of the same size.
-template <class T>
-Matrix<T> own_rows(const Batch<T>& of, int64_t b, const Matrix<T>& work) {
+template <class Real>
+Matrix<Real> view_or_work(const Batch<Real>& of, int64_t b, const Matrix<Real>& work) {
   constexpr int64_t kFewBytes = 1 << 16;  // rows that fall together do no harm in a matrix that nearly fits the cache
-  const bool few = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(T)) <= kFewBytes;
-  if (of.stride[2] != 1 || work.columns < kLanes<T> || (falls_together<T>(of.stride[1]) && !few)) return work;
+  const bool few = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(Real)) <= kFewBytes;
+  if (of.stride[2] != 1 || work.columns < kLanes<Real> || (shares_cache_sets<Real>(of.stride[1]) && !few)) return work;
   return {of.at(b), work.rows, work.columns, of.stride[1], false};
 }
 
 // A matrix of the caller's, only to be read: its own rows, else a copy in `work`.
-template <class T>
-Matrix<T> rows_of(const Batch<const T>& from, int64_t b, const Matrix<T>& work) {
-  const Batch<T> readable{const_cast<T*>(from.data), {from.stride[0], from.stride[1], from.stride[2]}};
-  const Matrix<T> rows = own_rows(readable, b, work);
+template <class Real>
+Matrix<Real> view_or_copy(const Batch<const Real>& from, int64_t b, const Matrix<Real>& work) {
+  const Batch<Real> readable{const_cast<Real*>(from.data), {from.stride[0], from.stride[1], from.stride[2]}};
+  const Matrix<Real> rows = view_or_work(readable, b, work);
   if (rows.padded) load_matrix(work, from, b);
   return rows;
 }
 
 // Copy between two matrices of one width, padding included.
-template <class T>
-void copy_rows(const Matrix<T>& to, const Matrix<T>& from) {
+template <class Real>
+void copy_rows(const Matrix<Real>& to, const Matrix<Real>& from) {
   const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
   for (int64_t i = 0; i < from.rows; ++i)
-    for (int64_t j = 0; j < width; j += kLanes<T>) store<T>(to.row(i) + j, load(from.row(i) + j));
+    for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(to.row(i) + j, load(from.row(i) + j));
 }
 
-template <class T>
-Matrix<T> take_zero(Arena& arena, int64_t rows, int64_t columns) {
-  const Matrix<T> m = take_matrix<T>(arena, rows, columns);
+template <class Real>
+Matrix<Real> allocate_zero(Arena& arena, int64_t rows, int64_t columns) {
+  const Matrix<Real> m = allocate_matrix<Real>(arena, rows, columns);
   fill_zero(m);
   return m;
 }
 
 // A missing cotangent is zero.
-template <class T>
-void load_or_zero(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+template <class Real>
+void load_or_zero(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   if (from.data)
     load_matrix(to, from, b);
   else
     fill_zero(to);
 }
 
-template <class T>
-T value_or_zero(const Batch<const T>& from, int64_t b, int64_t t) {
-  return from.data ? *from.at(b, t) : T(0);
+template <class Real>
+Real value_or_zero(const Batch<const Real>& from, int64_t b, int64_t t) {
+  return from.data ? *from.at(b, t) : Real(0);
 }
 
 // to += from, padding included.
-template <class T>
-void add_rows(const Matrix<T>& to, const Matrix<T>& from) {
-  const int64_t padded = round_up(from.columns, kLanes<T>);
+template <class Real>
+void add_rows(const Matrix<Real>& to, const Matrix<Real>& from) {
+  const int64_t padded = round_up(from.columns, kLanes<Real>);
   for (int64_t i = 0; i < from.rows; ++i)
-    for (int64_t j = 0; j < padded; j += kLanes<T>)
-      store<T>(to.row(i) + j, load(to.row(i) + j) + load(from.row(i) + j));
+    for (int64_t j = 0; j < padded; j += kLanes<Real>)
+      store<Real>(to.row(i) + j, load(to.row(i) + j) + load(from.row(i) + j));
 }
 
-template <class T>
-void scale(const Matrix<T>& m, T factor) {
+template <class Real>
+void scale(const Matrix<Real>& m, Real factor) {
   for (int64_t i = 0; i < m.rows; ++i)
     for (int64_t j = 0; j < m.columns; ++j) m.row(i)[j] *= factor;
 }

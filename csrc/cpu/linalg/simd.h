@@ -10,58 +10,58 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-template <class T>
-using Vec [[gnu::vector_size(FASTKM_VECTOR_BYTES)]] = T;
+template <class Real>
+using Vec [[gnu::vector_size(FASTKM_VECTOR_BYTES)]] = Real;
 
-template <class T>
-constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(T);
+template <class Real>
+constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(Real);
 
-template <class T>
-using LaneNumber = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class Real>
+using LaneNumber = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
 // 0, 1, 2, … in the lanes: to be compared with.
-template <class T>
+template <class Real>
 inline auto lane_numbers() {
   return []<size_t... LANE>(std::index_sequence<LANE...>) {
-    typedef LaneNumber<T> Numbers [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+    typedef LaneNumber<Real> Numbers [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
     return Numbers{LANE...};
-  }(std::make_index_sequence<kLanes<T>>());
+  }(std::make_index_sequence<kLanes<Real>>());
 }
 
-template <class T>
-inline Vec<T> load(const T* from) {
-  Vec<T> vec;
+template <class Real>
+inline Vec<Real> load(const Real* from) {
+  Vec<Real> vec;
   __builtin_memcpy(&vec, from, sizeof vec);
   return vec;
 }
 
-template <class T>
-inline void store(T* to, Vec<T> vec) {
+template <class Real>
+inline void store(Real* to, Vec<Real> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
 // The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one
 // instruction.
-template <class T>
-inline auto magnitude(Vec<T> vec) {
-  return reinterpret_cast<decltype(lane_numbers<T>())>(vec) & std::numeric_limits<LaneNumber<T>>::max();
+template <class Real>
+inline auto magnitude(Vec<Real> vec) {
+  return reinterpret_cast<decltype(lane_numbers<Real>())>(vec) & std::numeric_limits<LaneNumber<Real>>::max();
 }
 
 // Sum of the lanes, pairwise from the outside in.
-template <class T>
-inline T lane_sum(Vec<T> vec) {
-  T lanes[kLanes<T>];
-  store<T>(lanes, vec);
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+template <class Real>
+inline Real lane_sum(Vec<Real> vec) {
+  Real lanes[kLanes<Real>];
+  store<Real>(lanes, vec);
+  for (int64_t half = kLanes<Real> / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
 }
 
 // Of two rows `stage` apart in a square: one of the halves that a stage of its transposition puts together.
-template <int STAGE, bool LOWER, class T, size_t... LANE>
-[[gnu::always_inline]] inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<LANE...>) {
-  constexpr int W = static_cast<int>(kLanes<T>);
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <int STAGE, bool LOWER, class Real, size_t... LANE>
+[[gnu::always_inline]] inline Vec<Real> interleave(Vec<Real> a, Vec<Real> b, std::index_sequence<LANE...>) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
+  using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
   typedef Index Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
   constexpr Mask mask = {(static_cast<int>(LANE) & STAGE ? W + static_cast<int>(LANE) - (LOWER ? 0 : STAGE)
                                                          : static_cast<int>(LANE) + (LOWER ? STAGE : 0))...};
@@ -69,16 +69,16 @@ template <int STAGE, bool LOWER, class T, size_t... LANE>
 }
 
 // The sums of the lanes of as many vectors as one has lanes, as one vector: each stage halves their number.
-template <class T>
-[[gnu::always_inline]] inline Vec<T> lane_sums(Vec<T> (&rows)[kLanes<T>]) {
-  constexpr int W = static_cast<int>(kLanes<T>);
+template <class Real>
+[[gnu::always_inline]] inline Vec<Real> lane_sums(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
   constexpr auto lanes = std::make_index_sequence<W>();
   const auto halve = [&]<int STAGE>() {
     if constexpr (STAGE < W)
 #pragma GCC unroll 16
       for (int i = 0; i < W; i += 2 * STAGE)
-        rows[i] = interleave<STAGE, false, T>(rows[i], rows[i + STAGE], lanes) +
-                  interleave<STAGE, true, T>(rows[i], rows[i + STAGE], lanes);
+        rows[i] = interleave<STAGE, false, Real>(rows[i], rows[i + STAGE], lanes) +
+                  interleave<STAGE, true, Real>(rows[i], rows[i + STAGE], lanes);
   };
   halve.template operator()<1>();
   halve.template operator()<2>();
@@ -89,11 +89,11 @@ template <class T>
 
 // Transpose a square of kLanes × kLanes in registers: at every stage the off-diagonal quarters of squares of twice the
 // stage change places.
-template <class T>
-[[gnu::always_inline]] inline void transpose_square(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  constexpr int W = static_cast<int>(kLanes<T>);
+template <class Real>
+[[gnu::always_inline]] inline void transpose_square(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
   constexpr auto lanes = std::make_index_sequence<W>();
-  Vec<T> rows[W];
+  Vec<Real> rows[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_ld);
   const auto exchange = [&]<int STAGE>() {
@@ -101,9 +101,9 @@ template <class T>
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i)
         if (!(i & STAGE)) {
-          const Vec<T> a = rows[i], b = rows[i + STAGE];
-          rows[i] = interleave<STAGE, false, T>(a, b, lanes);
-          rows[i + STAGE] = interleave<STAGE, true, T>(a, b, lanes);
+          const Vec<Real> a = rows[i], b = rows[i + STAGE];
+          rows[i] = interleave<STAGE, false, Real>(a, b, lanes);
+          rows[i + STAGE] = interleave<STAGE, true, Real>(a, b, lanes);
         }
   };
   exchange.template operator()<1>();
@@ -111,7 +111,7 @@ template <class T>
   exchange.template operator()<4>();
   exchange.template operator()<8>();
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store<T>(to + i * to_ld, rows[i]);
+  for (int i = 0; i < W; ++i) store<Real>(to + i * to_ld, rows[i]);
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -10,20 +10,20 @@
 namespace fastkm::FASTKM_LEVEL {
 
 // Not symmetric, by more than rounding explains; or not finite, which no positive definite matrix is.
-template <class T>
-Status symmetry(const Matrix<T>& m) {
-  constexpr int64_t W = kLanes<T>;
-  using Bits = LaneNumber<T>;
+template <class Real>
+Status symmetry(const Matrix<Real>& m) {
+  constexpr int64_t W = kLanes<Real>;
+  using Bits = LaneNumber<Real>;
   // Squares below the diagonal against those across it, lane by lane; what is left one by one.
   const int64_t whole = m.rows / W * W;
-  alignas(64) T across[W * W];
-  decltype(lane_numbers<T>()) scales = {}, gaps = {};
+  alignas(64) Real across[W * W];
+  decltype(lane_numbers<Real>()) scales = {}, gaps = {};
   for (int64_t i = 0; i < whole; i += W)
     for (int64_t j = 0; j <= i; j += W) {
       transpose_square(across, W, m.row(j) + i, m.ld);
       for (int64_t row = 0; row < W; ++row) {
-        const Vec<T> entry = load(m.row(i + row) + j);
-        const auto size = magnitude<T>(entry), difference = magnitude<T>(entry - load(across + row * W));
+        const Vec<Real> entry = load(m.row(i + row) + j);
+        const auto size = magnitude<Real>(entry), difference = magnitude<Real>(entry - load(across + row * W));
         scales = size > scales ? size : scales;
         gaps = difference > gaps ? difference : gaps;
       }
@@ -38,22 +38,23 @@ Status symmetry(const Matrix<T>& m) {
     for (int64_t j = 0; j <= i; ++j)
       compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
               __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
-  const T most = __builtin_bit_cast(T, gap);  // of what is not finite no difference is
+  const Real most = __builtin_bit_cast(Real, gap);  // of what is not finite no difference is
   if (most - most != 0) return kNotPositiveDefinite;
-  return most <= std::sqrt(std::numeric_limits<T>::epsilon()) * __builtin_bit_cast(T, scale) ? kGood : kAsymmetric;
+  return most <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale) ? kGood
+                                                                                                   : kAsymmetric;
 }
 
 // Copy the lower triangle onto the upper one.
-template <class T>
-void mirror(const Matrix<T>& m) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void mirror(const Matrix<Real>& m) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t whole = m.rows / W * W;
-  alignas(64) T across[W * W];
+  alignas(64) Real across[W * W];
   for (int64_t i = 0; i < whole; i += W) {
     transpose_square(across, W, m.row(i) + i, m.ld);
     for (int64_t row = 0; row < W; ++row) {
-      T* at = m.row(i + row) + i;
-      store<T>(at, lane_numbers<T>() > static_cast<LaneNumber<T>>(row) ? load(across + row * W) : load(at));
+      Real* at = m.row(i + row) + i;
+      store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
     }
     for (int64_t j = i + W; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
   }
@@ -62,28 +63,28 @@ void mirror(const Matrix<T>& m) {
 }
 
 // a ← (a + aᵀ) / 2, squares of whole vectors at a time; what is left one by one.
-template <class T>
-void symmetrise(const Matrix<T>& a) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void symmetrise(const Matrix<Real>& a) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t whole = a.rows / W * W;
-  alignas(64) T across[W * W], along[W * W];
+  alignas(64) Real across[W * W], along[W * W];
   for (int64_t i = 0; i < whole; i += W)
     for (int64_t j = 0; j <= i; j += W) {
       transpose_square(across, W, a.row(j) + i, a.ld);
       for (int64_t row = 0; row < W; ++row) {
-        const Vec<T> mean = T(0.5) * (load(a.row(i + row) + j) + load(across + row * W));
-        store<T>(along + row * W, mean);
-        store<T>(a.row(i + row) + j, mean);
+        const Vec<Real> mean = Real(0.5) * (load(a.row(i + row) + j) + load(across + row * W));
+        store<Real>(along + row * W, mean);
+        store<Real>(a.row(i + row) + j, mean);
       }
       transpose_square(a.row(j) + i, a.ld, along, W);
     }
   for (int64_t i = whole; i < a.rows; ++i)
-    for (int64_t j = 0; j < i; ++j) a.row(i)[j] = a.row(j)[i] = T(0.5) * (a.row(i)[j] + a.row(j)[i]);
+    for (int64_t j = 0; j < i; ++j) a.row(i)[j] = a.row(j)[i] = Real(0.5) * (a.row(i)[j] + a.row(j)[i]);
 }
 
 // m ← m + mᵀ
-template <class T>
-void add_transpose(const Matrix<T>& m) {
+template <class Real>
+void add_transpose(const Matrix<Real>& m) {
   for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
     for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
       for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
@@ -92,19 +93,19 @@ void add_transpose(const Matrix<T>& m) {
 }
 
 // a ← G + λI, or G² + λI, ready to be factored; `gram` may be `a` itself.
-template <class T>
-void regularise(const Matrix<T>& a, const Matrix<T>& gram, T ridge, bool squared) {
+template <class Real>
+void regularise(const Matrix<Real>& a, const Matrix<Real>& gram, Real ridge, bool squared) {
   if (squared)
-    product_lower<Into::kSet>(a, gram.rows, left(gram), gram);
+    product_lower<Into::kSet>(a, gram.rows, operand(gram), gram);
   else if (a.data != gram.data)
     copy_rows(a, gram);
   for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
 }
 
 // a ← a b for symmetric matrices that commute.
-template <class T>
-void multiply_symmetric(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& scratch) {
-  product_lower<Into::kSet>(scratch, a.rows, left(a), b);
+template <class Real>
+void product_commuting(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& scratch) {
+  product_lower<Into::kSet>(scratch, a.rows, operand(a), b);
   copy_rows(a, scratch);
   mirror(a);
 }

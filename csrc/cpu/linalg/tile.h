@@ -6,22 +6,22 @@
 namespace fastkm::FASTKM_LEVEL {
 
 // ROWS × (VECS vectors), in registers.
-template <int ROWS, int VECS, class T>
+template <int ROWS, int VECS, class Real>
 struct Tile {
-  static constexpr int64_t W = kLanes<T>;
-  Vec<T> row[ROWS][VECS] = {};
+  static constexpr int64_t W = kLanes<Real>;
+  Vec<Real> row[ROWS][VECS] = {};
 
   // Add A B, along k. A is read element by element with any strides, so a transposed A costs nothing; rows of B are
   // contiguous.
-  [[gnu::always_inline]] void add_product(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
+  [[gnu::always_inline]] void add_product(int64_t k, const Real* a, int64_t a_row, int64_t a_column, const Real* b,
                                           int64_t ldb) {
     for (int64_t p = 0; p < k; ++p) {
-      Vec<T> other[VECS];
+      Vec<Real> other[VECS];
 #pragma GCC unroll 8
       for (int j = 0; j < VECS; ++j) other[j] = load(b + p * ldb + j * W);
 #pragma GCC unroll 16
       for (int i = 0; i < ROWS; ++i) {
-        const T factor = a[i * a_row + p * a_column];
+        const Real factor = a[i * a_row + p * a_column];
 #pragma GCC unroll 8
         for (int j = 0; j < VECS; ++j) row[i][j] += factor * other[j];
       }
@@ -29,7 +29,7 @@ struct Tile {
   }
 
   // Multiply by a lower triangle from the left: from the last row, as a row meets those above it.
-  [[gnu::always_inline]] void multiply_lower(const T* lower, int64_t ld) {
+  [[gnu::always_inline]] void multiply_lower(const Real* lower, int64_t ld) {
 #pragma GCC unroll 16
     for (int above = 1; above <= ROWS; ++above) {
       const int i = ROWS - above;
@@ -55,15 +55,16 @@ struct Tile {
 enum class Into { kSet, kAdd, kSubtract };
 
 // C = A B, or D ± A B, for a tile. Rows of C and D are contiguous; D may be C.
-template <Into INTO, int ROWS, int VECS, class T>
-[[gnu::always_inline]] inline void product_tile(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t ldb, const T* d, int64_t ldd, T* c, int64_t ldc) {
-  Tile<ROWS, VECS, T> sum;
+template <Into INTO, int ROWS, int VECS, class Real>
+[[gnu::always_inline]] inline void product_tile(int64_t k, const Real* a, int64_t a_row, int64_t a_column,
+                                                const Real* b, int64_t ldb, const Real* d, int64_t ldd, Real* c,
+                                                int64_t ldc) {
+  Tile<ROWS, VECS, Real> sum;
   sum.add_product(k, a, a_row, a_column, b, ldb);
-  sum.each([&](Vec<T>& x, int64_t i, int64_t j) __attribute__((always_inline)) {
-    if constexpr (INTO == Into::kSet) store<T>(c + i * ldc + j, x);
-    if constexpr (INTO == Into::kAdd) store<T>(c + i * ldc + j, load(d + i * ldd + j) + x);
-    if constexpr (INTO == Into::kSubtract) store<T>(c + i * ldc + j, load(d + i * ldd + j) - x);
+  sum.each([&](Vec<Real>& x, int64_t i, int64_t j) __attribute__((always_inline)) {
+    if constexpr (INTO == Into::kSet) store<Real>(c + i * ldc + j, x);
+    if constexpr (INTO == Into::kAdd) store<Real>(c + i * ldc + j, load(d + i * ldd + j) + x);
+    if constexpr (INTO == Into::kSubtract) store<Real>(c + i * ldc + j, load(d + i * ldd + j) - x);
   });
 }
 

@@ -7,9 +7,9 @@ namespace fastkm::FASTKM_LEVEL {
 
 // to = fromᵀ [rows, columns], squares of whole vectors at a time. The last squares of a row or column overlap those
 // before them; a matrix too small for one goes entry by entry.
-template <class T>
-void transpose(int64_t rows, int64_t columns, T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void transpose(int64_t rows, int64_t columns, Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  constexpr int64_t W = kLanes<Real>;
   if (rows < W || columns < W) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
@@ -25,23 +25,23 @@ void transpose(int64_t rows, int64_t columns, T* to, int64_t to_ld, const T* fro
 }
 
 // to = fromᵀ; the padding is set to zero.
-template <class T>
-void transpose(const Matrix<T>& to, const Matrix<T>& from) {
+template <class Real>
+void transpose(const Matrix<Real>& to, const Matrix<Real>& from) {
   transpose(to.rows, to.columns, to.data, to.ld, from.data, from.ld);
   for (int64_t i = 0; i < to.rows; ++i)
     for (int64_t j = to.columns; j < to.ld; ++j) to.row(i)[j] = 0;
 }
 
-template <class T>
-Matrix<T> take_transposed(const Matrix<T>& m, Arena& arena) {
-  const Matrix<T> result = take_matrix<T>(arena, m.columns, m.rows);
+template <class Real>
+Matrix<Real> transposed_copy(const Matrix<Real>& m, Arena& arena) {
+  const Matrix<Real> result = allocate_matrix<Real>(arena, m.columns, m.rows);
   transpose(result, m);
   return result;
 }
 
 // Transposed in, with the padding set to zero.
-template <class T>
-void load_transposed(const Matrix<T>& to, const Batch<const T>& from, int64_t b) {
+template <class Real>
+void load_transposed(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   if (from.stride[2] == 1) {
     transpose(to.rows, to.columns, to.data, to.ld, from.at(b), from.stride[1]);
   } else {
@@ -52,8 +52,8 @@ void load_transposed(const Matrix<T>& to, const Batch<const T>& from, int64_t b)
 }
 
 // Transposed out; results have rows without gaps.
-template <class T>
-void store_transposed(const Batch<T>& to, int64_t b, const Matrix<T>& from) {
+template <class Real>
+void store_transposed(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
   transpose(from.columns, from.rows, to.at(b), to.stride[1], from.data, from.ld);
 }
 

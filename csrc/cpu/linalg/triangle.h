@@ -7,37 +7,37 @@ namespace fastkm::FASTKM_LEVEL {
 
 // Rows of C = A B for a triangular B [n, n], two vectors of columns from `first` on: of the rows of B that they share,
 // then of those in which only one of them is not zero.
-template <bool UPPER, int ROWS, class T>
-[[gnu::always_inline]] inline void triangle_tile(int64_t n, int64_t first, const T* a, int64_t a_row,
-                                                 const Matrix<T>& b, T* c, int64_t c_row) {
-  constexpr int64_t W = kLanes<T>;
+template <bool UPPER, int ROWS, class Real>
+[[gnu::always_inline]] inline void triangle_tile(int64_t n, int64_t first, const Real* a, int64_t a_row,
+                                                 const Matrix<Real>& b, Real* c, int64_t c_row) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t corner = smaller(first + W, n), end = smaller(first + 2 * W, n);
-  Vec<T> sum[ROWS][2] = {};
+  Vec<Real> sum[ROWS][2] = {};
   for (int64_t p = UPPER ? 0 : corner; p < (UPPER ? corner : n); ++p) {
-    const Vec<T> near = load(b.row(p) + first), far = load(b.row(p) + first + W);
+    const Vec<Real> near = load(b.row(p) + first), far = load(b.row(p) + first + W);
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
-      const T factor = a[i * a_row + p];
+      const Real factor = a[i * a_row + p];
       sum[i][0] += factor * near;
       sum[i][1] += factor * far;
     }
   }
   for (int64_t p = UPPER ? corner : first; p < (UPPER ? end : corner); ++p) {
-    const Vec<T> only = load(b.row(p) + first + (UPPER ? W : 0));
+    const Vec<Real> only = load(b.row(p) + first + (UPPER ? W : 0));
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) sum[i][UPPER] += a[i * a_row + p] * only;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < ROWS; ++i) {
-    store<T>(c + i * c_row + first, sum[i][0]);
-    store<T>(c + i * c_row + first + W, sum[i][1]);
+    store<Real>(c + i * c_row + first, sum[i][0]);
+    store<Real>(c + i * c_row + first + W, sum[i][1]);
   }
 }
 
 // C = A B for a triangular B.
-template <bool UPPER, class T>
-void product_of_triangle(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>& b) {
-  constexpr int64_t W = kLanes<T>;
+template <bool UPPER, class Real>
+void product_of_triangle(const Matrix<Real>& c, const Matrix<Real>& a, const Matrix<Real>& b) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t n = b.rows;
   int64_t first = 0;
   for (; first + W < n; first += 2 * W) {
@@ -49,7 +49,7 @@ void product_of_triangle(const Matrix<T>& c, const Matrix<T>& a, const Matrix<T>
   }
   if (first < n) {
     const int64_t above = UPPER ? 0 : first;
-    product<Into::kSet>(c.block(0, c.rows, first, n - first), n - above, Left<T>{a.data + above, a.ld, 1},
+    product<Into::kSet>(c.block(0, c.rows, first, n - first), n - above, Operand<Real>{a.data + above, a.ld, 1},
                         b.block(above, n - above, first, n - first));
   }
 }

@@ -8,75 +8,75 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-template <class T>
-T dot(int64_t n, const T* x, const T* y) {
-  constexpr int64_t W = kLanes<T>;
-  Vec<T> sum[2] = {};
+template <class Real>
+Real dot(int64_t n, const Real* x, const Real* y) {
+  constexpr int64_t W = kLanes<Real>;
+  Vec<Real> sum[2] = {};
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
     sum[0] += load(x + i) * load(y + i);
     sum[1] += load(x + i + W) * load(y + i + W);
   }
-  T total = lane_sum<T>(sum[0] + sum[1]);
+  Real total = lane_sum<Real>(sum[0] + sum[1]);
   for (; i < n; ++i) total += x[i] * y[i];
   return total;
 }
 
 // ‖row‖² of every row, padded to a whole vector of them.
-template <class T>
-void squared_norms(const Matrix<T>& m, T* norms) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void squared_norms(const Matrix<Real>& m, Real* norms) {
+  constexpr int64_t W = kLanes<Real>;
   const int64_t whole = m.columns / W * W;
-  const auto inside = lane_numbers<T>() < static_cast<LaneNumber<T>>(m.columns - whole);
+  const auto inside = lane_numbers<Real>() < static_cast<LaneNumber<Real>>(m.columns - whole);
   for (int64_t i = 0; i < m.rows; i += W) {
-    Vec<T> sum[W];
+    Vec<Real> sum[W];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < W; ++lane) {
-      const T* row = m.row(smaller(i + lane, m.rows - 1));
-      Vec<T> last = {};
+      const Real* row = m.row(smaller(i + lane, m.rows - 1));
+      Vec<Real> last = {};
       if (whole < m.columns) last = inside ? load(row + whole) : last;
       sum[lane] = last * last;
       for (int64_t j = 0; j < whole; j += W) sum[lane] += load(row + j) * load(row + j);
     }
-    store<T>(norms + i, lane_sums<T>(sum));
+    store<Real>(norms + i, lane_sums<Real>(sum));
   }
 }
 
 // Sum of the products of entries.
-template <class T>
-double inner_product(const Matrix<T>& x, const Matrix<T>& y) {
+template <class Real>
+double inner_product(const Matrix<Real>& x, const Matrix<Real>& y) {
   double sum = 0;
   for (int64_t i = 0; i < x.rows; ++i) sum += dot(x.columns, x.row(i), y.row(i));
   return sum;
 }
 
-template <class T>
-void add_scaled(int64_t padded, T* to, T factor, const T* from) {
-  constexpr int64_t W = kLanes<T>;
-  for (int64_t i = 0; i < padded; i += W) store<T>(to + i, load(to + i) + factor * load(from + i));
+template <class Real>
+void add_scaled(int64_t padded, Real* to, Real factor, const Real* from) {
+  constexpr int64_t W = kLanes<Real>;
+  for (int64_t i = 0; i < padded; i += W) store<Real>(to + i, load(to + i) + factor * load(from + i));
 }
 
 // M += (x yᵀ + y xᵀ) / 2 for two vectors.
-template <class T>
-void add_symmetric_outer(const Matrix<T>& m, T factor, const T* x, const T* y) {
+template <class Real>
+void add_symmetric_outer(const Matrix<Real>& m, Real factor, const Real* x, const Real* y) {
   for (int64_t i = 0; i < m.rows; ++i) {
-    const T of_y = T(0.5) * factor * x[i], of_x = T(0.5) * factor * y[i];
+    const Real of_y = Real(0.5) * factor * x[i], of_x = Real(0.5) * factor * y[i];
     for (int64_t j = 0; j < m.rows; ++j) m.row(i)[j] += of_y * y[j] + of_x * x[j];
   }
 }
 
 // y (=, −=) Mᵀ x for the first `rows` rows of M and each of N vectors; `padded` columns.
-template <Into INTO, size_t N, class T>
-void combine(const Matrix<T>& m, int64_t rows, int64_t padded, const std::array<const T*, N>& x,
-             const std::array<T*, N>& y) {
-  constexpr int64_t W = kLanes<T>;
+template <Into INTO, size_t N, class Real>
+void combine(const Matrix<Real>& m, int64_t rows, int64_t padded, const std::array<const Real*, N>& x,
+             const std::array<Real*, N>& y) {
+  constexpr int64_t W = kLanes<Real>;
   int64_t j = 0;
   // Enough sums in flight to hide the latency of an addition: rows are dealt out to PARTS of them.
   const auto pass = [&]<int VECS, int PARTS>() {
-    Vec<T> sum[PARTS][N][VECS] = {};
+    Vec<Real> sum[PARTS][N][VECS] = {};
     const auto add = [&](int part, int64_t i) {
-      const T* row = m.row(i) + j;
-      Vec<T> entry[VECS];
+      const Real* row = m.row(i) + j;
+      Vec<Real> entry[VECS];
 #pragma GCC unroll 4
       for (int v = 0; v < VECS; ++v) entry[v] = load(row + v * W);
 #pragma GCC unroll 2
@@ -95,8 +95,8 @@ void combine(const Matrix<T>& m, int64_t rows, int64_t padded, const std::array<
       for (int v = 0; v < VECS; ++v) {
 #pragma GCC unroll 4
         for (int part = 1; part < PARTS; ++part) sum[0][n][v] += sum[part][n][v];
-        T* at = y[n] + j + v * W;
-        store<T>(at, INTO == Into::kSubtract ? load(at) - sum[0][n][v] : sum[0][n][v]);
+        Real* at = y[n] + j + v * W;
+        store<Real>(at, INTO == Into::kSubtract ? load(at) - sum[0][n][v] : sum[0][n][v]);
       }
   };
   for (; j + 4 * W <= padded; j += 4 * W) pass.template operator()<4, 2 / N>();
@@ -105,23 +105,23 @@ void combine(const Matrix<T>& m, int64_t rows, int64_t padded, const std::array<
 }
 
 // y = M x for a symmetric M.
-template <class T>
-void multiply(const Matrix<T>& m, int64_t padded, const T* x, T* y) {
+template <class Real>
+void multiply(const Matrix<Real>& m, int64_t padded, const Real* x, Real* y) {
   combine<Into::kSet, 1>(m, m.rows, padded, {x}, {y});
 }
 
 // y = M x for the first `rows` rows of M, which has more, up to a whole vector; `padded` columns.
-template <class T>
-void dots(const Matrix<T>& m, int64_t rows, int64_t padded, const T* x, T* y) {
-  constexpr int64_t W = kLanes<T>;
+template <class Real>
+void dots(const Matrix<Real>& m, int64_t rows, int64_t padded, const Real* x, Real* y) {
+  constexpr int64_t W = kLanes<Real>;
   for (int64_t i = 0; i < rows; i += W) {
-    Vec<T> sum[W] = {};
+    Vec<Real> sum[W] = {};
     for (int64_t j = 0; j < padded; j += W) {
-      const Vec<T> entry = load(x + j);
+      const Vec<Real> entry = load(x + j);
 #pragma GCC unroll 16
       for (int64_t row = 0; row < W; ++row) sum[row] += load(m.row(i + row) + j) * entry;
     }
-    store<T>(y + i, lane_sums<T>(sum));
+    store<Real>(y + i, lane_sums<Real>(sum));
   }
 }
 

@@ -14,23 +14,24 @@ namespace fastkm::FASTKM_LEVEL {
 
 // What conditioning on the weights of a search needs is known from it: with L̃ the c_earlier · w_t and a unit diagonal,
 // S = L Lᵀ for L = L̃ diag(√s), and G = L⁻¹ W U has the rows a/√s.
-template <class T>
-Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t from, const Matrix<T>& weights,
-                      const Matrix<T>& values, const PosteriorArgs<T>& args, int64_t b, int64_t first, Arena& arena) {
+template <class Real>
+WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Search<Real>& search, int64_t from,
+                                      const Matrix<Real>& weights, const Matrix<Real>& values,
+                                      const PosteriorArgs<Real>& args, int64_t b, int64_t first, Arena& arena) {
   const int64_t count = weights.rows;
-  Chunk<T> chunk = take_chunk(args, count, arena);
-  const Factor<T> factor = take_factor<T>(arena, count);
-  T root[kChunk];
+  WhitenedRows<Real> chunk = allocate_whitened_rows(args, count, arena);
+  const Factor<Real> factor = allocate_factor<Real>(arena, count);
+  Real root[kChunk];
   for (int64_t t = 0; t < count; ++t) {
-    const T noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
-    T s = args.seen(b, first + t) ? search.s[from + t] : noise;
-    const T slack = slack_of(args.K, count, s);
-    chunk.good &= admit(s, Floors<T>{&noise, &slack}, 0);
+    const Real noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
+    Real s = args.unmasked(b, first + t) ? search.s[from + t] : noise;
+    const Real slack = rounding_slack(args.K, count, s);
+    chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);
     chunk.pivot[t] = s;
     root[t] = std::sqrt(s);
-    const T reciprocal = 1 / root[t];
-    T *lower = factor.lower.row(t), *gain = chunk.gain.row(t);
-    const T *past = search.past.row(from + t) + from, *a = search.cov.right.row(from + t);
+    const Real reciprocal = 1 / root[t];
+    Real *lower = factor.lower.row(t), *gain = chunk.gain.row(t);
+    const Real *past = search.past.row(from + t) + from, *a = search.cov.right.row(from + t);
     for (int64_t j = 0; j < t; ++j) lower[j] = past[j] * root[j];
     lower[t] = root[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
@@ -41,46 +42,48 @@ Chunk<T> whiten_found(const Memory<T>& memory, const Search<T>& search, int64_t 
 }
 
 // Find the weights of a chunk of patterns, which stand below the mean in `stacked`, and condition on them.
-template <class T>
-Status write_chunk(const WritingArgs<T>& args, const Memory<T>& memory, const Matrix<T>& stacked,
-                   const Matrix<T>& weights, int64_t b, int64_t first, double& log_evidence, Arena& arena) {
-  const PosteriorArgs<T>& shared = args.posterior;
+template <class Real>
+Status write_chunk(const WritingArgs<Real>& args, const MemoryRows<Real>& memory, const Matrix<Real>& stacked,
+                   const Matrix<Real>& weights, int64_t b, int64_t first, double& log_evidence, Arena& arena) {
+  const PosteriorArgs<Real>& shared = args.posterior;
   const int64_t count = weights.rows;
   const bool once = factors_once(args);
-  const GramSpace<T> space = take_gram_space(memory, stacked, weights, !once, arena);
-  Search<T> search = once ? take_search(space, arena) : Search<T>{};
+  const GramSpace<Real> space = compute_gram_space(memory, stacked, weights, !once, arena);
+  Search<Real> search = once ? allocate_search(space, arena) : Search<Real>{};
   Status status =
-      once ? find_weights(space, args, b, first, search, arena) : find_weights_afresh(space, args, b, first, arena);
+      once ? find_weights(space, args, b, first, search, arena) : find_weights_refactored(space, args, b, first, arena);
   const Arena::Mark searched = arena.mark();
   for (int64_t t = 0; t < count; t += kChunk) {
     arena.release(searched);
     const int64_t now = smaller(kChunk, count - t);
-    const Matrix<T> found = weights.rows_from(t, now), values = stacked.rows_from(args.posterior.K + t, now);
-    const Chunk<T> chunk = once ? whiten_found(memory, search, t, found, values, shared, b, first + t, arena)
-                                : whiten(memory, found, values, shared, b, first + t, arena);
+    const Matrix<Real> found = weights.rows_from(t, now), values = stacked.rows_from(args.posterior.K + t, now);
+    const WhitenedRows<Real> chunk =
+        once ? whiten_from_search(memory, search, t, found, values, shared, b, first + t, arena)
+             : whiten_rows(memory, found, values, shared, b, first + t, arena);
     const Status updated = condition(memory, chunk, memory, shared, b, first + t, log_evidence);
     status = status > updated ? status : updated;
   }
   return status;
 }
 
-template <class T>
-void write(const WritingArgs<T>& args, int64_t begin, int64_t end) {
-  const PosteriorArgs<T>& shared = args.posterior;
+template <class Real>
+void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
+  const PosteriorArgs<Real>& shared = args.posterior;
   const int64_t K = shared.K, size = search_chunk(K), most = smaller(size, shared.T_);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Matrix<T> stacked = take_matrix<T>(arena, K + most, shared.C), all_weights = take_matrix<T>(arena, most, K);
-    const Memory<T> memory{stacked.rows_from(0, K), take_matrix<T>(arena, K, K)};
+    const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + most, shared.C),
+                       all_weights = allocate_matrix<Real>(arena, most, K);
+    const MemoryRows<Real> memory{stacked.rows_from(0, K), allocate_matrix<Real>(arena, K, K)};
     Status status = load_memory(memory, shared, b);
     double log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
     for (int64_t first = 0; first < shared.T_; first += size) {
       arena.release(chunk_start);
       const int64_t count = smaller(size, shared.T_ - first);
-      const Matrix<T> weights = all_weights.rows_from(0, count);
+      const Matrix<Real> weights = all_weights.rows_from(0, count);
       load_patterns(stacked.rows_from(K, count), shared.values, shared, b, first);
-      const Matrix<T> both = stacked.rows_from(0, K + count);
+      const Matrix<Real> both = stacked.rows_from(0, K + count);
       const Status done = write_chunk(args, memory, both, weights, b, first, log_evidence, arena);
       store_matrix(args.new_weights.from_row(first), b, weights);
       if (status == kGood) status = done;
