@@ -1,4 +1,10 @@
 // Cholesky factors, with the inverses of their diagonal blocks.
+//
+// A matrix of n rows costs n³ / 3 operations. Block columns of kBlock columns are factored from left to right:
+//   (1)  A_:j −= L_:,<j (L_j,<j)ᵀ             a product
+//   (2)  A_jj = L_jj L_jjᵀ, and L_jj⁻¹        in registers, by factor_block
+//   (3)  L_>j,j = A_>j,j L_jj⁻ᵀ               a product
+// Solves use the inverse of a diagonal block the same way, so everything but (2) is made of products.
 #pragma once
 
 #include <cmath>
@@ -10,13 +16,12 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// The lower factor L of a positive definite matrix, with the inverses of its diagonal blocks: with those, every solve
-// is made of products.
+// The lower factor L of a positive definite matrix, with the inverses of its diagonal blocks.
 template <class Real>
 struct Factor {
-  Matrix<Real> lower;  // [n, n], the upper triangle is meaningless
-  Real* inverse;       // [blocks, kBlock, kBlock], lower triangular
-  Real* inverse_transposed;
+  Matrix<Real> lower;        // [n, n], the upper triangle is meaningless
+  Real* inverse;             // [blocks, kBlock, kBlock], lower triangular
+  Real* inverse_transposed;  // likewise, upper triangular
 
   int64_t size() const { return lower.rows; }
   Matrix<Real> inverse_block(int64_t first) const { return {inverse + first * kBlock, kBlock, kBlock, kBlock}; }
@@ -25,7 +30,7 @@ struct Factor {
   }
 };
 
-// In whole blocks of rows, zero past the last, so that tiles may take part whole.
+// A factor in whole blocks of rows. Rows past the last are zero, so that tiles may read them.
 template <class Real>
 Factor<Real> allocate_factor(Arena& arena, int64_t n) {
   const int64_t padded = round_up(n, kBlock);
@@ -34,15 +39,15 @@ Factor<Real> allocate_factor(Arena& arena, int64_t n) {
   return {lower.rows_from(0, n), arena.allocate<Real>(padded * kBlock), arena.allocate<Real>(padded * kBlock)};
 }
 
-// Least value each pivot may have. A pivot below its floor by no more than rounding is raised to it; one further
-// below, or NaN, is not that of a positive definite matrix. With no floors, a pivot must be positive.
+// The least value of each pivot. A pivot that is below its floor by at most its slack is raised to the floor; a pivot
+// further below, or NaN, means that the matrix is not positive definite. With no floors, pivots must be positive.
 template <class Real>
 struct PivotFloors {
   const Real* value = nullptr;  // [n]
   const Real* slack = nullptr;  // [n]
 };
 
-// A square of kBlock rows.
+// A diagonal block in working memory of its own.
 template <class Real>
 struct SquareBlock {
   alignas(64) Real entry[kBlock][kBlock];
@@ -55,13 +60,14 @@ void transpose_block(Real* to, int64_t to_ld, const Real* from, int64_t from_ld)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
-// What is on and below the diagonal only, in whole squares of vectors; or on and above it.
+// The same for a `from` of which only the lower triangle matters: squares above its diagonal are left out.
 template <class Real>
 void transpose_lower(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
     for (int64_t j = i; j < kBlock; j += kLanes<Real>)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
+// The same for a `from` of which only the upper triangle matters.
 template <class Real>
 void transpose_upper(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
@@ -77,7 +83,7 @@ template <int64_t COUNT, class F>
   }(std::make_integer_sequence<int, static_cast<int>(COUNT)>());
 }
 
-// The pivot to go on with, and whether it is that of a positive definite matrix.
+// Whether a pivot is that of a positive definite matrix. It is replaced by a value that is safe to divide by.
 template <class Real>
 bool check_pivot(Real& pivot, const PivotFloors<Real>& floors, int64_t j) {
   const Real floor = floors.value ? floors.value[j] : Real(0);
@@ -90,8 +96,8 @@ bool check_pivot(Real& pivot, const PivotFloors<Real>& floors, int64_t j) {
   return holds && finite;
 }
 
-// One vector of columns of rows `first` to `first` + W of a square being eliminated, in registers. With `multipliers`
-// in hand, which are the rows of Lᵀ unscaled and over their pivots, a panel of any square goes the way of Lᵀ itself.
+// One vector of columns of rows [first, first + W) of a block, in registers, while it is eliminated. The multipliers
+// are the rows of D Lᵀ divided by their pivots; a panel of another block is eliminated with the same multipliers.
 template <class Real>
 struct Panel {
   static constexpr int W = static_cast<int>(kLanes<Real>);
@@ -109,7 +115,7 @@ struct Panel {
     for (int i = 0; i < W; ++i) store<Real>(square.entry[first + i] + column, row[i]);
   }
 
-  // Take row `j` of the square off rows AFTER + 1 and on.
+  // Subtract multiples of row `j` of the block, which is `other`, from rows AFTER + 1 and on.
   template <int AFTER>
   [[gnu::always_inline]] void subtract_row(int64_t j, Vec<Real> other) {
     const Real* factors = multipliers.entry[j] + first;
@@ -117,7 +123,7 @@ struct Panel {
     for (int i = AFTER + 1; i < W; ++i) row[i] -= factors[i] * other;
   }
 
-  // All rows above, from `start` on: before it they are zero in this column.
+  // Subtract multiples of rows [start, first) of the block. Earlier rows are zero in this column.
   [[gnu::always_inline]] void subtract_rows_above(const SquareBlock<Real>& square, int64_t start, int64_t column) {
     for (int64_t j = start; j < first; ++j) subtract_row<-1>(j, load(square.entry[j] + column));
   }
@@ -127,15 +133,16 @@ struct Panel {
   }
 };
 
-// L Lᵀ and, where it is wanted, L⁻¹ of one diagonal block, in place; false if a pivot is not positive. Both come out of
-// one elimination: what turns A into D Lᵀ turns the identity into D L⁻¹, and the roots in D, which no later row waits
-// for, come last.
+// Factor one diagonal block in place, and invert the factor unless `inverse` is null. Returns false if a pivot is not
+// positive. The elimination that turns A into √D Lᵀ turns the identity into √D L⁻¹, where D holds the pivots. The
+// square roots come last, because no row of the elimination needs them.
 template <class Real>
 bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& floors, Real* inverse,
                   Real* inverse_transposed) {
   constexpr int64_t W = kLanes<Real>;
-  // Lᵀ, of which only what is on and right of the diagonal counts; its rows over their pivots; L⁻¹
-  SquareBlock<Real> upper, multipliers, root;
+  SquareBlock<Real> upper;           // √D Lᵀ, then Lᵀ; only its upper triangle matters
+  SquareBlock<Real> multipliers;     // the rows of √D Lᵀ divided by their pivots
+  SquareBlock<Real> scaled_inverse;  // √D L⁻¹
   if (n == kBlock) {
     transpose_lower(upper.entry[0], kBlock, a.data, a.ld);
   } else {
@@ -157,7 +164,7 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
       if (j < n) good &= check_pivot(pivot, floors, j);
       pivots[j] = pivot;
       const Real reciprocal = reciprocals[j] = 1 / pivot;
-      // The next pivot ahead of its row: nothing else is waited for.
+      // Compute the next pivot before its row: the next division needs only the pivot.
       if constexpr (J + 1 < W) pivot = row[J + 1][J + 1] - row[J][J + 1] * reciprocal * row[J][J + 1];
       store<Real>(multipliers.entry[j] + first, row[J] * reciprocal);
       panel.template subtract_row<J>(j, row[J]);
@@ -176,19 +183,19 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
         panel.row[J] = Vec<Real>{};
         if (column == first) panel.row[J][J] = 1;
       });
-      panel.subtract_rows_above(root, column, column);
+      panel.subtract_rows_above(scaled_inverse, column, column);
       panel.eliminate_within();
-      panel.store_to(root, column);
+      panel.store_to(scaled_inverse, column);
     }
   }
   for (int64_t j = 0; j < kBlock; ++j) {
     Real* row = upper.entry[j];
-    const Real* root_row = root.entry[j];
-    const Real length = std::sqrt(pivots[j]), reciprocal = 1 / length;
+    const Real* inverse_row = scaled_inverse.entry[j];
+    const Real root = std::sqrt(pivots[j]), reciprocal = 1 / root;
     for (int64_t c = j / W * W; c < kBlock; c += W) store<Real>(row + c, load(row + c) * reciprocal);
     for (int64_t c = 0; inverse && c < kBlock; c += W)
-      store<Real>(inverse + j * kBlock + c, c <= j ? load(root_row + c) * reciprocal : Vec<Real>{});
-    row[j] = length;
+      store<Real>(inverse + j * kBlock + c, c <= j ? load(inverse_row + c) * reciprocal : Vec<Real>{});
+    row[j] = root;
   }
   if (n == kBlock) {
     transpose_upper(a.data, a.ld, upper.entry[0], kBlock);
@@ -200,45 +207,45 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
   return good;
 }
 
-// The inverse of a factor of one block, row by row: L⁻¹ = diag(1/L_tt) (I − the rows above, by what L has of them).
+// The inverse of a factor of one block, row by row: (L⁻¹)_i = (e_i − Σ_j<i L_ij (L⁻¹)_j) / L_ii.
 template <class Real>
 void invert_block(const Factor<Real>& f) {
   constexpr int64_t W = kLanes<Real>;
-  SquareBlock<Real> root = {};
+  SquareBlock<Real> inverse = {};
   for (int64_t i = 0; i < kBlock; ++i) {
-    Real* row = root.entry[i];
+    Real* row = inverse.entry[i];
     row[i] = 1;
     if (i >= f.size()) continue;
     const Real* lower = f.lower.row(i);
     const Real reciprocal = 1 / lower[i];
     for (int64_t c = 0; c <= i; c += W) {
       Vec<Real> sum = load(row + c);
-      for (int64_t j = c; j < i; ++j) sum -= lower[j] * load(root.entry[j] + c);
+      for (int64_t j = c; j < i; ++j) sum -= lower[j] * load(inverse.entry[j] + c);
       store<Real>(row + c, sum * reciprocal);
     }
   }
-  __builtin_memcpy(f.inverse, root.entry, sizeof root.entry);
-  transpose_block(f.inverse_transposed, kBlock, root.entry[0], kBlock);
+  __builtin_memcpy(f.inverse, inverse.entry, sizeof inverse.entry);
+  transpose_block(f.inverse_transposed, kBlock, inverse.entry[0], kBlock);
 }
 
-// Which blocks a factor inverts: the last one's inverse is for solves alone.
+// The diagonal blocks that `cholesky` inverts. The last inverse is needed only by solves, not by the factorisation.
 enum class Inverses { kAll, kAllButLast };
 
-// Factor f.lower (its lower triangle) in place, block column by block column, each first brought up to date from
-// those on its left. Returns whether the matrix is positive definite; if not, the factor is finite but meaningless.
+// Factor the lower triangle of f.lower in place. Returns whether the matrix is positive definite; if not, the factor is
+// finite but meaningless.
 template <class Real>
 bool cholesky(const Factor<Real>& f, Arena& arena, const PivotFloors<Real>& floors = {}, Prefetch* prefetch = nullptr,
               Inverses inverses = Inverses::kAll) {
   const int64_t n = f.size();
-  const Matrix<Real> above = allocate_matrix<Real>(arena, n, kBlock);  // Lᵀ of this block row
+  const Matrix<Real> row_transposed = allocate_matrix<Real>(arena, n, kBlock);  // (L_j,<j)ᵀ
   const Matrix<Real> panel = allocate_matrix<Real>(arena, n, kBlock);
   bool good = true;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t width = smaller(kBlock, n - j);
     const Matrix<Real> column = f.lower.block(j, n - j, j, width);
     if (j > 0) {
-      transpose(above.block(0, j, 0, width), f.lower.block(j, width, 0, j));
-      product<Into::kSubtract>(column, j, operand(f.lower.rows_from(j, n - j)), above, prefetch);
+      transpose(row_transposed.block(0, j, 0, width), f.lower.block(j, width, 0, j));
+      product<Into::kSubtract>(column, j, operand(f.lower.rows_from(j, n - j)), row_transposed, prefetch);
     }
     const PivotFloors<Real> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
     const int64_t below = n - j - width;
@@ -254,7 +261,7 @@ bool cholesky(const Factor<Real>& f, Arena& arena, const PivotFloors<Real>& floo
   return good;
 }
 
-// Without a factor there is no gradient: let every solve answer NaN.
+// Make every solve with this factor return NaN. A memory without a factor has no gradient.
 template <class Real>
 void poison_factor(const Factor<Real>& f) {
   for (int64_t i = 0; i < round_up(f.size(), kBlock) * kBlock; ++i)

@@ -1,8 +1,8 @@
-// Matrices in working memory, and the way between them and the caller's memory.
+// Matrices in working memory, and copies between them and the caller's memory.
 //
-// Rows are padded to whole vectors and padding takes part in every product, so no loop has a tail: what stands in the
-// padding of an output is meaningless, and no output column depends on another column's padding. Only the caller's own
-// rows are not padded.
+// Rows in working memory are padded to whole vector registers, and products compute the padding too, so their loops
+// need no remainder. The padding of a result is meaningless, and no column of a result depends on the padding of
+// another. A view of the caller's own rows is not padded.
 #pragma once
 
 #include "cpu/linalg/arena.h"
@@ -11,13 +11,15 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Rows in one diagonal block of a factor: big enough that products do the work, small enough to invert in registers.
+// Rows of a diagonal block of a factor: large enough that products do most of the work, small enough to invert in
+// registers.
 constexpr int64_t kBlock = 16;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// Rows a multiple of 512 bytes apart: a column of tiles falls into an eighth of the first-level cache.
+// True if rows are a multiple of 512 bytes apart. The rows of a column of tiles then map to an eighth of the sets of
+// the first-level cache and evict each other.
 template <class Real>
 inline bool shares_cache_sets(int64_t ld) {
   return ld * static_cast<int64_t>(sizeof(Real)) % 512 == 0;
@@ -30,6 +32,20 @@ inline int64_t row_stride(int64_t columns) {
   return shares_cache_sets<Real>(padded) ? padded + kBlock : padded;
 }
 
+// Rows of which only the addresses matter.
+template <class Real>
+struct Rows {
+  Real* data;
+  int64_t ld;
+
+  operator Rows<const Real>() const
+    requires(!std::is_const_v<Real>)
+  {
+    return {data, ld};
+  }
+  Rows from(int64_t i) const { return {data + i * ld, ld}; }
+};
+
 template <class Real>
 struct Matrix {
   Real* data;
@@ -41,13 +57,17 @@ struct Matrix {
     return {row(first_row) + first_column, count, width, ld, padded};
   }
   Matrix rows_from(int64_t first, int64_t count) const { return block(first, count, 0, columns); }
+  Rows<Real> columns_from(int64_t first) const { return {data + first, ld}; }
 };
 
-// The left factor of a product: strided, so that a transpose is a view.
+// The left operand of a product. Both strides are free, so a transpose is a view.
 template <class Real>
 struct Operand {
   const Real* data;
-  int64_t row, column;
+  int64_t row, column;  // strides
+
+  Operand rows_from(int64_t i) const { return {data + i * row, row, column}; }
+  Operand columns_from(int64_t j) const { return {data + j * column, row, column}; }
 };
 template <class Real>
 Operand<Real> operand(const Matrix<Real>& m) {
@@ -78,7 +98,7 @@ void fill_zero(const Matrix<Real>& m) {
   for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real));
 }
 
-// Up to a whole vector.
+// Set the padding to zero, up to the next whole vector register.
 template <class Real>
 void clear_padding(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
@@ -91,8 +111,8 @@ void clear_padding(const Matrix<Real>& m) {
   }
 }
 
-// For products that end with the columns and leave the padding: what happens to stand in it can be denormal, on which
-// processors are slow.
+// A matrix for results of products that stop at its last column and never write the padding. Products then read the
+// padding, and denormal numbers in it would be slow, so it is cleared.
 template <class Real>
 Matrix<Real> allocate_cleared(Arena& arena, int64_t rows, int64_t columns) {
   const Matrix<Real> m = allocate_matrix<Real>(arena, rows, columns);
@@ -100,7 +120,7 @@ Matrix<Real> allocate_cleared(Arena& arena, int64_t rows, int64_t columns) {
   return m;
 }
 
-// Copy in, with the padding set to zero.
+// Copy matrix `b` into working memory and set the padding to zero.
 template <class Real>
 void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   for (int64_t i = 0; i < to.rows; ++i) {
@@ -115,7 +135,7 @@ void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t 
   }
 }
 
-// What was computed in the caller's own rows is there already.
+// Copy a result to the caller's memory. If it was computed in the caller's own rows, there is nothing to copy.
 template <class Real>
 void store_matrix(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
   if (from.data == to.at(b)) return;
@@ -123,16 +143,16 @@ void store_matrix(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
     __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(Real));
 }
 
-// The caller's own rows, where products do well with them as they are; else `work`, of the same size.
+// A view of the caller's rows if products run well on them, else `work`, which has the same size.
 template <class Real>
 Matrix<Real> view_or_work(const Batch<Real>& of, int64_t b, const Matrix<Real>& work) {
-  constexpr int64_t kFewBytes = 1 << 16;  // rows that fall together do no harm in a matrix that nearly fits the cache
+  constexpr int64_t kFewBytes = 1 << 16;  // so small a matrix nearly fits the cache, whatever sets its rows map to
   const bool few = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(Real)) <= kFewBytes;
   if (of.stride[2] != 1 || work.columns < kLanes<Real> || (shares_cache_sets<Real>(of.stride[1]) && !few)) return work;
   return {of.at(b), work.rows, work.columns, of.stride[1], false};
 }
 
-// A matrix of the caller's, only to be read: its own rows, else a copy in `work`.
+// A matrix that is only read: a view of the caller's rows if products run well on them, else a copy in `work`.
 template <class Real>
 Matrix<Real> view_or_copy(const Batch<const Real>& from, int64_t b, const Matrix<Real>& work) {
   const Batch<Real> readable{const_cast<Real*>(from.data), {from.stride[0], from.stride[1], from.stride[2]}};
@@ -141,7 +161,7 @@ Matrix<Real> view_or_copy(const Batch<const Real>& from, int64_t b, const Matrix
   return rows;
 }
 
-// Copy between two matrices of one width, padding included.
+// Copy a matrix to another of the same width, padding included.
 template <class Real>
 void copy_rows(const Matrix<Real>& to, const Matrix<Real>& from) {
   const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
@@ -156,7 +176,7 @@ Matrix<Real> allocate_zero(Arena& arena, int64_t rows, int64_t columns) {
   return m;
 }
 
-// A missing cotangent is zero.
+// Copy a cotangent in; a missing one is zero.
 template <class Real>
 void load_or_zero(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   if (from.data)

@@ -5,13 +5,14 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Fetched part by part, between the tiles of products, so that waiting for it and computing go on together: many
-// fetches at once wait for one another, and computing for them. A store waits for its line as a load does.
+// Regions of memory that are requested part by part, one part for each tile of a product. Computing then goes on while
+// memory answers; requesting a whole region at once would fill the queue of outstanding misses and stop the loads of
+// the product. Regions that will be written are requested too: a store needs its cache line like a load.
 class Prefetch {
  public:
   explicit Prefetch(int64_t parts) : parts_(parts) {}
 
-  // Rows that lie apart are left to come when they are needed; there may be none.
+  // Add rows [first, first + count) of matrix `b`. Rows that are not contiguous, and null, are left out.
   template <class Real>
   void add(const Batch<Real>& rows, int64_t b, int64_t first, int64_t count, int64_t columns) {
     if (!rows.data || rows.stride[2] != 1 || rows.stride[1] != columns) return;
@@ -20,6 +21,7 @@ class Prefetch {
     regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
   }
 
+  // Request the next part of every region.
   void next_part() {
     for (int i = 0; i < count_; ++i) {
       Region& r = regions_[i];
@@ -32,7 +34,7 @@ class Prefetch {
   static constexpr int64_t kLine = 64;
   struct Region {
     const char *at, *end;
-    int64_t part;  // bytes
+    int64_t part;  // bytes of one call
   };
   Region regions_[10];
   int count_ = 0;

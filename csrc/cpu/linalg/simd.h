@@ -19,7 +19,7 @@ constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(Real);
 template <class Real>
 using LaneNumber = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
-// 0, 1, 2, … in the lanes: to be compared with.
+// The vector (0, 1, 2, …), for comparisons that select lanes.
 template <class Real>
 inline auto lane_numbers() {
   return []<size_t... LANE>(std::index_sequence<LANE...>) {
@@ -40,14 +40,14 @@ inline void store(Real* to, Vec<Real> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
-// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one
-// instruction.
+// The bits of |x| as integers. They have the order of the numbers, with NaN above all, and the maximum of two vectors
+// of integers is one instruction.
 template <class Real>
 inline auto magnitude(Vec<Real> vec) {
   return reinterpret_cast<decltype(lane_numbers<Real>())>(vec) & std::numeric_limits<LaneNumber<Real>>::max();
 }
 
-// Sum of the lanes, pairwise from the outside in.
+// Sum of the lanes: the upper half is added to the lower half until one lane is left.
 template <class Real>
 inline Real lane_sum(Vec<Real> vec) {
   Real lanes[kLanes<Real>];
@@ -57,59 +57,64 @@ inline Real lane_sum(Vec<Real> vec) {
   return lanes[0];
 }
 
-// Of two rows `stage` apart in a square: one of the halves that a stage of its transposition puts together.
+// One step of a transpose in registers: interleave the lower or the upper halves of two rows that are STAGE apart.
 template <int STAGE, bool LOWER, class Real, size_t... LANE>
 [[gnu::always_inline]] inline Vec<Real> interleave(Vec<Real> a, Vec<Real> b, std::index_sequence<LANE...>) {
   constexpr int W = static_cast<int>(kLanes<Real>);
-  using Index = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
-  typedef Index Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+  typedef LaneNumber<Real> Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
   constexpr Mask mask = {(static_cast<int>(LANE) & STAGE ? W + static_cast<int>(LANE) - (LOWER ? 0 : STAGE)
                                                          : static_cast<int>(LANE) + (LOWER ? STAGE : 0))...};
   return __builtin_shuffle(a, b, mask);
 }
 
-// The sums of the lanes of as many vectors as one has lanes, as one vector: each stage halves their number.
-template <class Real>
-[[gnu::always_inline]] inline Vec<Real> lane_sums(Vec<Real> (&rows)[kLanes<Real>]) {
+// One stage of lane_sums: interleave and add pairs of vectors, which halves their number.
+template <int STAGE, class Real>
+[[gnu::always_inline]] inline void add_pairs(Vec<Real> (&rows)[kLanes<Real>]) {
   constexpr int W = static_cast<int>(kLanes<Real>);
   constexpr auto lanes = std::make_index_sequence<W>();
-  const auto halve = [&]<int STAGE>() {
-    if constexpr (STAGE < W)
+  if constexpr (STAGE < W)
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i += 2 * STAGE)
-        rows[i] = interleave<STAGE, false, Real>(rows[i], rows[i + STAGE], lanes) +
-                  interleave<STAGE, true, Real>(rows[i], rows[i + STAGE], lanes);
-  };
-  halve.template operator()<1>();
-  halve.template operator()<2>();
-  halve.template operator()<4>();
-  halve.template operator()<8>();
+    for (int i = 0; i < W; i += 2 * STAGE)
+      rows[i] = interleave<STAGE, false, Real>(rows[i], rows[i + STAGE], lanes) +
+                interleave<STAGE, true, Real>(rows[i], rows[i + STAGE], lanes);
+}
+
+// The sums over the lanes of kLanes vectors, as one vector.
+template <class Real>
+[[gnu::always_inline]] inline Vec<Real> lane_sums(Vec<Real> (&rows)[kLanes<Real>]) {
+  add_pairs<1, Real>(rows);
+  add_pairs<2, Real>(rows);
+  add_pairs<4, Real>(rows);
+  add_pairs<8, Real>(rows);
   return rows[0];
 }
 
-// Transpose a square of kLanes × kLanes in registers: at every stage the off-diagonal quarters of squares of twice the
-// stage change places.
+// One stage of transpose_square: exchange the off-diagonal quarters of every square of 2 STAGE rows.
+template <int STAGE, class Real>
+[[gnu::always_inline]] inline void exchange_quarters(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
+  constexpr auto lanes = std::make_index_sequence<W>();
+  if constexpr (STAGE < W)
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & STAGE)) {
+        const Vec<Real> a = rows[i], b = rows[i + STAGE];
+        rows[i] = interleave<STAGE, false, Real>(a, b, lanes);
+        rows[i + STAGE] = interleave<STAGE, true, Real>(a, b, lanes);
+      }
+}
+
+// to = fromᵀ for a square of kLanes × kLanes, in registers.
 template <class Real>
 [[gnu::always_inline]] inline void transpose_square(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   constexpr int W = static_cast<int>(kLanes<Real>);
-  constexpr auto lanes = std::make_index_sequence<W>();
   Vec<Real> rows[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_ld);
-  const auto exchange = [&]<int STAGE>() {
-    if constexpr (STAGE < W)
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i)
-        if (!(i & STAGE)) {
-          const Vec<Real> a = rows[i], b = rows[i + STAGE];
-          rows[i] = interleave<STAGE, false, Real>(a, b, lanes);
-          rows[i + STAGE] = interleave<STAGE, true, Real>(a, b, lanes);
-        }
-  };
-  exchange.template operator()<1>();
-  exchange.template operator()<2>();
-  exchange.template operator()<4>();
-  exchange.template operator()<8>();
+  exchange_quarters<1, Real>(rows);
+  exchange_quarters<2, Real>(rows);
+  exchange_quarters<4, Real>(rows);
+  exchange_quarters<8, Real>(rows);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store<Real>(to + i * to_ld, rows[i]);
 }

@@ -1,4 +1,4 @@
-// Symmetric matrices: the check, the triangles, and matrices that are about to be factored.
+// Symmetric matrices: the check, operations on their triangles, and the systems of the ridge solve.
 #pragma once
 
 #include <cmath>
@@ -9,12 +9,14 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Not symmetric, by more than rounding explains; or not finite, which no positive definite matrix is.
+// Whether a matrix can be a covariance: kAsymmetric if it is not symmetric up to rounding, kNotPositiveDefinite if an
+// entry is not finite.
 template <class Real>
 Status symmetry(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
   using Bits = LaneNumber<Real>;
-  // Squares below the diagonal against those across it, lane by lane; what is left one by one.
+  // Compare each square below the diagonal with the one across it, lane by lane; then the remaining rows entry by
+  // entry.
   const int64_t whole = m.rows / W * W;
   alignas(64) Real across[W * W];
   decltype(lane_numbers<Real>()) scales = {}, gaps = {};
@@ -38,13 +40,13 @@ Status symmetry(const Matrix<Real>& m) {
     for (int64_t j = 0; j <= i; ++j)
       compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
               __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
-  const Real most = __builtin_bit_cast(Real, gap);  // of what is not finite no difference is
-  if (most - most != 0) return kNotPositiveDefinite;
-  return most <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale) ? kGood
-                                                                                                   : kAsymmetric;
+  const Real largest = __builtin_bit_cast(Real, gap);
+  if (largest - largest != 0) return kNotPositiveDefinite;  // the difference is NaN if any entry is NaN or infinite
+  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale) ? kGood
+                                                                                                      : kAsymmetric;
 }
 
-// Copy the lower triangle onto the upper one.
+// Copy the lower triangle to the upper one.
 template <class Real>
 void mirror(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
@@ -62,21 +64,21 @@ void mirror(const Matrix<Real>& m) {
     for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
 }
 
-// a ← (a + aᵀ) / 2, squares of whole vectors at a time; what is left one by one.
+// a ← (a + aᵀ) / 2, in squares of kLanes × kLanes; then the remaining rows entry by entry.
 template <class Real>
 void symmetrise(const Matrix<Real>& a) {
   constexpr int64_t W = kLanes<Real>;
   const int64_t whole = a.rows / W * W;
-  alignas(64) Real across[W * W], along[W * W];
+  alignas(64) Real across[W * W], averaged[W * W];
   for (int64_t i = 0; i < whole; i += W)
     for (int64_t j = 0; j <= i; j += W) {
       transpose_square(across, W, a.row(j) + i, a.ld);
       for (int64_t row = 0; row < W; ++row) {
         const Vec<Real> mean = Real(0.5) * (load(a.row(i + row) + j) + load(across + row * W));
-        store<Real>(along + row * W, mean);
+        store<Real>(averaged + row * W, mean);
         store<Real>(a.row(i + row) + j, mean);
       }
-      transpose_square(a.row(j) + i, a.ld, along, W);
+      transpose_square(a.row(j) + i, a.ld, averaged, W);
     }
   for (int64_t i = whole; i < a.rows; ++i)
     for (int64_t j = 0; j < i; ++j) a.row(i)[j] = a.row(j)[i] = Real(0.5) * (a.row(i)[j] + a.row(j)[i]);
@@ -92,7 +94,7 @@ void add_transpose(const Matrix<Real>& m) {
           m.row(i)[j] = m.row(j)[i] = m.row(i)[j] + m.row(j)[i];
 }
 
-// a ← G + λI, or G² + λI, ready to be factored; `gram` may be `a` itself.
+// a ← G + λI, or G² + λI. Only the lower triangle is computed. `gram` may be `a` if it is not squared.
 template <class Real>
 void regularise(const Matrix<Real>& a, const Matrix<Real>& gram, Real ridge, bool squared) {
   if (squared)
@@ -102,7 +104,7 @@ void regularise(const Matrix<Real>& a, const Matrix<Real>& gram, Real ridge, boo
   for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
 }
 
-// a ← a b for symmetric matrices that commute.
+// a ← a b for symmetric matrices that commute, so that the product is symmetric too.
 template <class Real>
 void product_commuting(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& scratch) {
   product_lower<Into::kSet>(scratch, a.rows, operand(a), b);

@@ -5,8 +5,8 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// to = fromᵀ [rows, columns], squares of whole vectors at a time. The last squares of a row or column overlap those
-// before them; a matrix too small for one goes entry by entry.
+// to = fromᵀ [rows, columns], in squares of kLanes × kLanes. If the sizes are no multiple of kLanes, the last squares
+// overlap those before them. A matrix smaller than a square is transposed entry by entry.
 template <class Real>
 void transpose(int64_t rows, int64_t columns, Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   constexpr int64_t W = kLanes<Real>;
@@ -24,7 +24,7 @@ void transpose(int64_t rows, int64_t columns, Real* to, int64_t to_ld, const Rea
   }
 }
 
-// to = fromᵀ; the padding is set to zero.
+// to = fromᵀ, with the padding set to zero.
 template <class Real>
 void transpose(const Matrix<Real>& to, const Matrix<Real>& from) {
   transpose(to.rows, to.columns, to.data, to.ld, from.data, from.ld);
@@ -39,7 +39,7 @@ Matrix<Real> transposed_copy(const Matrix<Real>& m, Arena& arena) {
   return result;
 }
 
-// Transposed in, with the padding set to zero.
+// Copy the transpose of matrix `b` into working memory and set the padding to zero.
 template <class Real>
 void load_transposed(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
   if (from.stride[2] == 1) {
@@ -51,7 +51,7 @@ void load_transposed(const Matrix<Real>& to, const Batch<const Real>& from, int6
   clear_padding(to);
 }
 
-// Transposed out; results have rows without gaps.
+// Copy the transpose of a result to the caller's memory. Results have contiguous rows.
 template <class Real>
 void store_transposed(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
   transpose(from.columns, from.rows, to.at(b), to.stride[1], from.data, from.ld);

@@ -5,8 +5,8 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Rows of C = A B for a triangular B [n, n], two vectors of columns from `first` on: of the rows of B that they share,
-// then of those in which only one of them is not zero.
+// ROWS rows of C = A B for a triangular B [n, n], in two vectors of columns from `first` on. First come the rows of B
+// where both vectors can be nonzero, then those where only one of them is.
 template <bool UPPER, int ROWS, class Real>
 [[gnu::always_inline]] inline void triangle_tile(int64_t n, int64_t first, const Real* a, int64_t a_row,
                                                  const Matrix<Real>& b, Real* c, int64_t c_row) {

@@ -1,4 +1,14 @@
 // Divergence of two memories and the log-determinant of a covariance, by Cholesky.
+//
+// With U = L Lᵀ, U0 = L0 L0ᵀ and Δ = R − R0,
+//   (1)  KL = ½ [C (tr(U0⁻¹U) − K + ln|U0| − ln|U|) + tr(ΔᵀU0⁻¹Δ)]
+//   (2)  tr(U0⁻¹U) = ‖L0⁻¹L‖²,  tr(ΔᵀU0⁻¹Δ) = ‖L0⁻¹Δ‖²,  ln|U| = 2 Σ ln L_ii.
+// Bytes: both means and both covariances once. Operations: two factors, K³/3 each, a solve with a lower triangle, K³/3,
+// and a solve with C columns, K² C. The solutions of (2) are never stored: a strip of columns is solved, squared and
+// summed.
+//
+// Sums over a whole matrix are taken in double, because the result is a small difference of large terms. Of a
+// covariance only the lower triangle is used, but it must be symmetric.
 #pragma once
 
 #include <cmath>
@@ -8,8 +18,8 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// The lower triangle of a covariance, which is all that is read of it, and whether it can be one. Where its rows are
-// contiguous the caller's own are compared and nothing else is copied.
+// Copy the lower triangle of a covariance, in whole diagonal blocks, and check the covariance. If its rows are
+// contiguous, the check reads the caller's rows, so the upper triangle need not be copied.
 template <class Real>
 Status load_lower(const Matrix<Real>& to, const Batch<const Real>& cov, int64_t b) {
   constexpr int64_t W = kLanes<Real>;
@@ -19,7 +29,7 @@ Status load_lower(const Matrix<Real>& to, const Batch<const Real>& cov, int64_t 
     return symmetry(to);
   }
   for (int64_t first = 0; first < n; first += kBlock) {
-    const int64_t end = first + kBlock;  // a diagonal block takes part whole
+    const int64_t end = first + kBlock;  // of the diagonal block too
     for (int64_t i = first; i < smaller(end, n); ++i) {
       const Real* from = cov.at(b, i);
       const int64_t whole = end <= n ? end : n / W * W;
@@ -37,8 +47,7 @@ Status load_and_factor(const Factor<Real>& factor, const Batch<const Real>& cov,
   return cholesky(factor, arena, {}, prefetch, inverses) ? kGood : kNotPositiveDefinite;
 }
 
-// Sums over a whole matrix are taken in double: what is wanted is their small difference. A double also holds the
-// product of eight floats, which have one logarithm between them.
+// ln|U|. A double holds the product of eight floats, so eight pivots in float share one logarithm.
 template <class Real>
 double log_det(const Factor<Real>& factor) {
   constexpr int64_t kTogether = sizeof(Real) < sizeof(double) ? 8 : 1;
@@ -51,11 +60,11 @@ double log_det(const Factor<Real>& factor) {
   return 2 * sum;
 }
 
-// The squared norm of L⁻¹ X by columns, for a panel X of VECS vectors whose rows above `first` are zero; `rhs(i, j)` is
-// the vector from column j of row i. A tile of rows is solved in registers and Y, the solution, is kept for the tiles
-// below it.
+// total += ‖L⁻¹ X‖², lane by lane, for a strip X of VECS vector registers of columns whose rows above `first` are zero.
+// `rhs(i, j)` is the vector from column j of row i. A tile of rows is solved in registers; the tiles below it read the
+// solution from `y`.
 template <int VECS, class Real, class Rhs>
-void add_squared_norm(double (&total)[kLanes<Real>], const Factor<Real>& f, int64_t first, const Rhs& rhs, Real* y) {
+void add_solution_norm(double (&total)[kLanes<Real>], const Factor<Real>& f, int64_t first, const Rhs& rhs, Real* y) {
   constexpr int64_t W = kLanes<Real>, kWidth = VECS * W;
   constexpr int kRows = FASTKM_TILE_ROWS;
   const int64_t n = f.size();
@@ -63,10 +72,10 @@ void add_squared_norm(double (&total)[kLanes<Real>], const Factor<Real>& f, int6
     const int64_t start = first / kRows * kRows, ld = f.lower.ld;
     const Real* lower = f.lower.row(i);
     Tile<kRows, VECS, Real> tile;
-    tile.add_product(i - start, lower + start, ld, 1, y + start * kWidth, kWidth);
+    tile.add_product(i - start, {lower + start, ld, 1}, {y + start * kWidth, kWidth});
     tile.each([&](Vec<Real>& sum, int64_t r, int64_t j)
                   __attribute__((always_inline)) { sum = rhs(smaller(i + r, n - 1), j) - sum; });
-    // The inverse of a small diagonal block of L is that of the large one there.
+    // The tile reads the inverse of its diagonal block from the inverse of the whole block.
     const int64_t within = i % kBlock;
     tile.multiply_lower(f.inverse_block(i - within).row(within) + within, kBlock);
     const int64_t count = smaller(kRows, n - i);
@@ -79,52 +88,48 @@ void add_squared_norm(double (&total)[kLanes<Real>], const Factor<Real>& f, int6
   }
 }
 
-// ‖L⁻¹ X‖² for X [n, columns], a whole number of vectors wide, the rows of whose column j are zero above first(j);
-// WIDEST vectors at a time, which share what is zero in the first.
+// ‖L⁻¹ X‖² for X [n, columns], a whole number of vector registers wide, in strips of at most WIDEST of them. The rows
+// of column j above first(j) are zero; a strip skips the rows that are zero in its first column.
 template <int WIDEST, class Real, class First, class Rhs>
-double squared_norm_of_solution(const Factor<Real>& f, int64_t columns, const First& first, const Rhs& rhs,
-                                Arena& arena) {
+double solution_norm(const Factor<Real>& f, int64_t columns, const First& first, const Rhs& rhs, Arena& arena) {
   constexpr int64_t W = kLanes<Real>;
   double total[W] = {};
   Real* y = arena.allocate<Real>(round_up(f.size(), kBlock) * kTileVectors * W);
-  const auto panel = [&]<int VECS>(int64_t j) {
-    add_squared_norm<VECS>(total, f, first(j), [&](int64_t i, int64_t within) { return rhs(i, j + within); }, y);
-  };
   int64_t j = 0;
-  for (; WIDEST >= 3 && j + 3 * W <= columns; j += 3 * W) panel.template operator()<3>(j);
-  for (; j + 2 * W <= columns; j += 2 * W) panel.template operator()<2>(j);
-  if (j < columns) panel.template operator()<1>(j);
+  const auto from_j = [&](int64_t i, int64_t within) { return rhs(i, j + within); };
+  for (; WIDEST >= 3 && j + 3 * W <= columns; j += 3 * W) add_solution_norm<3>(total, f, first(j), from_j, y);
+  for (; j + 2 * W <= columns; j += 2 * W) add_solution_norm<2>(total, f, first(j), from_j, y);
+  if (j < columns) add_solution_norm<1>(total, f, first(j), from_j, y);
   double sum = 0;
   for (double lane : total) sum += lane;
   return sum;
 }
 
-// ‖L0⁻¹ L‖²: in the rows above its diagonal a column of L is zero, and so is its solution.
+// ‖L0⁻¹ L‖². A column of L is zero above its diagonal, and so is its solution.
 template <class Real>
-double squared_norm_of_solution(const Factor<Real>& prior, const Matrix<Real>& lower, Arena& arena) {
+double spread_norm(const Factor<Real>& prior, const Matrix<Real>& lower, Arena& arena) {
   const auto lane = lane_numbers<Real>();
   const auto rhs = [&](int64_t i, int64_t j) {
     return lane <= static_cast<LaneNumber<Real>>(i - j) ? load(lower.row(i) + j) : Vec<Real>{};
   };
-  return squared_norm_of_solution<2>(
-      prior, round_up(lower.rows, kLanes<Real>), [](int64_t j) { return j; }, rhs, arena);
+  return solution_norm<2>(prior, round_up(lower.rows, kLanes<Real>), [](int64_t j) { return j; }, rhs, arena);
 }
 
-// ‖L0⁻¹ (R − R0)‖²
+// ‖L0⁻¹ (R − R0)‖². If both means have contiguous rows, their difference is taken in registers.
 template <class Real>
-double squared_norm_of_solution(const Factor<Real>& prior, const Batch<const Real>& mean,
-                                const Batch<const Real>& prior_mean, int64_t b, int64_t C, Arena& arena) {
+double shift_norm(const Factor<Real>& prior, const Batch<const Real>& mean, const Batch<const Real>& prior_mean,
+                  int64_t b, int64_t C, Arena& arena) {
   constexpr int64_t W = kLanes<Real>;
   const int64_t K = prior.size(), whole = mean.stride[2] == 1 && prior_mean.stride[2] == 1 ? C / W * W : 0;
   const auto top = [](int64_t) { return 0; };
   const auto rhs = [&](int64_t i, int64_t j) { return load(mean.at(b, i, j)) - load(prior_mean.at(b, i, j)); };
-  const double sum = squared_norm_of_solution<3>(prior, whole, top, rhs, arena);
+  const double sum = solution_norm<3>(prior, whole, top, rhs, arena);
   if (whole == C) return sum;
-  if (whole > 0) {  // the last vector of a row, without the columns that were in the one before it
+  if (whole > 0) {  // the last vector of each row overlaps the one before it: set the common columns to zero
     const auto rest = [&](int64_t i, int64_t) {
       return lane_numbers<Real>() >= static_cast<LaneNumber<Real>>(W - (C - whole)) ? rhs(i, C - W) : Vec<Real>{};
     };
-    return sum + squared_norm_of_solution<1>(prior, W, top, rest, arena);
+    return sum + solution_norm<1>(prior, W, top, rest, arena);
   }
   const Matrix<Real> difference = allocate_matrix<Real>(arena, K, C);
   for (int64_t i = 0; i < K; ++i) {
@@ -132,11 +137,11 @@ double squared_norm_of_solution(const Factor<Real>& prior, const Batch<const Rea
     for (int64_t j = C; j < difference.ld; ++j) difference.row(i)[j] = 0;
   }
   const auto row = [&](int64_t i, int64_t j) { return load(difference.row(i) + j); };
-  return squared_norm_of_solution<3>(prior, round_up(C, W), top, row, arena);
+  return solution_norm<3>(prior, round_up(C, W), top, row, arena);
 }
 
-// While the factors are computed: the means, and the covariances of the next. Small ones are there when they are
-// needed.
+// Prefetch the means and the covariances of the next memory while the factors are computed. Small memories arrive in
+// time without it.
 template <class Real>
 Prefetch plan_divergence_prefetch(const MatrixNormalArgs<Real>& args, int64_t b, int64_t end) {
   constexpr int64_t kLeastBytes = 1 << 18;
@@ -151,7 +156,6 @@ Prefetch plan_divergence_prefetch(const MatrixNormalArgs<Real>& args, int64_t b,
   return prefetch;
 }
 
-// ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.
 template <class Real>
 void kl_memory(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -164,8 +168,8 @@ void kl_memory(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
     if (args.info[b] != kGood) continue;
 
     const double growth = log_det(prior) - log_det(factor);
-    const double spread = squared_norm_of_solution(prior, factor.lower, arena);
-    const double shift = squared_norm_of_solution(prior, args.mean, args.prior_mean, b, args.C, arena);
+    const double spread = spread_norm(prior, factor.lower, arena);
+    const double shift = shift_norm(prior, args.mean, args.prior_mean, b, args.C, arena);
     const double columns = static_cast<double>(args.C), rows = static_cast<double>(args.K);
     args.result[b] = static_cast<Real>(0.5 * (columns * (spread - rows + growth) + shift));
   }

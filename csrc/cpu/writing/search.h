@@ -82,24 +82,24 @@ Status find_weights(const GramSpace<Real>& space, const WritingArgs<Real>& args,
     const Real* x = space.cross.row(t);
     Real *c = search.cov.left.row(t), *a = search.cov.right.row(t);
     __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(Real));
-    search.inverse.template correct<1>(padded, {x}, {w});
-    now.template multiply<1>(padded, {w}, {residual});
+    search.inverse.subtract_terms({w}, padded, {x});
+    now.product({residual}, padded, {w});
     for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
-    search.inverse.template multiply<1>(padded, {residual}, {p});
+    search.inverse.product({p}, padded, {residual});
     for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
     search.cov.count = t;
-    search.cov.template multiply<1>(padded, {w}, {a});
+    search.cov.product({a}, padded, {w});
     __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(Real));
-    __builtin_memcpy(search.past.row(t), search.cov.along.row(0), static_cast<size_t>(t) * sizeof(Real));
+    __builtin_memcpy(search.past.row(t), search.cov.l_dot_x.row(0), static_cast<size_t>(t) * sizeof(Real));
 
     const Real s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
     search.s[t] = s;
     search.d[t] = d;
-    combine<Into::kSet, 2>(inverse, K, padded, {c, w}, {p, q});
+    product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
     update_cross(space, t, w, c, padded, search.along.row(t), &solved, p);
-    search.inverse.template correct<2>(padded, {c, w}, {p, q});
+    search.inverse.subtract_terms({p, q}, padded, {c, w});
 
     const Real n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge,
                n22 = dot(padded, w, q) - d / (ridge * ridge);

@@ -61,8 +61,8 @@ void find_weights_backward(const GramSpace<Real>& space, Search<Real>& search, c
     __builtin_memcpy(w_bar, bar.weights.row(t), static_cast<size_t>(K) * sizeof(Real));
 
     // Through A' = A + λ (c wᵀ + w cᵀ) + d c cᵀ and U' = U − a cᵀ.
-    gram_bar.template multiply<2>(padded, {w, c}, {gram_w, gram_c});
-    cov_bar.template multiply<1>(padded, {c}, {cov_c});
+    gram_bar.product({gram_w, gram_c}, padded, {w, c});
+    cov_bar.product({cov_c}, padded, {c});
     const Real d_bar = dot(padded, c, gram_c);
     for (int64_t i = 0; i < padded; ++i) {
       c_bar[i] = 2 * ridge * gram_w[i] + 2 * d * gram_c[i] - s * cov_c[i];
@@ -77,11 +77,11 @@ void find_weights_backward(const GramSpace<Real>& space, Search<Real>& search, c
     const Real s_bar = -dot(padded, c_bar, c) / s;
     for (int64_t i = 0; i < padded; ++i) a_bar[i] = c_bar[i] / s - cov_c[i] + s_bar * w[i];
     bar.noise[t] += s_bar;
-    search.cov.template multiply<1>(padded, {a_bar}, {moved});
+    search.cov.product({moved}, padded, {a_bar});
     for (int64_t i = 0; i < padded; ++i) w_bar[i] += s_bar * a[i] + moved[i];
 
     // Through w = A⁻¹ x: Ū += sym(ā wᵀ), Ā −= sym(v wᵀ).
-    search.inverse.template multiply<1>(padded, {w_bar}, {v});
+    search.inverse.product({v}, padded, {w_bar});
     for (int64_t i = 0; i < padded; ++i) {
       x_bar[i] += v[i];
       v[i] *= Real(0.5);

@@ -79,12 +79,12 @@ struct RefactoringSolver {
     const Real* x = space.cross.row(t);
     const bool good = prepare(x, before, arena);
     if (args.squared_gram)
-      multiply(gram, padded, target.data, out.w);
+      product_symmetric(out.w, gram, padded, target.data);
     else
       __builtin_memcpy(out.w, target.data, static_cast<size_t>(padded) * sizeof(Real));
     solve(out.w);
-    multiply(space.cov, padded, out.w, out.a);
-    multiply(space.gram, padded, out.w, out.g);
+    product_symmetric(out.a, space.cov, padded, out.w);
+    product_symmetric(out.g, space.gram, padded, out.w);
     out.s = dot(padded, out.w, out.a) + noise;
     out.along = space.inner.row(t)[t] - dot(padded, out.w, x);
     out.d = out.along - dot(padded, out.w, x) + dot(padded, out.w, out.g);

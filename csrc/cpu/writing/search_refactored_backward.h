@@ -35,7 +35,7 @@ void solve_weights_backward(const RefactoringSolver<Real>& solver, int64_t t, co
     of.w[i] += of.d * (made.g[i] - x[i]) - of.along * x[i];
     x_bar[i] += of.r[i] - (of.d + of.along) * made.w[i];
   }
-  multiply(space.gram, padded, g_bar, moved);
+  product_symmetric(moved, space.gram, padded, g_bar);
   add_scaled(padded, of.w, Real(1), moved);
   add_symmetric_outer(bar.gram, Real(1), g_bar, made.w);
 
@@ -46,7 +46,7 @@ void solve_weights_backward(const RefactoringSolver<Real>& solver, int64_t t, co
     of.a[i] += of.c[i] / made.s + s_bar * made.w[i];
     of.w[i] += s_bar * made.a[i];
   }
-  multiply(space.cov, padded, of.a, moved);
+  product_symmetric(moved, space.cov, padded, of.a);
   add_scaled(padded, of.w, Real(1), moved);
   add_symmetric_outer(bar.cov, Real(1), of.a, made.w);
 
@@ -57,8 +57,8 @@ void solve_weights_backward(const RefactoringSolver<Real>& solver, int64_t t, co
   bar.ridge -= dot(padded, v, made.w);
   fill_zero(gram_bar);
   if (solver.args.squared_gram) {
-    multiply(solver.gram, padded, v, gram_v);
-    multiply(solver.gram, padded, made.w, gram_w);
+    product_symmetric(gram_v, solver.gram, padded, v);
+    product_symmetric(gram_w, solver.gram, padded, made.w);
     add_symmetric_outer(gram_bar, Real(-1), v, gram_w);
     add_symmetric_outer(gram_bar, Real(-1), gram_v, made.w);
     add_symmetric_outer(gram_bar, Real(1), v, solver.target.data);
@@ -73,7 +73,7 @@ void solve_weights_backward(const RefactoringSolver<Real>& solver, int64_t t, co
 template <class Real>
 void update_gram_backward(const Matrix<Real>& gram_bar, const Solution<Real>& by, int64_t padded,
                           SolutionCotangents<Real>& of, Real* gram_c, Real* gram_r) {
-  combine<Into::kSet, 2>(gram_bar, gram_bar.rows, padded, {by.c, by.r}, {gram_c, gram_r});
+  product_transposed<Into::kSet>({gram_c, gram_r}, gram_bar, gram_bar.rows, padded, {by.c, by.r});
   of.d += dot(padded, by.c, gram_c);
   for (int64_t i = 0; i < padded; ++i) {
     of.c[i] += 2 * gram_r[i] + 2 * by.d * gram_c[i];
@@ -109,7 +109,7 @@ void find_weights_refactored_backward(const GramSpace<Real>& space, const Refact
     SolutionCotangents<Real> of{vectors.row(0), vectors.row(1), vectors.row(2), vectors.row(3)};
     __builtin_memcpy(of.w, bar.weights.row(t), static_cast<size_t>(K) * sizeof(Real));
     update_gram_backward(bar.gram, last, padded, of, gram_c, gram_r);
-    multiply(bar.cov, padded, last.c, cov_c);
+    product_symmetric(cov_c, bar.cov, padded, last.c);
     add_scaled(padded, of.a, Real(-1), cov_c);
     add_scaled(padded, of.c, -last.s, cov_c);
     update_cross_backward(space, bar, t, tape.along.row(t), last.w, last.c, of.w, of.c, padded);
