@@ -108,7 +108,7 @@ def extension() -> dict:
             CppExtension(
                 "fastkm._C",
                 SOURCES,
-                include_dirs=["csrc"],
+                include_dirs=[str(Path(__file__).resolve().parent / "csrc")],  # ninja compiles in another folder
                 depends=[*HEADERS, *CUDA_SOURCES],
                 define_macros=macros,
                 **linked,

@@ -16,35 +16,35 @@ namespace {
 using namespace fastkm;
 
 // Tensors whose memory ends with them.
-template <class T>
+template <class Real>
 class Tensors {
  public:
   Tensors(int64_t B, bool short_codes) : B_(B), short_codes_(short_codes) {}
 
-  T* filled(int64_t count, double scale, double level = 0) {
-    blocks_.push_back(std::make_unique<T[]>(static_cast<size_t>(B_ * count)));
+  Real* filled(int64_t count, double scale, double level = 0) {
+    blocks_.push_back(std::make_unique<Real[]>(static_cast<size_t>(B_ * count)));
     std::normal_distribution<double> draw;
-    for (int64_t i = 0; i < B_ * count; ++i) blocks_.back()[i] = static_cast<T>(level + scale * draw(generator_));
+    for (int64_t i = 0; i < B_ * count; ++i) blocks_.back()[i] = static_cast<Real>(level + scale * draw(generator_));
     return blocks_.back().get();
   }
-  Batch<T> matrices(int64_t rows, int64_t columns, double scale = 1) {
+  Batch<Real> matrices(int64_t rows, int64_t columns, double scale = 1) {
     return {filled(rows * columns, scale), {rows * columns, columns, 1}};
   }
-  Batch<T> numbers(int64_t count, double scale = 1, double level = 0) {
+  Batch<Real> numbers(int64_t count, double scale = 1, double level = 0) {
     return {filled(count, scale, level), {count, 1, 0}};
   }
-  Batch<T> identities(int64_t n) {
-    const Batch<T> batch = matrices(n, n, 0);
+  Batch<Real> identities(int64_t n) {
+    const Batch<Real> batch = matrices(n, n, 0);
     for (int64_t b = 0; b < B_; ++b)
       for (int64_t i = 0; i < n; ++i) *batch.at(b, i, i) = 1;
     return batch;
   }
-  Batch<T> codes(int64_t rows, int64_t C) {
-    Batch<T> batch = matrices(rows, C);
+  Batch<Real> codes(int64_t rows, int64_t C) {
+    Batch<Real> batch = matrices(rows, C);
     if (!short_codes_) return batch;
     const size_t count = static_cast<size_t>(B_ * rows * C) - 1;
-    blocks_.push_back(std::make_unique<T[]>(count));
-    std::memcpy(blocks_.back().get(), batch.data, count * sizeof(T));
+    blocks_.push_back(std::make_unique<Real[]>(count));
+    std::memcpy(blocks_.back().get(), batch.data, count * sizeof(Real));
     batch.data = blocks_.back().get();
     return batch;
   }
@@ -52,25 +52,25 @@ class Tensors {
  private:
   int64_t B_;
   bool short_codes_;
-  std::vector<std::unique_ptr<T[]>> blocks_;
+  std::vector<std::unique_ptr<Real[]>> blocks_;
   std::mt19937 generator_{0};
 };
 
-template <class T>
-Batch<const T> read_only(const Batch<T>& batch) {
+template <class Real>
+Batch<const Real> read_only(const Batch<Real>& batch) {
   return {batch.data, {batch.stride[0], batch.stride[1], batch.stride[2]}};
 }
 
-template <class T>
+template <class Real>
 void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool short_codes) {
   constexpr int64_t B = 2;
-  const Kernels<T>& kernels = FASTKM_LEVEL_NAME::kernels<T>();
-  Tensors<T> make(B, short_codes);
+  const Kernels<Real>& kernels = FASTKM_LEVEL_NAME::kernels<Real>();
+  Tensors<Real> make(B, short_codes);
   std::vector<int32_t> info(B);
   const auto seen = std::make_unique<bool[]>(static_cast<size_t>(B * patterns));
   for (int64_t t = 0; t < B * patterns; ++t) seen[t] = t % 3 > 0;
 
-  PosteriorArgs<T> update{};
+  PosteriorArgs<Real> update{};
   update.K = K, update.C = C, update.T_ = patterns;
   update.mean = read_only(make.matrices(K, C, 0.3)), update.cov = read_only(make.identities(K));
   update.weights = read_only(make.matrices(patterns, K, 0.3)), update.values = read_only(make.codes(patterns, C));
@@ -81,7 +81,7 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   update.log_evidence = make.filled(1, 0), update.info = info.data();
   kernels.update_posterior(update, 0, B);
 
-  PosteriorGrads<T> grads{};
+  PosteriorGrads<Real> grads{};
   grads.mean = read_only(make.matrices(K, C)), grads.cov = read_only(make.matrices(K, K));
   grads.innovation_var = read_only(make.numbers(patterns)), grads.kl = read_only(make.numbers(patterns));
   grads.log_evidence = read_only(make.numbers(1));
@@ -90,10 +90,10 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   grads.to_noise_var = make.numbers(patterns);
   kernels.update_posterior_backward(update, grads, 0, B);
 
-  WritingArgs<T> write{};
+  WritingArgs<Real> write{};
   write.posterior = update, write.ridge = read_only(make.numbers(1, 0, 1));
   write.new_weights = make.matrices(patterns, K);
-  WritingGrads<T> write_grads{};
+  WritingGrads<Real> write_grads{};
   write_grads.posterior = grads, write_grads.posterior.log_evidence = {};
   write_grads.weights = read_only(make.matrices(patterns, K)), write_grads.to_ridge = make.numbers(1);
   for (int64_t solves : {1, 2}) {
@@ -102,22 +102,22 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
     kernels.write_backward(write, write_grads, 0, B);
   }
 
-  ReadingArgs<T> read{};
+  ReadingArgs<Real> read{};
   read.K = K, read.C = C, read.Q = Q, read.num_iters = 3, read.squared_gram = false;
   read.mean = update.mean, read.queries = read_only(make.codes(Q, C)), read.ridge = write.ridge;
   read.values = make.matrices(Q, C), read.weights = make.matrices(Q, K), read.info = info.data();
   kernels.read_memories(read, 0, B);
-  ReadingGrads<T> read_grads{};
+  ReadingGrads<Real> read_grads{};
   read_grads.values = read_only(make.matrices(Q, C)), read_grads.weights = read_only(make.matrices(Q, K));
   read_grads.to_mean = make.matrices(K, C), read_grads.to_queries = make.matrices(Q, C);
   read_grads.to_ridge = make.filled(1, 0);
   kernels.read_backward(read, read_grads, 0, B);
 
-  MatrixNormalArgs<T> divergence{};
+  MatrixNormalArgs<Real> divergence{};
   divergence.K = K, divergence.C = C, divergence.mean = update.mean, divergence.cov = update.cov;
   divergence.prior_mean = read_only(make.matrices(K, C)), divergence.prior_cov = read_only(make.identities(K));
   divergence.result = make.filled(1, 0), divergence.info = info.data();
-  MatrixNormalGrads<T> divergence_grads{};
+  MatrixNormalGrads<Real> divergence_grads{};
   divergence_grads.result = read_only(make.numbers(1));
   divergence_grads.to_mean = make.matrices(K, C), divergence_grads.to_cov = make.matrices(K, K);
   divergence_grads.to_prior_mean = make.matrices(K, C), divergence_grads.to_prior_cov = make.matrices(K, K);

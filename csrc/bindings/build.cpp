@@ -1,4 +1,5 @@
-// What this build holds: the instruction set that the CPU kernels run with, and the GPU architectures it was compiled for.
+// What this build holds: the instruction set that the CPU kernels run with, and the GPU architectures it was compiled
+// for.
 #include <torch/csrc/stable/library.h>
 
 #include <iterator>

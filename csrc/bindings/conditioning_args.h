@@ -1,54 +1,55 @@
 // What an update and a write have in common at the boundary: the arguments they check and the outputs they make.
 #pragma once
 
-#include "bindings/cuda_binding.h"
+#include "bindings/make_tensor.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
-template <class T, class Place>
-PosteriorArgs<T> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
-                                const Tensor& noise_var, const std::optional<Tensor>& mask, int64_t precision) {
+template <class Real, class Place>
+PosteriorArgs<Real> posterior_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
+                                   const Tensor& noise_var, const std::optional<Tensor>& mask, int64_t precision) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), patterns = values.size(1);
   expect(mean, "mean", {B, K, C}, mean.scalar_type());
   expect(cov, "cov", {B, K, K}, mean.scalar_type());
   const int64_t values_type = place.expect_codes(values, "values", {B, patterns, C}, mean);
   if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);
-  PosteriorArgs<T> args;
+  PosteriorArgs<Real> args;
   args.K = K;
   args.C = C;
   args.T_ = patterns;
-  args.mean = batch_of<const T>(mean);
-  args.cov = batch_of<const T>(cov);
-  args.values = batch_of<const T>(values);
+  args.mean = batch_of<const Real>(mean);
+  args.cov = batch_of<const Real>(cov);
+  args.values = batch_of<const Real>(values);
   args.values_type = values_type;
-  args.noise_var = positive_numbers_of<T>(place, noise_var, "noise_var", {B, patterns}, mean);
+  args.noise_var = positive_numbers_of<Real>(place, noise_var, "noise_var", {B, patterns}, mean);
   if (mask) args.mask = batch_of<const bool>(*mask);
   args.precision = precision;
   return args;
 }
 
-template <class T, class Place>
-void take_weights(const Place& place, PosteriorArgs<T>& args, const Tensor& weights, const Tensor& mean) {
+template <class Real, class Place>
+void set_weights(const Place& place, PosteriorArgs<Real>& args, const Tensor& weights, const Tensor& mean) {
   args.weights_type = place.expect_codes(weights, "weights", {mean.size(0), args.T_, args.K}, mean);
-  args.weights = batch_of<const T>(weights);
+  args.weights = batch_of<const Real>(weights);
 }
 
 struct PosteriorOutputs {
   Tensor mean, cov, innovation_var, kl, info;
 
   PosteriorOutputs(const Tensor& prior_mean, const Tensor& values)
-      : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
-        cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
-        innovation_var(make(prior_mean, {values.size(0), values.size(1)})),
-        kl(make(prior_mean, {values.size(0), values.size(1)})),
-        info(make(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {}
+      : mean(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
+        cov(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
+        innovation_var(make_tensor(prior_mean, {values.size(0), values.size(1)})),
+        kl(make_tensor(prior_mean, {values.size(0), values.size(1)})),
+        info(make_tensor(prior_mean, {prior_mean.size(0)}, ScalarType::Int)) {}
 
-  template <class T>
-  void into(PosteriorArgs<T>& args) const {
-    args.new_mean = batch_of<T>(mean);
-    args.new_cov = batch_of<T>(cov);
-    args.innovation_var = batch_of<T>(innovation_var);
-    args.kl = batch_of<T>(kl);
+  template <class Real>
+  void into(PosteriorArgs<Real>& args) const {
+    args.new_mean = batch_of<Real>(mean);
+    args.new_cov = batch_of<Real>(cov);
+    args.innovation_var = batch_of<Real>(innovation_var);
+    args.kl = batch_of<Real>(kl);
     args.info = data_of<int32_t>(info);
   }
 };
@@ -58,25 +59,25 @@ struct PosteriorGradOutputs {
   Tensor mean, cov, values, noise_var;
 
   PosteriorGradOutputs(const Tensor& prior_mean, const Tensor& of_values)
-      : mean(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
-        cov(make(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
-        values(make(prior_mean, {of_values.size(0), of_values.size(1), of_values.size(2)})),
-        noise_var(make(prior_mean, {of_values.size(0), of_values.size(1)})) {}
+      : mean(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(2)})),
+        cov(make_tensor(prior_mean, {prior_mean.size(0), prior_mean.size(1), prior_mean.size(1)})),
+        values(make_tensor(prior_mean, {of_values.size(0), of_values.size(1), of_values.size(2)})),
+        noise_var(make_tensor(prior_mean, {of_values.size(0), of_values.size(1)})) {}
 
-  template <class T>
-  PosteriorGrads<T> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
-                          const std::optional<Tensor>& grad_innovation_var,
-                          const std::optional<Tensor>& grad_kl) const {
+  template <class Real>
+  PosteriorGrads<Real> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
+                             const std::optional<Tensor>& grad_innovation_var,
+                             const std::optional<Tensor>& grad_kl) const {
     const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), T_ = values.size(1);
-    PosteriorGrads<T> grads;
-    grads.mean = cotangent_of<T>(grad_mean, "grad_mean", {B, K, C}, mean);
-    grads.cov = cotangent_of<T>(grad_cov, "grad_cov", {B, K, K}, mean);
-    grads.innovation_var = cotangent_of<T>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean);
-    grads.kl = cotangent_of<T>(grad_kl, "grad_kl", {B, T_}, mean);
-    grads.to_mean = batch_of<T>(mean);
-    grads.to_cov = batch_of<T>(cov);
-    grads.to_values = batch_of<T>(values);
-    grads.to_noise_var = batch_of<T>(noise_var);
+    PosteriorGrads<Real> grads;
+    grads.mean = cotangent_of<Real>(grad_mean, "grad_mean", {B, K, C}, mean);
+    grads.cov = cotangent_of<Real>(grad_cov, "grad_cov", {B, K, K}, mean);
+    grads.innovation_var = cotangent_of<Real>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean);
+    grads.kl = cotangent_of<Real>(grad_kl, "grad_kl", {B, T_}, mean);
+    grads.to_mean = batch_of<Real>(mean);
+    grads.to_cov = batch_of<Real>(cov);
+    grads.to_values = batch_of<Real>(values);
+    grads.to_noise_var = batch_of<Real>(noise_var);
     return grads;
   }
 };

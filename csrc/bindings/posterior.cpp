@@ -2,6 +2,9 @@
 #include <tuple>
 
 #include "bindings/conditioning_args.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
@@ -11,14 +14,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
     const std::optional<Tensor>& mask, int64_t precision) {
   const Place place(mean, cov, weights, values, noise_var, mask);
   const PosteriorOutputs out(mean, values);
-  const Tensor log_evidence = make(mean, {mean.size(0)});
+  const Tensor log_evidence = make_tensor(mean, {mean.size(0)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);
-    take_weights(place, args, weights, mean);
-    args.log_evidence = data_of<T>(log_evidence);
+    using Real = decltype(scalar);
+    PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, values, noise_var, mask, precision);
+    set_weights(place, args, weights, mean);
+    args.log_evidence = data_of<Real>(log_evidence);
     out.into(args);
-    place.run(mean.size(0), &Kernels<T>::update_posterior, FASTKM_LAUNCHER(update_posterior), args);
+    place.run(mean.size(0), &Kernels<Real>::update_posterior, FASTKM_LAUNCHER(update_posterior), args);
   });
   return {out.mean, out.cov, out.innovation_var, out.kl, log_evidence, out.info};
 }
@@ -33,15 +36,15 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backw
                     grad_log_evidence);
   expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
-  const Tensor to_weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
+  const Tensor to_weights = make_tensor(mean, {values.size(0), values.size(1), mean.size(1)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    PosteriorArgs<T> args = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision);
-    take_weights(place, args, weights, mean);
-    PosteriorGrads<T> grads = out.grads<T>(grad_mean, grad_cov, grad_innovation_var, grad_kl);
-    grads.log_evidence = cotangent_of<T>(grad_log_evidence, "grad_log_evidence", {mean.size(0)}, mean);
-    grads.to_weights = batch_of<T>(to_weights);
-    place.run(mean.size(0), &Kernels<T>::update_posterior_backward, FASTKM_LAUNCHER(update_posterior_backward), args,
+    using Real = decltype(scalar);
+    PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, values, noise_var, mask, precision);
+    set_weights(place, args, weights, mean);
+    PosteriorGrads<Real> grads = out.grads<Real>(grad_mean, grad_cov, grad_innovation_var, grad_kl);
+    grads.log_evidence = cotangent_of<Real>(grad_log_evidence, "grad_log_evidence", {mean.size(0)}, mean);
+    grads.to_weights = batch_of<Real>(to_weights);
+    place.run(mean.size(0), &Kernels<Real>::update_posterior_backward, FASTKM_LAUNCHER(update_posterior_backward), args,
               grads);
   });
   return {out.mean, out.cov, place.like_codes(to_weights, weights), place.like_codes(out.values, values),

@@ -2,16 +2,19 @@
 #include <tuple>
 
 #include "bindings/conditioning_args.h"
+#include "bindings/make_tensor.h"
+#include "bindings/register.h"
+#include "bindings/tensor_args.h"
 
 namespace fastkm {
 
-template <class T, class Place>
-static WritingArgs<T> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
-                                   const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
-                                   bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
+template <class Real, class Place>
+static WritingArgs<Real> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
+                                      const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
+                                      bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
   STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
-  return {.posterior = posterior_args<T>(place, mean, cov, values, noise_var, mask, precision),
-          .ridge = positive_numbers_of<T>(place, ridge, "ridge", {mean.size(0)}, mean),
+  return {.posterior = posterior_args<Real>(place, mean, cov, values, noise_var, mask, precision),
+          .ridge = positive_numbers_of<Real>(place, ridge, "ridge", {mean.size(0)}, mean),
           .num_opt_iters = num_opt_iters,
           .squared_gram = squared_gram,
           .new_weights = {}};
@@ -23,14 +26,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
     int64_t num_opt_iters, bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
   const Place place(mean, cov, values, noise_var, ridge, mask);
   const PosteriorOutputs out(mean, values);
-  const Tensor weights = make(mean, {values.size(0), values.size(1), mean.size(1)});
+  const Tensor weights = make_tensor(mean, {values.size(0), values.size(1), mean.size(1)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    WritingArgs<T> args =
-        writing_args<T>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
-    args.new_weights = batch_of<T>(weights);
+    using Real = decltype(scalar);
+    WritingArgs<Real> args =
+        writing_args<Real>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
+    args.new_weights = batch_of<Real>(weights);
     out.into(args.posterior);
-    place.run(mean.size(0), &Kernels<T>::write, FASTKM_LAUNCHER(write), args);
+    place.run(mean.size(0), &Kernels<Real>::write, FASTKM_LAUNCHER(write), args);
   });
   return {out.mean, out.cov, weights, out.innovation_var, out.kl, out.info};
 }
@@ -47,18 +50,18 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
   expect(noise_var, "noise_var", {values.size(0), values.size(1)}, mean.scalar_type());
   expect(ridge, "ridge", {mean.size(0)}, mean.scalar_type());
   const PosteriorGradOutputs out(mean, values);
-  const Tensor to_ridge = make(mean, {mean.size(0)});
+  const Tensor to_ridge = make_tensor(mean, {mean.size(0)});
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
-    using T = decltype(scalar);
-    WritingArgs<T> args =
-        writing_args<T>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
+    using Real = decltype(scalar);
+    WritingArgs<Real> args =
+        writing_args<Real>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
     expect(weights, "weights", {mean.size(0), values.size(1), mean.size(1)}, mean.scalar_type());
-    args.posterior.weights = batch_of<const T>(weights);
-    const WritingGrads<T> grads{
-        .posterior = out.grads<T>(grad_mean, grad_cov, grad_innovation_var, grad_kl),
-        .weights = cotangent_of<T>(grad_weights, "grad_weights", {mean.size(0), values.size(1), mean.size(1)}, mean),
-        .to_ridge = batch_of<T>(to_ridge)};
-    place.run(mean.size(0), &Kernels<T>::write_backward, FASTKM_LAUNCHER(write_backward), args, grads);
+    args.posterior.weights = batch_of<const Real>(weights);
+    const WritingGrads<Real> grads{
+        .posterior = out.grads<Real>(grad_mean, grad_cov, grad_innovation_var, grad_kl),
+        .weights = cotangent_of<Real>(grad_weights, "grad_weights", {mean.size(0), values.size(1), mean.size(1)}, mean),
+        .to_ridge = batch_of<Real>(to_ridge)};
+    place.run(mean.size(0), &Kernels<Real>::write_backward, FASTKM_LAUNCHER(write_backward), args, grads);
   });
   return {out.mean, out.cov, place.like_codes(out.values, values), out.noise_var, to_ridge};
 }

@@ -30,16 +30,16 @@ Level select_level(int64_t limit) {
   return level();
 }
 
-template <class T>
-const Kernels<T>& kernels() {
+template <class Real>
+const Kernels<Real>& kernels() {
 #if defined(__x86_64__)
   switch (level().load(std::memory_order_relaxed)) {
-    case kAvx512: return avx512::kernels<T>();
-    case kAvx2: return avx2::kernels<T>();
+    case kAvx512: return avx512::kernels<Real>();
+    case kAvx2: return avx2::kernels<Real>();
     case kBase: break;
   }
 #endif
-  return base::kernels<T>();
+  return base::kernels<Real>();
 }
 
 template const Kernels<float>& kernels();

@@ -16,7 +16,7 @@ Arena& Arena::fresh() {
   return arena;
 }
 
-void* Arena::take_bytes(size_t bytes) {
+void* Arena::allocate_bytes(size_t bytes) {
   bytes = (bytes + 63) & ~size_t{63};
   if (blocks_.empty() || used_ + bytes > blocks_.back().size) {
     const size_t size = std::max({bytes, kFirstBlock, blocks_.empty() ? 0 : 2 * blocks_.back().size});

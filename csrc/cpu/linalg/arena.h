@@ -14,9 +14,9 @@ class Arena {
   static Arena& fresh();
 
   // Uninitialised space for `count` elements, aligned to a cache line.
-  template <class T>
-  T* take(int64_t count) {
-    return static_cast<T*>(take_bytes(static_cast<size_t>(count) * sizeof(T)));
+  template <class Real>
+  Real* allocate(int64_t count) {
+    return static_cast<Real*>(allocate_bytes(static_cast<size_t>(count) * sizeof(Real)));
   }
 
   // Give back everything taken after a mark.
@@ -30,7 +30,7 @@ class Arena {
 
  private:
   void reset();
-  void* take_bytes(size_t bytes);
+  void* allocate_bytes(size_t bytes);
 
   struct Block {
     std::byte* data;

@@ -1,174 +1,122 @@
-// One register tile of a matrix product, written once for every vector width.
+// Vectors of one instruction set: lanes, sums, and transposes in registers.
 //
-// Included once per instruction set, inside its namespace; FASTKM_VECTOR_BYTES and FASTKM_TILE_ROWS describe it.
+// Included once for each instruction set, inside its namespace. FASTKM_VECTOR_BYTES is the size of a vector.
 #pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include <utility>
 
 namespace fastkm::FASTKM_LEVEL {
 
-template <class T>
-using Vec [[gnu::vector_size(FASTKM_VECTOR_BYTES)]] = T;
+template <class Real>
+using Vec [[gnu::vector_size(FASTKM_VECTOR_BYTES)]] = Real;
 
-template <class T>
-constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(T);
+template <class Real>
+constexpr int64_t kLanes = FASTKM_VECTOR_BYTES / sizeof(Real);
 
-template <class T>
-using LaneNumber = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class Real>
+using LaneNumber = std::conditional_t<sizeof(Real) == 4, int32_t, int64_t>;
 
-// 0, 1, 2, … in the lanes: to be compared with.
-template <class T>
+// The vector (0, 1, 2, …), for comparisons that select lanes.
+template <class Real>
 inline auto lane_numbers() {
   return []<size_t... LANE>(std::index_sequence<LANE...>) {
-    typedef LaneNumber<T> Numbers [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+    typedef LaneNumber<Real> Numbers [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
     return Numbers{LANE...};
-  }(std::make_index_sequence<kLanes<T>>());
+  }(std::make_index_sequence<kLanes<Real>>());
 }
 
-template <class T>
-inline Vec<T> load(const T* from) {
-  Vec<T> vec;
+template <class Real>
+inline Vec<Real> load(const Real* from) {
+  Vec<Real> vec;
   __builtin_memcpy(&vec, from, sizeof vec);
   return vec;
 }
 
-template <class T>
-inline void store(T* to, Vec<T> vec) {
+template <class Real>
+inline void store(Real* to, Vec<Real> vec) {
   __builtin_memcpy(to, &vec, sizeof vec);
 }
 
-// The bits of |x|, which are in the order of the numbers, with NaN above them all; their greatest takes one
-// instruction.
-template <class T>
-inline auto magnitude(Vec<T> vec) {
-  return reinterpret_cast<decltype(lane_numbers<T>())>(vec) & std::numeric_limits<LaneNumber<T>>::max();
+// The bits of |x| as integers. They have the order of the numbers, with NaN above all, and the maximum of two vectors
+// of integers is one instruction.
+template <class Real>
+inline auto magnitude(Vec<Real> vec) {
+  return reinterpret_cast<decltype(lane_numbers<Real>())>(vec) & std::numeric_limits<LaneNumber<Real>>::max();
 }
 
-// Sum of the lanes, pairwise from the outside in.
-template <class T>
-inline T lane_sum(Vec<T> vec) {
-  T lanes[kLanes<T>];
-  store<T>(lanes, vec);
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+// Sum of the lanes: the upper half is added to the lower half until one lane is left.
+template <class Real>
+inline Real lane_sum(Vec<Real> vec) {
+  Real lanes[kLanes<Real>];
+  store<Real>(lanes, vec);
+  for (int64_t half = kLanes<Real> / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
 }
 
-// Of two rows `stage` apart in a square: one of the halves that a stage of its transposition puts together.
-template <int STAGE, bool LOWER, class T, size_t... LANE>
-[[gnu::always_inline]] inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<LANE...>) {
-  constexpr int W = static_cast<int>(kLanes<T>);
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
+// One step of a transpose in registers: interleave the lower or the upper halves of two rows that are STAGE apart.
+template <int STAGE, bool LOWER, class Real, size_t... LANE>
+[[gnu::always_inline]] inline Vec<Real> interleave(Vec<Real> a, Vec<Real> b, std::index_sequence<LANE...>) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
+  typedef LaneNumber<Real> Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
   constexpr Mask mask = {(static_cast<int>(LANE) & STAGE ? W + static_cast<int>(LANE) - (LOWER ? 0 : STAGE)
                                                          : static_cast<int>(LANE) + (LOWER ? STAGE : 0))...};
   return __builtin_shuffle(a, b, mask);
 }
 
-// The sums of the lanes of as many vectors as one has lanes, as one vector: each stage halves their number.
-template <class T>
-[[gnu::always_inline]] inline Vec<T> lane_sums(Vec<T> (&rows)[kLanes<T>]) {
-  constexpr int W = static_cast<int>(kLanes<T>);
+// One stage of lane_sums: interleave and add pairs of vectors, which halves their number.
+template <int STAGE, class Real>
+[[gnu::always_inline]] inline void add_pairs(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
   constexpr auto lanes = std::make_index_sequence<W>();
-  const auto halve = [&]<int STAGE>() {
-    if constexpr (STAGE < W)
+  if constexpr (STAGE < W)
 #pragma GCC unroll 16
-      for (int i = 0; i < W; i += 2 * STAGE)
-        rows[i] = interleave<STAGE, false, T>(rows[i], rows[i + STAGE], lanes) +
-                  interleave<STAGE, true, T>(rows[i], rows[i + STAGE], lanes);
-  };
-  halve.template operator()<1>();
-  halve.template operator()<2>();
-  halve.template operator()<4>();
-  halve.template operator()<8>();
+    for (int i = 0; i < W; i += 2 * STAGE)
+      rows[i] = interleave<STAGE, false, Real>(rows[i], rows[i + STAGE], lanes) +
+                interleave<STAGE, true, Real>(rows[i], rows[i + STAGE], lanes);
+}
+
+// The sums over the lanes of kLanes vectors, as one vector.
+template <class Real>
+[[gnu::always_inline]] inline Vec<Real> lane_sums(Vec<Real> (&rows)[kLanes<Real>]) {
+  add_pairs<1, Real>(rows);
+  add_pairs<2, Real>(rows);
+  add_pairs<4, Real>(rows);
+  add_pairs<8, Real>(rows);
   return rows[0];
 }
 
-// Transpose a square of kLanes × kLanes in registers: at every stage the off-diagonal quarters of squares of twice the
-// stage change places.
-template <class T>
-[[gnu::always_inline]] inline void transpose_square(T* to, int64_t to_ld, const T* from, int64_t from_ld) {
-  constexpr int W = static_cast<int>(kLanes<T>);
+// One stage of transpose_square: exchange the off-diagonal quarters of every square of 2 STAGE rows.
+template <int STAGE, class Real>
+[[gnu::always_inline]] inline void exchange_quarters(Vec<Real> (&rows)[kLanes<Real>]) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
   constexpr auto lanes = std::make_index_sequence<W>();
-  Vec<T> rows[W];
+  if constexpr (STAGE < W)
 #pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_ld);
-  const auto exchange = [&]<int STAGE>() {
-    if constexpr (STAGE < W)
-#pragma GCC unroll 16
-      for (int i = 0; i < W; ++i)
-        if (!(i & STAGE)) {
-          const Vec<T> a = rows[i], b = rows[i + STAGE];
-          rows[i] = interleave<STAGE, false, T>(a, b, lanes);
-          rows[i + STAGE] = interleave<STAGE, true, T>(a, b, lanes);
-        }
-  };
-  exchange.template operator()<1>();
-  exchange.template operator()<2>();
-  exchange.template operator()<4>();
-  exchange.template operator()<8>();
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store<T>(to + i * to_ld, rows[i]);
+    for (int i = 0; i < W; ++i)
+      if (!(i & STAGE)) {
+        const Vec<Real> a = rows[i], b = rows[i + STAGE];
+        rows[i] = interleave<STAGE, false, Real>(a, b, lanes);
+        rows[i + STAGE] = interleave<STAGE, true, Real>(a, b, lanes);
+      }
 }
 
-// ROWS × (VECS vectors), in registers.
-template <int ROWS, int VECS, class T>
-struct Tile {
-  static constexpr int64_t W = kLanes<T>;
-  Vec<T> row[ROWS][VECS] = {};
-
-  // Add A B, along k. A is read element by element with any strides, so a transposed A costs nothing; rows of B are
-  // contiguous.
-  [[gnu::always_inline]] void add_product(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                          int64_t ldb) {
-    for (int64_t p = 0; p < k; ++p) {
-      Vec<T> other[VECS];
-#pragma GCC unroll 8
-      for (int j = 0; j < VECS; ++j) other[j] = load(b + p * ldb + j * W);
+// to = fromᵀ for a square of kLanes × kLanes, in registers.
+template <class Real>
+[[gnu::always_inline]] inline void transpose_square(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
+  constexpr int W = static_cast<int>(kLanes<Real>);
+  Vec<Real> rows[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < ROWS; ++i) {
-        const T factor = a[i * a_row + p * a_column];
-#pragma GCC unroll 8
-        for (int j = 0; j < VECS; ++j) row[i][j] += factor * other[j];
-      }
-    }
-  }
-
-  // Multiply by a lower triangle from the left: from the last row, as a row meets those above it.
-  [[gnu::always_inline]] void multiply_lower(const T* lower, int64_t ld) {
+  for (int i = 0; i < W; ++i) rows[i] = load(from + i * from_ld);
+  exchange_quarters<1, Real>(rows);
+  exchange_quarters<2, Real>(rows);
+  exchange_quarters<4, Real>(rows);
+  exchange_quarters<8, Real>(rows);
 #pragma GCC unroll 16
-    for (int above = 1; above <= ROWS; ++above) {
-      const int i = ROWS - above;
-#pragma GCC unroll 8
-      for (int j = 0; j < VECS; ++j) row[i][j] *= lower[i * ld + i];
-#pragma GCC unroll 16
-      for (int s = 0; s < i; ++s)
-#pragma GCC unroll 8
-        for (int j = 0; j < VECS; ++j) row[i][j] += lower[i * ld + s] * row[s][j];
-    }
-  }
-
-  // Call f(vector, i, j) on every vector.
-  template <class F>
-  [[gnu::always_inline]] void each(const F& f) {
-#pragma GCC unroll 16
-    for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < VECS; ++j) f(row[i][j], i, j * W);
-  }
-};
-
-enum class Into { kSet, kAdd, kSubtract };
-
-// C = A B, or D ± A B, for a tile. Rows of C and D are contiguous; D may be C.
-template <Into INTO, int ROWS, int VECS, class T>
-[[gnu::always_inline]] inline void product_tile(int64_t k, const T* a, int64_t a_row, int64_t a_column, const T* b,
-                                                int64_t ldb, const T* d, int64_t ldd, T* c, int64_t ldc) {
-  Tile<ROWS, VECS, T> sum;
-  sum.add_product(k, a, a_row, a_column, b, ldb);
-  sum.each([&](Vec<T>& x, int64_t i, int64_t j) __attribute__((always_inline)) {
-    if constexpr (INTO == Into::kSet) store<T>(c + i * ldc + j, x);
-    if constexpr (INTO == Into::kAdd) store<T>(c + i * ldc + j, load(d + i * ldd + j) + x);
-    if constexpr (INTO == Into::kSubtract) store<T>(c + i * ldc + j, load(d + i * ldd + j) - x);
-  });
+  for (int i = 0; i < W; ++i) store<Real>(to + i * to_ld, rows[i]);
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -3,154 +3,140 @@
 
 #include <utility>
 
-#include "cpu/linalg/dense.h"
+#include "cpu/linalg/solve.h"
+#include "cpu/linalg/symmetric.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
 // With so many queries that K × K products no longer count, all iterations and the projection become one matrix:
 // w_n = (P R) z with P = H (I − λH)ⁿ⁻¹, H = A⁻¹.
-template <class T>
-bool folds(const ReadingArgs<T>& args) {
+template <class Real>
+bool folds(const ReadingArgs<Real>& args) {
   return args.Q >= 4 * (args.K + args.C) && !args.squared_gram;
 }
 
 // Everything a query needs of a memory.
-template <class T>
+template <class Real>
 struct FactoredMemory {
-  Factor<T> factor;            // of A = G + λI, or of G² + λI, with G = R Rᵀ
-  Matrix<T> lower_transposed;  // [K, K]
-  Matrix<T> mean;              // R [K, C]
-  Matrix<T> mean_transposed;   // Rᵀ [C, K], or (P R)ᵀ
-  Matrix<T> gram;              // G [K, K], of no rows unless the solve is the squared-Gram one
+  Factor<Real> factor;            // of A = G + λI, or of G² + λI, with G = R Rᵀ
+  Matrix<Real> lower_transposed;  // [K, K]
+  Matrix<Real> mean;              // R [K, C]
+  Matrix<Real> mean_transposed;   // Rᵀ [C, K], or (P R)ᵀ
+  Matrix<Real> gram;              // G [K, K], of no rows unless the solve is the squared-Gram one
 };
 
-// Lay a factored memory out in `take(count)`, which hands out space one piece after the other.
-template <class T, class Take>
-FactoredMemory<T> lay_out(const ReadingArgs<T>& args, const Take& take) {
+// Lay a factored memory out in `allocate(count)`, which hands out space one piece after the other.
+template <class Real, class Allocate>
+FactoredMemory<Real> lay_out(const ReadingArgs<Real>& args, const Allocate& allocate) {
   const int64_t K = args.K, C = args.C, blocks = round_up(K, kBlock) * kBlock;
   const auto matrix = [&](int64_t rows, int64_t columns) {
-    const int64_t ld = row_stride<T>(columns);
-    return Matrix<T>{take(rows * ld), rows, columns, ld};
+    const int64_t ld = row_stride<Real>(columns);
+    return Matrix<Real>{allocate(rows * ld), rows, columns, ld};
   };
-  return {.factor = {.lower = matrix(K, K), .inverse = take(blocks), .inverse_transposed = take(blocks)},
+  return {.factor = {.lower = matrix(K, K), .inverse = allocate(blocks), .inverse_transposed = allocate(blocks)},
           .lower_transposed = matrix(K, K),
           .mean = matrix(K, C),
           .mean_transposed = matrix(C, K),
           .gram = matrix(args.squared_gram ? K : 0, K)};
 }
 
-template <class T>
-FactoredMemory<T> lay_out(const ReadingArgs<T>& args, T* at) {
-  return lay_out<T>(args, [&at](int64_t count) {
-    T* piece = at;
+template <class Real>
+FactoredMemory<Real> lay_out(const ReadingArgs<Real>& args, Real* at) {
+  return lay_out<Real>(args, [&at](int64_t count) {
+    Real* piece = at;
     at += count;
     return piece;
   });
 }
 
-template <class T>
-int64_t factor_size(const ReadingArgs<T>& args) {
+template <class Real>
+int64_t factor_size(const ReadingArgs<Real>& args) {
   int64_t size = 0;
-  lay_out<T>(args, [&size](int64_t count) {
+  lay_out<Real>(args, [&size](int64_t count) {
     size += count;
-    return static_cast<T*>(nullptr);
+    return static_cast<Real*>(nullptr);
   });
   return size;
 }
 
-// a ← G + λI, or G² + λI, ready to be factored; `gram` may be `a` itself.
-template <class T>
-void regularise(const Matrix<T>& a, const Matrix<T>& gram, T ridge, bool squared) {
-  if (squared)
-    product_lower<Into::kSet>(a, gram.rows, left(gram), gram);
-  else if (a.data != gram.data)
-    copy_rows(a, gram);
-  for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
-}
-
-template <class T>
-void factor_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
+template <class Real>
+void factor_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
   load_matrix(memory.mean, args.mean, b);
   transpose(memory.mean_transposed, memory.mean);
-  const Matrix<T>& gram = args.squared_gram ? memory.gram : memory.factor.lower;
-  product_lower<Into::kSet>(gram, args.C, left(memory.mean), memory.mean_transposed);
+  const Matrix<Real>& gram = args.squared_gram ? memory.gram : memory.factor.lower;
+  product_lower<Into::kSet>(gram, args.C, operand(memory.mean), memory.mean_transposed);
   if (args.squared_gram) mirror(gram);
   regularise(memory.factor.lower, gram, *args.ridge.at(b), args.squared_gram);
   args.info[b] = cholesky(memory.factor, arena) ? kGood : kNotPositiveDefinite;
   transpose(memory.lower_transposed, memory.factor.lower);
 }
 
-// a ← a b for symmetric matrices that commute.
-template <class T>
-void multiply_symmetric(const Matrix<T>& a, const Matrix<T>& b, const Matrix<T>& scratch) {
-  product_lower<Into::kSet>(scratch, a.rows, left(a), b);
-  copy_rows(a, scratch);
-  mirror(a);
-}
-
 // Rᵀ P into memory.mean_transposed. In double, as powers of a matrix lose digits that iterations keep.
-template <class T>
-void fold(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
+template <class Real>
+void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
   const int64_t K = args.K, C = args.C;
   const double ridge = *args.ridge.at(b);
-  const Matrix<double> mean = take_matrix<double>(arena, K, C), mean_transposed = take_matrix<double>(arena, C, K);
-  const Matrix<double> power = take_matrix<double>(arena, K, K), step = take_matrix<double>(arena, K, K);
-  const Matrix<double> scratch = take_matrix<double>(arena, K, K);
+  const Matrix<double> mean = allocate_matrix<double>(arena, K, C),
+                       mean_transposed = allocate_matrix<double>(arena, C, K);
+  const Matrix<double> power = allocate_matrix<double>(arena, K, K), step = allocate_matrix<double>(arena, K, K);
+  const Matrix<double> scratch = allocate_matrix<double>(arena, K, K);
   for (int64_t k = 0; k < K; ++k)
     for (int64_t c = 0; c < C; ++c) mean.row(k)[c] = memory.mean.row(k)[c];
   transpose(mean_transposed, mean);
 
   // P = H (I − λH)ⁿ⁻¹, by squaring.
-  const Factor<double> factor = take_factor<double>(arena, K);
-  product_lower<Into::kSet>(factor.lower, C, left(mean), mean_transposed);
+  const Factor<double> factor = allocate_factor<double>(arena, K);
+  product_lower<Into::kSet>(factor.lower, C, operand(mean), mean_transposed);
   regularise(factor.lower, factor.lower, ridge, false);
   cholesky(factor, arena);
-  invert(factor, power, arena);
+  invert_cholesky(factor, power, arena);
   for (int64_t i = 0; i < K; ++i) {
     for (int64_t j = 0; j < K; ++j) step.row(i)[j] = -ridge * power.row(i)[j];
     step.row(i)[i] += 1;
   }
   for (int64_t exponent = args.num_iters - 1; exponent > 0; exponent /= 2) {
-    if (exponent & 1) multiply_symmetric(power, step, scratch);
-    if (exponent > 1) multiply_symmetric(step, step, scratch);
+    if (exponent & 1) product_commuting(power, step, scratch);
+    if (exponent > 1) product_commuting(step, step, scratch);
   }
 
-  const Matrix<double> folded = take_matrix<double>(arena, C, K);
-  product<Into::kSet>(folded, K, left(mean_transposed), power);
+  const Matrix<double> folded = allocate_matrix<double>(arena, C, K);
+  product<Into::kSet>(folded, K, operand(mean_transposed), power);
   for (int64_t c = 0; c < C; ++c)
-    for (int64_t k = 0; k < K; ++k) memory.mean_transposed.row(c)[k] = static_cast<T>(folded.row(c)[k]);
+    for (int64_t k = 0; k < K; ++k) memory.mean_transposed.row(c)[k] = static_cast<Real>(folded.row(c)[k]);
 }
 
 // Factor a memory for reads, and fold it where that pays.
-template <class T>
-void prepare_memory(const ReadingArgs<T>& args, int64_t b, const FactoredMemory<T>& memory, Arena& arena) {
+template <class Real>
+void prepare_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
   factor_memory(args, b, memory, arena);
   if (folds(args)) fold(args, b, memory, arena);
 }
 
 // Answer queries [first, first + kQueryTile) of memory b; rows are queries, so nothing is transposed.
-template <class T>
-void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const FactoredMemory<T>& memory, Arena& arena) {
+template <class Real>
+void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const FactoredMemory<Real>& memory,
+               Arena& arena) {
   const int64_t count = smaller(kQueryTile, args.Q - first);
-  Matrix<T> weights = take_matrix<T>(arena, count, args.K), next = take_matrix<T>(arena, count, args.K);
+  Matrix<Real> weights = allocate_matrix<Real>(arena, count, args.K),
+               next = allocate_matrix<Real>(arena, count, args.K);
 
   // Address: w₁ = A⁻¹ R z, with G R z in place of R z for the squared-Gram solve.
-  const Batch<const T> queries = args.queries.from_row(first);
-  product<Into::kSet>(weights, args.C, Left<T>{queries.at(b), queries.stride[1], queries.stride[2]},
+  const Batch<const Real> queries = args.queries.from_row(first);
+  product<Into::kSet>(weights, args.C, Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]},
                       memory.mean_transposed);
   if (args.squared_gram) {
-    product<Into::kSet>(next, args.K, left(weights), memory.gram);
+    product<Into::kSet>(next, args.K, operand(weights), memory.gram);
     std::swap(weights, next);
   }
   if (!folds(args)) {
-    const Matrix<T> work = take_matrix<T>(arena, count, kBlock);
-    solve_rows(memory.factor, memory.lower_transposed, weights, work);
+    const Matrix<Real> work = allocate_matrix<Real>(arena, count, kBlock);
+    solve_cholesky(memory.factor, memory.lower_transposed, weights, work);
 
     // Iterate: w ← w − λ A⁻¹ w.
-    const T ridge = *args.ridge.at(b);
+    const Real ridge = *args.ridge.at(b);
     for (int64_t n = 1; n < args.num_iters; ++n) {
       copy_rows(next, weights);
-      solve_rows(memory.factor, memory.lower_transposed, next, work);
+      solve_cholesky(memory.factor, memory.lower_transposed, next, work);
       for (int64_t q = 0; q < count; ++q)
         for (int64_t k = 0; k < args.K; ++k) weights.row(q)[k] -= ridge * next.row(q)[k];
     }
@@ -159,8 +145,8 @@ void read_tile(const ReadingArgs<T>& args, int64_t b, int64_t first, const Facto
   // Decode: ẑ = Rᵀ w.
   store_matrix(args.weights.from_row(first), b, weights);
   if (!args.values.data) return;
-  const Matrix<T> values = take_matrix<T>(arena, count, args.C);
-  product<Into::kSet>(values, args.K, left(weights), memory.mean);
+  const Matrix<Real> values = allocate_matrix<Real>(arena, count, args.C);
+  product<Into::kSet>(values, args.K, operand(weights), memory.mean);
   store_matrix(args.values.from_row(first), b, values);
 }
 
@@ -169,29 +155,30 @@ constexpr int64_t kFoldedRows = 16;
 static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
 
 // Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
-template <class T>
-void read_folded(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory) {
-  const int64_t tiles = kFoldedRows / FASTKM_TILE_ROWS * (strips<T>(args.K) + strips<T>(args.C));
+template <class Real>
+void read_folded(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_t end,
+                 const FactoredMemory<Real>& memory) {
+  const int64_t tiles = kFoldedRows / FASTKM_TILE_ROWS * (strips<Real>(args.K) + strips<Real>(args.C));
   for (int64_t first = begin; first < end; first += kFoldedRows) {
     const int64_t rows = smaller(kFoldedRows, end - first), next = first + rows;
-    Upcoming upcoming(tiles);
-    upcoming.add(args.queries, b, next, smaller(kFoldedRows, end - next), args.C);
-    upcoming.add(args.weights, b, next, smaller(kFoldedRows, end - next), args.K);
-    upcoming.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
-    const Batch<const T> here = args.queries.from_row(first);
-    const Matrix<T> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
-    product<Into::kSet>(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &upcoming);
+    Prefetch prefetch(tiles);
+    prefetch.add(args.queries, b, next, smaller(kFoldedRows, end - next), args.C);
+    prefetch.add(args.weights, b, next, smaller(kFoldedRows, end - next), args.K);
+    prefetch.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
+    const Batch<const Real> here = args.queries.from_row(first);
+    const Matrix<Real> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
+    product<Into::kSet>(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &prefetch);
     if (!args.values.data) continue;
-    const Matrix<T> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
-    product<Into::kSet>(z, args.K, left(w), memory.mean, &upcoming);
+    const Matrix<Real> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
+    product<Into::kSet>(z, args.K, operand(w), memory.mean, &prefetch);
   }
 }
 
 // Answer queries [begin, end) of memory b.
-template <class T>
-void read_queries(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t end, const FactoredMemory<T>& memory,
-                  Arena& arena) {
-  if (folds(args) && smaller(args.K, args.C) >= kLanes<T>) return read_folded(args, b, begin, end, memory);
+template <class Real>
+void read_queries(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_t end,
+                  const FactoredMemory<Real>& memory, Arena& arena) {
+  if (folds(args) && smaller(args.K, args.C) >= kLanes<Real>) return read_folded(args, b, begin, end, memory);
   const Arena::Mark tile_start = arena.mark();
   for (int64_t first = begin; first < end; first += kQueryTile) {
     arena.release(tile_start);
@@ -200,29 +187,29 @@ void read_queries(const ReadingArgs<T>& args, int64_t b, int64_t begin, int64_t 
 }
 
 // Whole memories, each factored and read while it is in the cache.
-template <class T>
-void read_memories(const ReadingArgs<T>& args, int64_t begin, int64_t end) {
+template <class Real>
+void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const FactoredMemory<T> memory = lay_out<T>(args, [&](int64_t count) { return arena.take<T>(count); });
+    const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
     prepare_memory(args, b, memory, arena);
     read_queries(args, b, 0, args.Q, memory, arena);
   }
 }
 
 // The same in two phases, for fewer memories than threads: factors into `factors`, then tiles of queries from it.
-template <class T>
-void factor_memories(const ReadingArgs<T>& args, T* factors, int64_t begin, int64_t end) {
+template <class Real>
+void factor_memories(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
     prepare_memory(args, b, lay_out(args, factors + b * factor_size(args)), Arena::fresh());
 }
 
-template <class T>
-void read_tiles(const ReadingArgs<T>& args, T* factors, int64_t begin, int64_t end) {
+template <class Real>
+void read_tiles(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int64_t end) {
   const int64_t tiles = (args.Q + kQueryTile - 1) / kQueryTile;
   for (int64_t i = begin; i < end;) {
     const int64_t b = i / tiles, stop = smaller(end, (b + 1) * tiles);
-    const FactoredMemory<T> memory = lay_out(args, factors + b * factor_size(args));
+    const FactoredMemory<Real> memory = lay_out(args, factors + b * factor_size(args));
     const int64_t last = smaller((stop - b * tiles) * kQueryTile, args.Q);
     read_queries(args, b, (i - b * tiles) * kQueryTile, last, memory, Arena::fresh());
     i = stop;

@@ -1,67 +1,41 @@
 // Backward of addressing and reading: one factor serves the solves of both directions.
 #pragma once
 
-#include <limits>
-
+#include "cpu/linalg/vectors.h"
 #include "cpu/reading/read.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
 // What the queries of one memory add up to. A bar marks a cotangent: R̄ is that of R.
-template <class T>
+template <class Real>
 struct ReadingGradient {
-  Matrix<T> mean;    // R̄ [K, C], at first without what comes through G
-  Matrix<T> solved;  // Ā [K, K]
-  Matrix<T> target;  // of no rows unless the solve is the squared-Gram one: Σ v (R z)ᵀ [K, K], then Ḡ
-  double ridge = 0;  // λ̄
+  Matrix<Real> mean;    // R̄ [K, C], at first without what comes through G
+  Matrix<Real> solved;  // Ā [K, K]
+  Matrix<Real> target;  // of no rows unless the solve is the squared-Gram one: Σ v (R z)ᵀ [K, K], then Ḡ
+  double ridge = 0;     // λ̄
 };
 
-// Without a factor there is no gradient: let every solve answer NaN.
-template <class T>
-void poison(const Factor<T>& f) {
-  for (int64_t i = 0; i < round_up(f.size(), kBlock) * kBlock; ++i)
-    f.inverse[i] = f.inverse_transposed[i] = std::numeric_limits<T>::quiet_NaN();
-}
-
-// Sum of the products of entries.
-template <class T>
-double inner_product(const Matrix<T>& x, const Matrix<T>& y) {
-  double sum = 0;
-  for (int64_t i = 0; i < x.rows; ++i) sum += dot(x.columns, x.row(i), y.row(i));
-  return sum;
-}
-
-// m ← m + mᵀ
-template <class T>
-void add_transpose(const Matrix<T>& m) {
-  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
-    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
-      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
-        for (int64_t j = j0; j < smaller(j0 + kBlock, i + 1); ++j)
-          m.row(i)[j] = m.row(j)[i] = m.row(i)[j] + m.row(j)[i];
-}
-
 // Add what queries [first, first + kQueryTile) of memory b contribute, and store their own cotangents.
-template <class T>
-void read_tile_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads, int64_t b, int64_t first,
-                        const FactoredMemory<T>& memory, ReadingGradient<T>& gradient, Arena& arena) {
+template <class Real>
+void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t b, int64_t first,
+                        const FactoredMemory<Real>& memory, ReadingGradient<Real>& gradient, Arena& arena) {
   const int64_t K = args.K, C = args.C, count = smaller(kQueryTile, args.Q - first);
-  const T ridge = *args.ridge.at(b);
-  const auto take = [&](int64_t columns) { return take_matrix<T>(arena, count, columns); };
-  const Matrix<T> queries = take(C), weights = take(K), work = take(kBlock);
-  const Matrix<T> solutions = take_matrix<T>(arena, args.num_iters * count, K);  // w₁, then y₁, y₂, …
+  const Real ridge = *args.ridge.at(b);
+  const auto allocate = [&](int64_t columns) { return allocate_matrix<Real>(arena, count, columns); };
+  const Matrix<Real> queries = allocate(C), weights = allocate(K), work = allocate(kBlock);
+  const Matrix<Real> solutions = allocate_matrix<Real>(arena, args.num_iters * count, K);  // w₁, then y₁, y₂, …
   const auto solution = [&](int64_t i) { return solutions.rows_from(i * count, count); };
-  const auto solve = [&](const Matrix<T>& x) { solve_rows(memory.factor, memory.lower_transposed, x, work); };
+  const auto solve = [&](const Matrix<Real>& x) { solve_cholesky(memory.factor, memory.lower_transposed, x, work); };
 
   // Read again: w₁ = A⁻¹ x with x = R z or G R z, then yᵢ = A⁻¹ wᵢ and wᵢ₊₁ = wᵢ − λ yᵢ.
-  const Matrix<T> target = args.squared_gram ? take(K) : solution(0);
+  const Matrix<Real> target = args.squared_gram ? allocate(K) : solution(0);
   load_matrix(queries, args.queries.from_row(first), b);
-  product<Into::kSet>(target, C, left(queries), memory.mean_transposed);
-  if (args.squared_gram) product<Into::kSet>(solution(0), K, left(target), memory.gram);
+  product<Into::kSet>(target, C, operand(queries), memory.mean_transposed);
+  if (args.squared_gram) product<Into::kSet>(solution(0), K, operand(target), memory.gram);
   solve(solution(0));
   copy_rows(weights, solution(0));
   for (int64_t n = 1; n < args.num_iters; ++n) {
-    const Matrix<T> y = solution(n);
+    const Matrix<Real> y = solution(n);
     copy_rows(y, weights);
     solve(y);
     for (int64_t q = 0; q < count; ++q)
@@ -69,13 +43,13 @@ void read_tile_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads
   }
 
   // Back through the decoding ẑ = Rᵀ wₙ.
-  const Matrix<T> cotangent = take(K), solved = take(K);
+  const Matrix<Real> cotangent = allocate(K), solved = allocate(K);
   fill_zero(cotangent);
   if (grads.weights.data) load_matrix(cotangent, grads.weights.from_row(first), b);
   if (grads.values.data) {
-    const Matrix<T> grad_values = take(C);
+    const Matrix<Real> grad_values = allocate(C);
     load_matrix(grad_values, grads.values.from_row(first), b);
-    product<Into::kAdd>(cotangent, C, left(grad_values), memory.mean_transposed);
+    product<Into::kAdd>(cotangent, C, operand(grad_values), memory.mean_transposed);
     product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);
   }
 
@@ -99,26 +73,26 @@ void read_tile_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads
   gradient.ridge -= inner_product(cotangent, solution(0));
   if (args.squared_gram) {
     product<Into::kAdd>(gradient.target, count, transposed(cotangent), target);
-    product<Into::kSet>(solved, K, left(cotangent), memory.gram);
+    product<Into::kSet>(solved, K, operand(cotangent), memory.gram);
   }
-  const Matrix<T>& projected = args.squared_gram ? solved : cotangent;  // cotangent of R z
+  const Matrix<Real>& projected = args.squared_gram ? solved : cotangent;  // cotangent of R z
   product<Into::kAdd>(gradient.mean, count, transposed(projected), queries);
-  product<Into::kSet>(queries, K, left(projected), memory.mean);
+  product<Into::kSet>(queries, K, operand(projected), memory.mean);
   store_matrix(grads.to_queries.from_row(first), b, queries);
 }
 
-template <class T>
-void read_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads, int64_t begin, int64_t end) {
+template <class Real>
+void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
   const int64_t K = args.K;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const FactoredMemory<T> memory = lay_out<T>(args, [&](int64_t count) { return arena.take<T>(count); });
+    const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
     factor_memory(args, b, memory, arena);
-    if (args.info[b] != kGood) poison(memory.factor);
-    ReadingGradient<T> gradient{.mean = take_matrix<T>(arena, K, args.C),
-                                .solved = take_matrix<T>(arena, K, K),
-                                .target = take_matrix<T>(arena, args.squared_gram ? K : 0, K)};
-    for (const Matrix<T>& m : {gradient.mean, gradient.solved, gradient.target}) fill_zero(m);
+    if (args.info[b] != kGood) poison_factor(memory.factor);
+    ReadingGradient<Real> gradient{.mean = allocate_matrix<Real>(arena, K, args.C),
+                                   .solved = allocate_matrix<Real>(arena, K, K),
+                                   .target = allocate_matrix<Real>(arena, args.squared_gram ? K : 0, K)};
+    for (const Matrix<Real>& m : {gradient.mean, gradient.solved, gradient.target}) fill_zero(m);
     const Arena::Mark tile_start = arena.mark();
     for (int64_t first = 0; first < args.Q; first += kQueryTile) {
       arena.release(tile_start);
@@ -128,13 +102,13 @@ void read_backward(const ReadingArgs<T>& args, const ReadingGrads<T>& grads, int
     // Back through the Gram matrix: R̄ += (Ḡ + Ḡᵀ) R with Ḡ = Ā, or Ḡ = Ā G + G Ā + Σ v (R z)ᵀ.
     add_transpose(gradient.solved);
     if (args.squared_gram) {
-      product<Into::kAdd>(gradient.target, K, left(gradient.solved), memory.gram);
+      product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);
       add_transpose(gradient.target);
     }
-    const Matrix<T>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
-    product<Into::kAdd>(gradient.mean, K, left(gram_gradient), memory.mean);
+    const Matrix<Real>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
+    product<Into::kAdd>(gradient.mean, K, operand(gram_gradient), memory.mean);
     store_matrix(grads.to_mean, b, gradient.mean);
-    grads.to_ridge[b] = static_cast<T>(gradient.ridge);
+    grads.to_ridge[b] = static_cast<Real>(gradient.ridge);
   }
 }
 

@@ -1,10 +1,8 @@
-// Calls that run on a GPU. Built into the extension with FASTKM_WITH_CUDA, and with FASTKM_SIMT into the one whose CUDA
-// threads run on the host.
+// Calls that run on a GPU. Compiled with FASTKM_WITH_CUDA, and with FASTKM_SIMT for the simulator, which runs CUDA
+// threads on the host.
 #pragma once
 
-#include "bindings/binding.h"
-
-#if defined(FASTKM_WITH_CUDA) || defined(FASTKM_SIMT)
+#include <torch/csrc/stable/ops.h>
 
 #ifdef FASTKM_WITH_CUDA
 #include <dlfcn.h>
@@ -12,6 +10,10 @@
 #endif
 
 #include <vector>
+
+#include "bindings/make_tensor.h"
+#include "bindings/tensor_args.h"
+#include "cuda/kernels.h"
 
 namespace fastkm {
 
@@ -50,8 +52,8 @@ class Gpu {
     return converted;
   }
 
-  template <class T, class Entry, class Launcher, class... Arguments>
-  void run(int64_t B, Entry Kernels<T>::*, const Launcher& launcher, const Arguments&... arguments) const {
+  template <class Real, class Entry, class Launcher, class... Arguments>
+  void run(int64_t B, Entry Kernels<Real>::*, const Launcher& launcher, const Arguments&... arguments) const {
     launch(launcher, arguments..., B);
   }
 
@@ -70,11 +72,11 @@ class Gpu {
     explicit Context(const Tensor& memory) : memory(memory) {
       allocate = [](cuda::Context& self, int64_t floats) {
         Context& own = static_cast<Context&>(self);
-        own.workspaces.push_back(make(own.memory, {floats}));
+        own.workspaces.push_back(make_tensor(own.memory, {floats}));
         return data_of<float>(own.workspaces.back());
       };
 #ifdef FASTKM_WITH_CUDA
-      // Looked up by name, so that the extension loads with a CPU build of torch, which has no such function.
+      // Look the function up by name: a CPU build of torch does not have it, and the extension must load there too.
       using CurrentStream = int32_t (*)(int32_t device, void** stream);
       static const auto current_stream =
           reinterpret_cast<CurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
@@ -99,18 +101,3 @@ class Gpu {
 };
 
 }  // namespace fastkm
-
-#endif
-
-// Register the operators of a family, listed in `register_operators<Place>(m)`, for every place of this build.
-#if defined(FASTKM_SIMT)
-#define FASTKM_REGISTER(register_operators) \
-  STABLE_TORCH_LIBRARY_IMPL(fastkm_simt, CPU, m) { register_operators<Gpu>(m); }
-#elif defined(FASTKM_WITH_CUDA)
-#define FASTKM_REGISTER(register_operators)                                 \
-  STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) { register_operators<Cpu>(m); } \
-  STABLE_TORCH_LIBRARY_IMPL(fastkm, CUDA, m) { register_operators<Gpu>(m); }
-#else
-#define FASTKM_REGISTER(register_operators) \
-  STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) { register_operators<Cpu>(m); }
-#endif

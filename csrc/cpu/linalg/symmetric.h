@@ -1,0 +1,115 @@
+// Symmetric matrices: the check, operations on their triangles, and the systems of the ridge solve.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "cpu/linalg/product.h"
+#include "cpu/linalg/transpose.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// Whether a matrix can be a covariance: kAsymmetric if it is not symmetric up to rounding, kNotPositiveDefinite if an
+// entry is not finite.
+template <class Real>
+Status symmetry(const Matrix<Real>& m) {
+  constexpr int64_t W = kLanes<Real>;
+  using Bits = LaneNumber<Real>;
+  // Compare each square below the diagonal with the one across it, lane by lane; then the remaining rows entry by
+  // entry.
+  const int64_t whole = m.rows / W * W;
+  alignas(64) Real across[W * W];
+  decltype(lane_numbers<Real>()) scales = {}, gaps = {};
+  for (int64_t i = 0; i < whole; i += W)
+    for (int64_t j = 0; j <= i; j += W) {
+      transpose_square(across, W, m.row(j) + i, m.ld);
+      for (int64_t row = 0; row < W; ++row) {
+        const Vec<Real> entry = load(m.row(i + row) + j);
+        const auto size = magnitude<Real>(entry), difference = magnitude<Real>(entry - load(across + row * W));
+        scales = size > scales ? size : scales;
+        gaps = difference > gaps ? difference : gaps;
+      }
+    }
+  Bits scale = 0, gap = 0;
+  const auto compare = [&](Bits size, Bits difference) {
+    scale = size > scale ? size : scale;
+    gap = difference > gap ? difference : gap;
+  };
+  for (int64_t lane = 0; lane < W; ++lane) compare(scales[lane], gaps[lane]);
+  for (int64_t i = whole; i < m.rows; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
+              __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
+  const Real largest = __builtin_bit_cast(Real, gap);
+  if (largest - largest != 0) return kNotPositiveDefinite;  // the difference is NaN if any entry is NaN or infinite
+  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale) ? kGood
+                                                                                                      : kAsymmetric;
+}
+
+// Copy the lower triangle to the upper one.
+template <class Real>
+void mirror(const Matrix<Real>& m) {
+  constexpr int64_t W = kLanes<Real>;
+  const int64_t whole = m.rows / W * W;
+  alignas(64) Real across[W * W];
+  for (int64_t i = 0; i < whole; i += W) {
+    transpose_square(across, W, m.row(i) + i, m.ld);
+    for (int64_t row = 0; row < W; ++row) {
+      Real* at = m.row(i + row) + i;
+      store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
+    }
+    for (int64_t j = i + W; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
+  }
+  for (int64_t j = whole; j < m.rows; ++j)
+    for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
+}
+
+// a ← (a + aᵀ) / 2, in squares of kLanes × kLanes; then the remaining rows entry by entry.
+template <class Real>
+void symmetrise(const Matrix<Real>& a) {
+  constexpr int64_t W = kLanes<Real>;
+  const int64_t whole = a.rows / W * W;
+  alignas(64) Real across[W * W], averaged[W * W];
+  for (int64_t i = 0; i < whole; i += W)
+    for (int64_t j = 0; j <= i; j += W) {
+      transpose_square(across, W, a.row(j) + i, a.ld);
+      for (int64_t row = 0; row < W; ++row) {
+        const Vec<Real> mean = Real(0.5) * (load(a.row(i + row) + j) + load(across + row * W));
+        store<Real>(averaged + row * W, mean);
+        store<Real>(a.row(i + row) + j, mean);
+      }
+      transpose_square(a.row(j) + i, a.ld, averaged, W);
+    }
+  for (int64_t i = whole; i < a.rows; ++i)
+    for (int64_t j = 0; j < i; ++j) a.row(i)[j] = a.row(j)[i] = Real(0.5) * (a.row(i)[j] + a.row(j)[i]);
+}
+
+// m ← m + mᵀ
+template <class Real>
+void add_transpose(const Matrix<Real>& m) {
+  for (int64_t i0 = 0; i0 < m.rows; i0 += kBlock)
+    for (int64_t j0 = 0; j0 <= i0; j0 += kBlock)
+      for (int64_t i = i0; i < smaller(i0 + kBlock, m.rows); ++i)
+        for (int64_t j = j0; j < smaller(j0 + kBlock, i + 1); ++j)
+          m.row(i)[j] = m.row(j)[i] = m.row(i)[j] + m.row(j)[i];
+}
+
+// a ← G + λI, or G² + λI. Only the lower triangle is computed. `gram` may be `a` if it is not squared.
+template <class Real>
+void regularise(const Matrix<Real>& a, const Matrix<Real>& gram, Real ridge, bool squared) {
+  if (squared)
+    product_lower<Into::kSet>(a, gram.rows, operand(gram), gram);
+  else if (a.data != gram.data)
+    copy_rows(a, gram);
+  for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
+}
+
+// a ← a b for symmetric matrices that commute, so that the product is symmetric too.
+template <class Real>
+void product_commuting(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& scratch) {
+  product_lower<Into::kSet>(scratch, a.rows, operand(a), b);
+  copy_rows(a, scratch);
+  mirror(a);
+}
+
+}  // namespace fastkm::FASTKM_LEVEL

@@ -1,0 +1,134 @@
+// Inner products and norms, products of a matrix with one or two vectors, and updates of rank one.
+//
+// Vectors of length `padded` end with a whole number of vector registers and hold zeros in their padding.
+#pragma once
+
+#include "cpu/linalg/matrix.h"
+#include "cpu/linalg/tile.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+template <class Real>
+Real dot(int64_t n, const Real* x, const Real* y) {
+  constexpr int64_t W = kLanes<Real>;
+  Vec<Real> sum[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sum[0] += load(x + i) * load(y + i);
+    sum[1] += load(x + i + W) * load(y + i + W);
+  }
+  Real total = lane_sum<Real>(sum[0] + sum[1]);
+  for (; i < n; ++i) total += x[i] * y[i];
+  return total;
+}
+
+// norms = ‖row‖² of every row. `norms` has room for a whole number of vector registers.
+template <class Real>
+void squared_norms(const Matrix<Real>& m, Real* norms) {
+  constexpr int64_t W = kLanes<Real>;
+  const int64_t whole = m.columns / W * W;
+  const auto inside = lane_numbers<Real>() < static_cast<LaneNumber<Real>>(m.columns - whole);
+  for (int64_t i = 0; i < m.rows; i += W) {
+    Vec<Real> sum[W];
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < W; ++lane) {
+      const Real* row = m.row(smaller(i + lane, m.rows - 1));
+      Vec<Real> last = {};
+      if (whole < m.columns) last = inside ? load(row + whole) : last;
+      sum[lane] = last * last;
+      for (int64_t j = 0; j < whole; j += W) sum[lane] += load(row + j) * load(row + j);
+    }
+    store<Real>(norms + i, lane_sums<Real>(sum));
+  }
+}
+
+// Σ_ij x_ij y_ij
+template <class Real>
+double inner_product(const Matrix<Real>& x, const Matrix<Real>& y) {
+  double sum = 0;
+  for (int64_t i = 0; i < x.rows; ++i) sum += dot(x.columns, x.row(i), y.row(i));
+  return sum;
+}
+
+// to += factor · from
+template <class Real>
+void add_scaled(int64_t padded, Real* to, Real factor, const Real* from) {
+  constexpr int64_t W = kLanes<Real>;
+  for (int64_t i = 0; i < padded; i += W) store<Real>(to + i, load(to + i) + factor * load(from + i));
+}
+
+// M += factor · (x yᵀ + y xᵀ) / 2
+template <class Real>
+void add_symmetric_outer(const Matrix<Real>& m, Real factor, const Real* x, const Real* y) {
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const Real of_y = Real(0.5) * factor * x[i], of_x = Real(0.5) * factor * y[i];
+    for (int64_t j = 0; j < m.rows; ++j) m.row(i)[j] += of_y * y[j] + of_x * x[j];
+  }
+}
+
+// product_transposed for VECS vector registers of columns, from column `j` on. An addition takes several cycles, so
+// rows are dealt out to PARTS independent sums.
+template <Into INTO, int VECS, int PARTS, size_t N, class Real>
+[[gnu::always_inline]] inline void product_transposed_strip(Real* const (&y)[N], const Matrix<Real>& m, int64_t rows,
+                                                            int64_t j, const Real* const (&x)[N]) {
+  constexpr int64_t W = kLanes<Real>;
+  Vec<Real> sum[PARTS][N][VECS] = {};
+  const auto add = [&](int part, int64_t i) {
+    const Real* row = m.row(i) + j;
+    Vec<Real> entry[VECS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) entry[v] = load(row + v * W);
+#pragma GCC unroll 2
+    for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECS; ++v) sum[part][n][v] += x[n][i] * entry[v];
+  };
+  int64_t i = 0;
+  for (; i + PARTS <= rows; i += PARTS)
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) add(part, i + part);
+  for (; i < rows; ++i) add(0, i);
+#pragma GCC unroll 2
+  for (size_t n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECS; ++v) {
+#pragma GCC unroll 4
+      for (int part = 1; part < PARTS; ++part) sum[0][n][v] += sum[part][n][v];
+      Real* at = y[n] + j + v * W;
+      store<Real>(at, INTO == Into::kSubtract ? load(at) - sum[0][n][v] : sum[0][n][v]);
+    }
+}
+
+// y (=, −=) Mᵀ x for the first `rows` rows of M and each of N pairs of vectors.
+template <Into INTO, size_t N, class Real>
+void product_transposed(Real* const (&y)[N], const Matrix<Real>& m, int64_t rows, int64_t padded,
+                        const Real* const (&x)[N]) {
+  constexpr int64_t W = kLanes<Real>;
+  int64_t j = 0;
+  for (; j + 4 * W <= padded; j += 4 * W) product_transposed_strip<INTO, 4, 2 / N>(y, m, rows, j, x);
+  for (; j + 2 * W <= padded; j += 2 * W) product_transposed_strip<INTO, 2, 4 / N>(y, m, rows, j, x);
+  for (; j < padded; j += W) product_transposed_strip<INTO, 1, 4>(y, m, rows, j, x);
+}
+
+// y = M x for a symmetric M.
+template <class Real>
+void product_symmetric(Real* y, const Matrix<Real>& m, int64_t padded, const Real* x) {
+  product_transposed<Into::kSet, 1, Real>({y}, m, m.rows, padded, {x});
+}
+
+// y = M x for the first `rows` rows of M. Rows are read in groups of kLanes, so M has round_up(rows, kLanes) of them.
+template <class Real>
+void product_rows(Real* y, const Matrix<Real>& m, int64_t rows, int64_t padded, const Real* x) {
+  constexpr int64_t W = kLanes<Real>;
+  for (int64_t i = 0; i < rows; i += W) {
+    Vec<Real> sum[W] = {};
+    for (int64_t j = 0; j < padded; j += W) {
+      const Vec<Real> entry = load(x + j);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < W; ++row) sum[row] += load(m.row(i + row) + j) * entry;
+    }
+    store<Real>(y + i, lane_sums<Real>(sum));
+  }
+}
+
+}  // namespace fastkm::FASTKM_LEVEL
