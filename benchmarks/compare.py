@@ -21,8 +21,9 @@ import torch
 from suite import FAMILIES, Case, episode
 from timing import LARGEST_GAP, SHORTEST, pin
 
-from fastkm.cli.console import CommandError, markdown_table, progress, show_table
+from fastkm.cli.console import markdown_table, progress, show_table
 from fastkm.cli.machine import machine
+from fastkm.testing.extras import UserError
 from fastkm.testing.gradients import GRADIENT, INPUTS
 from fastkm.testing.presets import PRESETS
 
@@ -46,7 +47,7 @@ HEADERS = (
 def git(*words: str) -> str:
     done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise CommandError(f"git {' '.join(words)}: {done.stderr.strip()}")
+        raise UserError(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
@@ -65,7 +66,7 @@ def build(revision: str) -> Path:
             command, cwd=folder, env=os.environ | {"FASTKM_CUDA": "0"}, capture_output=True, text=True
         )
         if done.returncode:
-            raise CommandError(f"{revision} does not build:\n{done.stderr[-2000:]}")
+            raise UserError(f"{revision} does not build:\n{done.stderr[-2000:]}")
     return folder
 
 
@@ -80,14 +81,14 @@ class Worker:
         )
         loaded = Path(self.process.stdout.readline().strip())
         if folder.resolve() not in loaded.resolve().parents:
-            raise CommandError(f"the process for {folder} has loaded {loaded}")
+            raise UserError(f"the process for {folder} has loaded {loaded}")
 
     def ask(self, *words: object) -> str:
         self.process.stdin.write("\t".join(map(str, words)) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
         if not answer:
-            raise CommandError(f"the process for {' '.join(map(str, words))} ended with {self.process.wait()}")
+            raise UserError(f"the process for {' '.join(map(str, words))} ended with {self.process.wait()}")
         return answer
 
     def seconds(self, operation: str, calls: int) -> float:
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         base, this = Worker(folder, options.threads), Worker(ROOT, options.threads)
         records = measure(base, this, options)
         base.close(), this.close()
-    except CommandError as error:
+    except UserError as error:
         print(f"bench-compare: {error}", file=sys.stderr)
         return 2
     title = f"{options.base} against this tree, {options.dtype}; above 1 this tree is faster"

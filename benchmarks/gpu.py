@@ -310,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         attempt("compute-sanitizer", sanitize),
         attempt("benchmark", partial(benchmark, options, records)),
     ]
-    bounds = {batch: roofline.table(batch, QUERIES) for batch in options.batch}
+    bounds = {batch: roofline.bound_table(batch, QUERIES) for batch in options.batch}
     about = {**machine(), "device": device(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     rows = [row(record) for record in records]
     done = [(step["step"], step["status"], step["told"].splitlines()[-1]) for step in steps]

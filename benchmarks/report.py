@@ -8,7 +8,8 @@ from typing import Any
 from baselines import LOOP
 from claims import NATIVE, best_pytorch, by_name, candidate, median, ratio
 
-from fastkm.cli.console import extra, markdown_table, show_table
+from fastkm.cli.console import markdown_table, show_table
+from fastkm.testing.extras import import_extra
 
 HEADERS = ("operation", "preset", "B", "Q", "dtype", "candidate", "error", "allowed", "median ms", "± %", "per second",
            "Gflop/s", "% product", "GB/s", "% copy", "native is × faster")  # fmt: skip
@@ -132,8 +133,8 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
 
 
 def draw(data: dict[str, Any], output: Path) -> list[str]:
-    extra("matplotlib").use("Agg")
-    plt = extra("matplotlib.pyplot")
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
     made = []
     if data["sweeps"]:
         made.append("time.png")

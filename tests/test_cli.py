@@ -13,13 +13,12 @@ import pytest
 import torch
 from planted import KERNELS, replace_kernel
 
-from fastkm import reading
 from fastkm.__main__ import main
 from fastkm._runtime import dispatch
-from fastkm.cli.console import CommandError
 from fastkm.cli.doctor import capability_table
 from fastkm.testing import measure, operations
 from fastkm.testing.episodes import CUES, build_episode, draw_images, remarks
+from fastkm.testing.extras import UserError
 from fastkm.testing.gradients import ALL, GRADIENT, INPUTS
 from fastkm.testing.images import CODE_RMS, PIXELS, load_images, principal_components
 from fastkm.testing.presets import PRESETS, Preset
@@ -171,7 +170,7 @@ def test_check_fails_on_a_kernel_that_raises(pngs, capsys, monkeypatch):
     def raises(*_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setitem(reading._RUN, "reference", raises)
+    replace_kernel(monkeypatch, "read", "reference", lambda kernel: raises)
     assert main(["check", "--presets", "S", "--data", str(pngs), "--threads", "1"]) == 1
     assert "FAILED read S float32 reference: RuntimeError: no such instruction" in capsys.readouterr().out
 
@@ -282,7 +281,7 @@ def test_code_keeps_what_its_components_span(size):
 
 
 def test_identical_images_have_no_code():
-    with pytest.raises(CommandError, match="must hold images that differ"):
+    with pytest.raises(UserError, match="must hold images that differ"):
         principal_components(torch.zeros(20, PIXELS, dtype=torch.float64))
 
 

@@ -31,7 +31,7 @@ def gpu():
 def no_device(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "machine_code", lambda: "3 passed")  # has a test of its own
-    monkeypatch.setattr(gpu._schema, "has_cuda", True)  # or the step would build the package
+    monkeypatch.setattr(gpu.schema, "has_cuda", True)  # or the step would build the package
 
 
 @pytest.mark.usefixtures("no_device")

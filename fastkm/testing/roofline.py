@@ -1,4 +1,4 @@
-"""``python -m fastkm roofline``: the time that no kernel can beat on one H100, from bytes and operations alone.
+"""The time that no kernel can beat on one H100, from bytes and operations alone.
 
 A bound, never a measurement. It asks of every operation only what cannot be left out: each input is read from memory
 once, each output written once, and the fewest operations by which we know to compute it. Whatever else costs time
@@ -9,7 +9,6 @@ Ceilings: NVIDIA H100 Tensor Core GPU datasheet, the SXM form: 3.35 TB/s of memo
 989 TFLOP/s in TF32 on tensor cores with sparsity, half of which is dense.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastkm._runtime.schema  # noqa: F401  declares the operators
-from fastkm.cli.console import show_table
 from fastkm.testing.presets import PRESETS, Preset
 
 BANDWIDTH = 3.35e12  # bytes a second
@@ -219,7 +217,7 @@ def row(operator: str, preset: Preset, batch: int, queries: int) -> tuple[str, .
     return (operator, preset.name, *numbers, f"{intensity:.1f}", f"{1e6 * ieee.seconds:.2f}", ieee.by, *last)
 
 
-def table(batch: int, queries: int) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+def bound_table(batch: int, queries: int) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
     """Title, headers, rows."""
     title = (
         f"A BOUND for one H100 SXM, not a measurement: no kernel is faster than this with cold caches. B = {batch}, "
@@ -227,9 +225,3 @@ def table(batch: int, queries: int) -> tuple[str, tuple[str, ...], list[tuple[st
         f"{TENSOR['tf32'] / 1e12:.0f} TFLOP/s TF32 (dense) by NVIDIA's H100 datasheet."
     )
     return title, HEADERS, [row(name, preset, batch, queries) for preset in PRESETS.values() for name in OPERATORS]
-
-
-def run(options: argparse.Namespace) -> int:
-    title, headers, rows = table(options.batch, options.queries)
-    show_table(title, headers, rows, right=[h for h in headers if h not in ("operator", "preset", "bound by")], group=1)
-    return 0
