@@ -19,7 +19,7 @@ from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, upda
 from fastkm.cli.console import add_threads, exit_status, markdown_table, progress, show_table, whole_number
 from fastkm.cli.machine import machine
 from fastkm.models import DynamicKanervaMachine
-from fastkm.testing.measure import time_interleaved
+from fastkm.testing.timing import time_in_turn
 from fastkm.writing import WriteResult
 
 PROGRAM = "python -m examples.dkm.study"
@@ -232,7 +232,7 @@ def step_time(one: Trained, seconds: float) -> Table:
         episode, _ = trainers["native"].episode()
         codes = trainers["native"].model.encode(episode)
     memories = {f"memory, {name}": memory_step(trainer.model.memory, codes) for name, trainer in trainers.items()}
-    timings = time_interleaved({**steps, **memories}, seconds)
+    timings = time_in_turn({**steps, **memories}, seconds)
     ms = {name: 1e3 * timing.median for name, timing in timings.items()}
     rows = [
         (name, f"{ms[name]:.1f}", f"{ms[f'memory, {name}']:.2f}", f"{ms[f'memory, {name}'] / ms[name]:.1%}")
