@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare study gpu kernels test lint format readme clean distclean
+.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -32,17 +32,23 @@ bench: setup ## real images through every backend: checks, timings, a picture
 	$(BIN)/python -m fastkm bench $(ARGS)
 
 bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages beside the kernels, ceilings, promises; 8 to 25 minutes
-	$(BIN)/python benchmarks/suite.py $(ARGS)
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 bench-compare: setup ## the kernels of another revision beside these: make bench-compare BASE=main
-	$(BIN)/python benchmarks/compare.py $(or $(BASE),$(error name the other revision: make bench-compare BASE=main)) $(ARGS)
+	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name the other revision: make bench-compare BASE=main)) $(ARGS)
+
+train: setup ## train the generative model of examples/dkm on MNIST; can be killed and resumed with ARGS=--resume
+	$(BIN)/python -m examples.dkm.train $(ARGS)
+
+demo: setup ## held-out images stored, corrupted and cleaned up by that model, in three pictures
+	$(BIN)/python -m examples.dkm.demo $(ARGS)
 
 study: setup ## train the generative model on DATA='mnist PATH ...' and print every figure about it; an hour
-	$(BIN)/python -m fastkm study --data $(DATA) $(ARGS)
+	$(BIN)/python -m examples.dkm.study --data $(DATA) $(ARGS)
 	$(BIN)/python tools/update_readme.py --study
 
 gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhere what can be done without one
-	$(BIN)/python benchmarks/gpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py

@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from fastkm.testing import roofline
-from fastkm.testing.gradients import GRADIENT
-from fastkm.testing.measure import clock
+from fastkm.testing import counts, roofline
+from fastkm.testing.operations import Case
 from fastkm.testing.presets import Preset
+from fastkm.testing.timing import clock
 
 SIZES = (512, 1024, 2048)  # of the matrices whose product is timed
 COPIED = 2**27  # bytes; far more than any cache holds
@@ -45,7 +45,7 @@ class Ceiling:
         self.history.append(now)
         self.last = time.monotonic()
 
-    def told(self) -> str:
+    def describe(self) -> str:
         products = (
             f"{name} {rate / 1e9:.0f} Gflop/s at {self.product_at[name]}²" for name, rate in self.product.items()
         )
@@ -55,32 +55,30 @@ class Ceiling:
 def update_in_block_form(K: int, C: int, T: int) -> int:
     """V = W U; S = V Wᵀ, a triangle; its Cholesky factor; G = L⁻¹V; W R; E = L⁻¹(Z − W R); GᵀE; GᵀG, a triangle."""
     return (
-        roofline.product(T, K, K)
-        + roofline.symmetric(T, K)
-        + roofline.third(T)
-        + roofline.triangular_solve(T, K)
-        + roofline.product(T, C, K)
-        + roofline.triangular_solve(T, C)
-        + roofline.product(K, C, T)
-        + roofline.symmetric(K, T)
+        counts.product(T, K, K)
+        + counts.symmetric_product(T, K)
+        + counts.third(T)
+        + counts.triangular_solve(T, K)
+        + counts.product(T, C, K)
+        + counts.triangular_solve(T, C)
+        + counts.product(K, C, T)
+        + counts.symmetric_product(K, T)
     )
 
 
-def flops(operation: str, preset: Preset, queries: int) -> int:
+def flops(case: Case, preset: Preset, queries: int) -> int:
     """Operations a memory: the block form's for an update, else the fewest by which we know to compute it."""
-    forward, (_, K, C, T) = operation.removesuffix(GRADIENT), preset
-    if forward == "update_posterior":
-        count = update_in_block_form(K, C, T)
-    else:
-        count = sum(roofline.OPERATORS[forward](K, C, T, queries))
-    if operation.endswith(GRADIENT):
-        count += sum(roofline.OPERATORS[f"{forward}_backward"](K, C, T, queries))
-    return count
+    _, K, C, T = preset
+    operators = case.operators
+    if case.operation == "update_posterior":
+        return update_in_block_form(K, C, T) + sum(sum(o.flops(K, C, T, queries)) for o in operators[1:])
+    return sum(sum(operator.flops(K, C, T, queries)) for operator in operators)
 
 
-def least_bytes(operation: str, preset: Preset, batch: int, queries: int, dtype: str) -> int:
+def least_bytes(case: Case, preset: Preset, batch: int, queries: int, dtype: str) -> int:
     """Every input read once and every output written once, of the backward too."""
-    forward = operation.removesuffix(GRADIENT)
-    operators = (forward, f"{forward}_backward") if operation.endswith(GRADIENT) else (forward,)
-    moved = sum(roofline.bytes_to_move(name, roofline.inputs(name, preset, batch, queries)) for name in operators)
+    moved = sum(
+        roofline.bytes_to_move(operator.name, roofline.inputs(operator.name, preset, batch, queries))
+        for operator in case.operators
+    )
     return moved * DTYPES[dtype].itemsize // torch.float32.itemsize

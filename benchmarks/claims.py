@@ -1,6 +1,6 @@
 """What the package promises about its speed, each promise with its target and what was measured.
 
-A verdict is never drawn from a group whose two timings of one thing lay too far apart, nor from a failed candidate.
+There is no verdict on a group whose two timings of one thing differ too much, nor on a failed candidate.
 """
 
 import math
@@ -8,12 +8,9 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from baselines import LOOP
+from benchmarks.cases import NATIVE, PYTORCH
+from benchmarks.forms import LOOP
 
-from fastkm.testing.gradients import GRADIENT
-
-NATIVE = "native"
-PYTORCH = ("loop", "eager", "compiled", "reference")
 MET, MISSED, VOID, ABSENT = "met", "MISSED", "void", "not measured"
 SLOPE_RANGE = (0.9, 1.05)
 MANY_QUERIES = 100_000
@@ -115,10 +112,10 @@ def below(what: str, most: float, unit: str, value: float | None) -> Claim:
 def verdicts(data: dict[str, Any]) -> list[Claim]:
     """All promises, in order."""
 
-    def group(operation: str, preset: str, batch: int = 16, queries: int = 32) -> dict | None:
-        wanted = (operation, preset, batch, "float32", queries)
-        return next((g for g in data["groups"] if (g["operation"], g["preset"]["name"], g["batch"], g["dtype"],
-                                                   g["queries"]) == wanted), None)  # fmt: skip
+    def group(operation: str, preset: str, batch: int = 16, queries: int = 32, gradient: bool = False) -> dict | None:
+        wanted = (operation, gradient, preset, batch, "float32", queries)
+        return next((g for g in data["groups"] if (g["operation"], g["gradient"], g["preset"]["name"], g["batch"],
+                                                   g["dtype"], g["queries"]) == wanted), None)  # fmt: skip
 
     loop, claims = by_name(LOOP), []
     for preset in "SML":
@@ -147,9 +144,9 @@ def verdicts(data: dict[str, Any]) -> list[Claim]:
             claims.append(at_least(4, f"{operation} {preset}, B = 16, linear_operator", found, linear_operator, 10))
             claims.append(at_least(4, f"{operation} {preset}, B = 16, closed form", found, closed, 3))
     for preset in "SM":
-        found = group("write" + GRADIENT, preset)
+        found = group("write", preset, gradient=True)
         claims.append(at_least(5, f"write {preset}, B = 16, forward and backward, literal loop", found, loop, 12))
-        found, block = group("update_posterior" + GRADIENT, preset), containing("block form", PYTORCH)
+        found, block = group("update_posterior", preset, gradient=True), containing("block form", PYTORCH)
         claims.append(
             at_least(5, f"update_posterior {preset}, B = 16, forward and backward, block form", found, block, 2.5)
         )

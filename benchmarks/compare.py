@@ -1,7 +1,8 @@
-"""The kernels of two revisions against each other: `make bench-compare BASE=<revision>`.
+"""The package of two revisions compared: `make bench-compare BASE=<revision>`.
 
 Checks the other revision out beside this one, builds it there, and times the same inputs in two processes that take
-turns; this revision a second time, to see how much two timings of one thing differ. Ratios are taken turn by turn.
+turns, this revision twice, to see how much two timings of one thing differ. Ratios are taken turn by turn. With
+`--overhead` the calls are on one entry, where the time is that of checks, dispatch and wrapping.
 """
 
 import argparse
@@ -14,39 +15,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from suite import FAMILIES, Case, episode
-from timing import LARGEST_GAP, SHORTEST, pin
 
-from fastkm.cli.console import CommandError, markdown_table, progress, show_table
+from benchmarks.cases import Setting, episode
+from benchmarks.compare_worker import one_entry_calls
+from benchmarks.suite import cases_of
+from benchmarks.timing import LARGEST_GAP, pin
+from fastkm.cli.console import exit_status, markdown_table, progress, show_table
 from fastkm.cli.machine import machine
-from fastkm.testing.gradients import GRADIENT, INPUTS
+from fastkm.testing.extras import UserError
+from fastkm.testing.operations import KERNEL_OPERATIONS, Case
 from fastkm.testing.presets import PRESETS
+from fastkm.testing.timing import SHORTEST
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "compare"  # one folder a revision, kept for the next comparison
 LEAST_TURNS = 9
-HEADERS = (
-    "operation",
-    "preset",
-    "B",
-    "base ms",
-    "this ms",
-    "base / this",
-    "quartiles",
-    "this / this",
-    "turns",
-    "differ",
-)
+COLUMNS = ("base / this", "quartiles", "this / this", "turns")
+HEADERS = ("operation", "preset", "B", "base ms", "this ms", *COLUMNS, "differ")
+OVERHEAD_HEADERS = ("operation", "numbers as", "base µs", "this µs", *COLUMNS)
 
 
 def git(*words: str) -> str:
     done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise CommandError(f"git {' '.join(words)}: {done.stderr.strip()}")
+        raise UserError(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
@@ -65,7 +62,7 @@ def build(revision: str) -> Path:
             command, cwd=folder, env=os.environ | {"FASTKM_CUDA": "0"}, capture_output=True, text=True
         )
         if done.returncode:
-            raise CommandError(f"{revision} does not build:\n{done.stderr[-2000:]}")
+            raise UserError(f"{revision} does not build:\n{done.stderr[-2000:]}")
     return folder
 
 
@@ -80,33 +77,38 @@ class Worker:
         )
         loaded = Path(self.process.stdout.readline().strip())
         if folder.resolve() not in loaded.resolve().parents:
-            raise CommandError(f"the process for {folder} has loaded {loaded}")
+            raise UserError(f"the process for {folder} has loaded {loaded}")
 
     def ask(self, *words: object) -> str:
         self.process.stdin.write("\t".join(map(str, words)) + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline().strip()
         if not answer:
-            raise CommandError(f"the process for {' '.join(map(str, words))} ended with {self.process.wait()}")
+            raise UserError(f"the process for {' '.join(map(str, words))} ended with {self.process.wait()}")
         return answer
-
-    def seconds(self, operation: str, calls: int) -> float:
-        return float(self.ask("time", operation, calls))
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def turns(base: Worker, this: Worker, operation: str, seconds: float) -> list[dict[str, float]]:
-    """Seconds a call of base, this and this again, in an order drawn anew every turn."""
-    takes = max(worker.seconds(operation, 1) for worker in (base, this))
-    calls, draw, taken = max(1, math.ceil(SHORTEST / takes)), random.Random(0), []
+def gradient_word(case: Case) -> str:
+    return "gradient" if case.gradient else "forward"
+
+
+def take_turns(base: Worker, this: Worker, what: tuple[str, ...], seconds: float) -> list[dict[str, float]]:
+    """Seconds a call of base, this and this again, in an order drawn anew every turn; ``what`` goes to the workers."""
+
+    def clock(worker: Worker, calls: int) -> float:
+        return float(worker.ask(*what, calls))
+
+    slower = max(clock(worker, 1) for worker in (base, this))
+    calls, draw, taken = max(1, math.ceil(SHORTEST / slower)), random.Random(0), []
     who = {"base": base, "this": this, "again": this}
     begin = time.perf_counter()
     while len(taken) < LEAST_TURNS or time.perf_counter() - begin < seconds:
         order = draw.sample(list(who), len(who))
-        taken.append({name: who[name].seconds(operation, calls) for name in order})
+        taken.append({name: clock(who[name], calls) for name in order})
     return taken
 
 
@@ -127,6 +129,12 @@ def summarise(taken: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def time_both(base: Worker, this: Worker, what: tuple[str, ...], seconds: float) -> dict[str, Any]:
+    """A second time and twice as long if the first is void."""
+    found = summarise(take_turns(base, this, what, seconds))
+    return summarise(take_turns(base, this, what, 2 * seconds)) if found["void"] else found
+
+
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     """Of any tensor, relative to its largest entry."""
     gaps = [((x.double() - y.double()).abs().max() / y.double().abs().max().clamp_min(1e-300)).item()
@@ -134,74 +142,104 @@ def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> fl
     return max(gaps)
 
 
-def row(record: dict[str, Any]) -> tuple[str, ...]:
-    where = (record["operation"], record["preset"], str(record["batch"]))
-    times = (f"{1e3 * record['seconds'][name]:.4g}" for name in ("base", "this"))
+def cells(record: dict[str, Any], scale: float) -> tuple[str, ...]:
+    """Both times in units of 1 / ``scale`` seconds, and :data:`COLUMNS`."""
+    times = (f"{scale * record['seconds'][name]:.4g}" for name in ("base", "this"))
     ratio = "void" if record["void"] else f"{record['ratio']:.3f}"
     spread = f"{record['lower']:.3f} … {record['upper']:.3f}"
-    return (*where, *times, ratio, spread, f"{record['own']:.3f}", str(record["turns"]), f"{record['differ']:.0e}")
+    return (*times, ratio, spread, f"{record['own']:.3f}", str(record["turns"]))
+
+
+def row(record: dict[str, Any]) -> tuple[str, ...]:
+    case = Case(record["operation"], record["gradient"])
+    where = (str(case), record["preset"], str(record["batch"]))
+    return (*where, *cells(record, 1e3), f"{record['differ']:.0e}")
+
+
+def overhead_row(record: dict[str, Any]) -> tuple[str, ...]:
+    return (record["operation"], record["given"], *cells(record, 1e6))
 
 
 def measure(base: Worker, this: Worker, options: argparse.Namespace) -> list[dict[str, Any]]:
-    operations = [*options.families, *(f + GRADIENT for f in options.families if f in INPUTS and not options.forward)]
-    cases = [Case(operation, PRESETS[name], batch, options.dtype)
-             for name in options.presets for batch in options.batch for operation in operations]  # fmt: skip
+    settings = [Setting(case, PRESETS[name], batch, options.dtype)
+                for name in options.presets for batch in options.batch
+                for case in cases_of(options.families, options.forward)]  # fmt: skip
     records = []
-    with progress("compare", len(cases)) as start, tempfile.TemporaryDirectory() as folder:
+    with progress("compare", len(settings)) as start, tempfile.TemporaryDirectory() as folder:
         inputs, results = Path(folder) / "inputs.pt", [Path(folder) / f"{name}.pt" for name in ("base", "this")]
         loaded = None
-        for case in cases:
-            start(f"{case.operation}, preset {case.preset.name}, B = {case.batch}")
-            if loaded != (case.preset, case.batch):
-                e = episode(case)._asdict()
+        for s in settings:
+            start(f"{s.case}, preset {s.preset.name}, B = {s.batch}")
+            if loaded != (s.preset, s.batch):
+                e = episode(s)._asdict()
                 del e["clean"]
                 torch.save({name: tuple(x) if isinstance(x, tuple) else x for name, x in e.items()}, inputs)
                 for worker in (base, this):
                     worker.ask("load", inputs)
-                loaded = case.preset, case.batch
+                loaded = s.preset, s.batch
             for worker, file in zip((base, this), results, strict=True):
-                worker.ask("run", case.operation, file)
+                worker.ask("run", s.case.operation, gradient_word(s.case), file)
             differ = largest_difference(*map(torch.load, results))
-            taken = summarise(turns(base, this, case.operation, options.seconds))
-            if taken["void"]:
-                taken = summarise(turns(base, this, case.operation, 2 * options.seconds))
-            about = {"operation": case.operation, "preset": case.preset.name, "batch": case.batch}
-            records.append({**about, "differ": differ, **taken})
+            found = time_both(base, this, ("time", s.case.operation, gradient_word(s.case)), options.seconds)
+            records.append({**s.case._asdict(), "preset": s.preset.name, "batch": s.batch, "differ": differ, **found})
     return records
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="make bench-compare", description=__doc__.partition("\n")[0])
-    parser.add_argument("base", help="a revision of this repository")
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["S", "M", "L"], metavar="NAME")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="NAME")
-    parser.add_argument("--batch", nargs="+", type=int, default=[16], metavar="B")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each comparison (default: %(default)s)")
-    parser.add_argument("--forward", action="store_true", help="no gradients")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "compare", metavar="FOLDER")
-    options = parser.parse_args(arguments)
-    try:
-        about = {**machine(), "pinned": pin(options.threads)}  # workers inherit the cores
-        print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
-        folder = build(options.base)
-        base, this = Worker(folder, options.threads), Worker(ROOT, options.threads)
-        records = measure(base, this, options)
-        base.close(), this.close()
-    except CommandError as error:
-        print(f"bench-compare: {error}", file=sys.stderr)
-        return 2
-    title = f"{options.base} against this tree, {options.dtype}; above 1 this tree is faster"
-    rows = [row(record) for record in records]
-    show_table(title, HEADERS, rows, right=HEADERS[2:], group=1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(options).items() if name != "output"}
-    report = {"machine": about, "settings": settings, "records": records}
-    (options.output / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / "compare.md").write_text(f"{title}\n\n{markdown_table(HEADERS, rows)}\n")
-    print(f"Wrote {options.output}/compare.json and compare.md")
+def measure_overhead(base: Worker, this: Worker, options: argparse.Namespace) -> list[dict[str, Any]]:
+    calls, records = one_entry_calls(), []
+    with progress("compare calls", len(calls)) as start:
+        for operation, given in calls:
+            start(f"{operation}, {given}")
+            found = time_both(base, this, ("call", operation, given), options.seconds)
+            records.append({"operation": operation, "given": given, **found})
+    return records
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(prog="make bench-compare", description=__doc__.partition("\n")[0])
+    command.add_argument("base", help="a revision of this repository")
+    command.add_argument("--presets", nargs="+", choices=PRESETS, default=["S", "M", "L"], metavar="NAME")
+    command.add_argument("--families", nargs="+", choices=KERNEL_OPERATIONS, default=list(KERNEL_OPERATIONS),
+                         metavar="NAME")  # fmt: skip
+    command.add_argument("--batch", nargs="+", type=int, default=[16], metavar="B")
+    command.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    command.add_argument("--seconds", type=float, default=2.0, help="of each comparison (default: %(default)s)")
+    command.add_argument("--forward", action="store_true", help="no gradients")
+    command.add_argument("--overhead", action="store_true", help="calls on one entry instead of the presets")
+    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    command.add_argument("--output", type=Path, default=ROOT / "results" / "compare", metavar="FOLDER")
+    return command
+
+
+def run(options: argparse.Namespace) -> int:
+    about = {**machine(), "pinned": pin(options.threads)}  # workers inherit the cores
+    print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
+    folder = build(options.base)
+    base, this = Worker(folder, options.threads), Worker(ROOT, options.threads)
+    measured: Callable[..., list[dict[str, Any]]] = measure_overhead if options.overhead else measure
+    records = measured(base, this, options)
+    base.close(), this.close()
+    headers, rows = (OVERHEAD_HEADERS, [overhead_row(r) for r in records]) if options.overhead else (
+        HEADERS, [row(r) for r in records])  # fmt: skip
+    what = "calls on B = T = K = C = Q = 1" if options.overhead else options.dtype
+    title = f"{options.base} against this tree, {what}; above 1 this tree is faster"
+    show_table(title, headers, rows, right=headers[2:], group=0 if options.overhead else 1)
+    write(options, about, records, f"{title}\n\n{markdown_table(headers, rows)}\n")
     return 0
+
+
+def write(options: argparse.Namespace, about: dict[str, Any], records: list[dict[str, Any]], page: str) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = "overhead" if options.overhead else "compare"
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    report = {"machine": about, "settings": settings, "records": records}
+    (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(page)
+    print(f"Wrote {options.output}/{name}.json and {name}.md")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_status("bench-compare", run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

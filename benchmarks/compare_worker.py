@@ -1,11 +1,18 @@
-"""One revision's kernels in a process of their own: does what its standard input says, a line at a time.
+"""One revision's package in a process of its own: obeys the lines on its standard input.
 
-`load FILE` inputs saved by compare.py; `run OPERATION FILE` saves the result; `time OPERATION CALLS` answers with
-seconds a call. Uses nothing but public functions, so that any revision which has them can be timed.
+`load FILE`: inputs saved by compare.py. `run OPERATION GRADIENT FILE`: saves the result. `time OPERATION GRADIENT
+CALLS`: answers with seconds a call. `call OPERATION GIVEN CALLS`: the same for a call on one entry. GRADIENT is
+"forward" or "gradient".
 """
+
+# ATTENTION: THE TABLES OF CALLS IN THIS FILE ARE COPIES OF fastkm/testing/operations.py, ON PURPOSE. This file also
+# runs with the package of an OLD revision, which may have no registry or another one. It must import nothing but torch
+# and the public functions of fastkm. A new operation is added here by hand.
 
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -13,7 +20,11 @@ import fastkm
 from fastkm import MemoryState
 from fastkm.matrix_normal import logdet
 
-GRADIENT = " + ∇"  # fastkm.cli.gradients has it too, but not in every revision
+GRADIENT_INPUTS = {
+    "update_posterior": ("prior", "weights", "values", "noise_var"),
+    "write": ("prior", "values", "noise_var", "ridge"),
+    "read": ("written", "queries", "ridge"),
+}
 
 
 def forward(operation: str, e: dict) -> object:
@@ -30,29 +41,44 @@ def forward(operation: str, e: dict) -> object:
     return logdet(e["written"].cov, backend="native")
 
 
+def one_entry_calls() -> dict[tuple[str, str], Callable[[], object]]:
+    """Calls on B = T = K = C = Q = 1, where overhead is everything, by operation and how its numbers are given.
+
+    "floats" and "tensors" are the public function, "operator" is the registered operator behind it.
+    """
+    mean, cov, z, w = (torch.ones(1, 1, 1) for _ in range(4))
+    state, noise, ridge, calls = MemoryState(mean, cov), torch.ones(1, 1), torch.ones(1), {}
+    operators = torch.ops.fastkm
+    for given, one_noise, one_ridge in (("floats", 1.0, 1.0), ("tensors", noise, ridge)):
+        calls["update_posterior", given] = lambda n=one_noise: fastkm.update_posterior(state, w, z, n)
+        calls["write", given] = lambda n=one_noise, r=one_ridge: fastkm.write(state, z, n, r)
+        calls["read", given] = lambda r=one_ridge: fastkm.read(mean, z, r)
+    calls["logdet", "tensors"] = lambda: logdet(cov)
+    calls["update_posterior", "operator"] = lambda: operators.update_posterior.default(mean, cov, w, z, noise, None, 0)
+    calls["write", "operator"] = lambda: operators.write.default(mean, cov, z, noise, ridge, 1, False, None, 0)
+    calls["read", "operator"] = lambda: operators.read.default(mean, z, ridge, 1, False, 0)
+    calls["logdet", "operator"] = lambda: operators.logdet.default(cov)
+    return calls
+
+
 def tensors(result) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else [x for part in result for x in tensors(part)]
 
 
-def run(operation: str, e: dict) -> list[torch.Tensor]:
+def run(operation: str, gradient: bool, e: dict) -> list[torch.Tensor]:
     """The tensors of a result; with the gradient, those of ½ Σ ‖output‖² by every floating-point input it has."""
-    if not operation.endswith(GRADIENT):
+    if not gradient:
         return tensors(forward(operation, e))
-    operation = operation.removesuffix(GRADIENT)
-    fields = {
-        "update_posterior": ("prior", "weights", "values", "noise_var"),
-        "write": ("prior", "values", "noise_var", "ridge"),
-        "read": ("written", "queries", "ridge"),
-    }[operation]
-    inputs = e | {name: grown(e[name]) for name in fields}
+    fields = GRADIENT_INPUTS[operation]
+    inputs = e | {name: as_leaf(e[name]) for name in fields}
     leaves = [x for name in fields for x in tensors(inputs[name])]
     outputs = [x for x in tensors(forward(operation, inputs)) if x.requires_grad]
     found = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs], allow_unused=True)
     return [x for x in found if x is not None]
 
 
-def grown(x):
-    return MemoryState(*map(grown, x)) if isinstance(x, tuple) else x.detach().requires_grad_()
+def as_leaf(x):
+    return MemoryState(*map(as_leaf, x)) if isinstance(x, tuple) else x.detach().requires_grad_()
 
 
 def load(file: str) -> dict:
@@ -60,24 +86,33 @@ def load(file: str) -> dict:
     return e | {name: MemoryState(*e[name]) for name in ("prior", "written")}
 
 
+def seconds_a_call(call: Callable[[], object], calls: int) -> float:
+    call()  # the other process has used the caches and the threads
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - begin) / calls
+
+
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
     print(fastkm.__file__, flush=True)
     e: dict = {}
+    small = one_entry_calls()
     for line in sys.stdin:
         command, *arguments = line.rstrip("\n").split("\t")
         if command == "load":
             e, answer = load(*arguments), "loaded"
         elif command == "run":
-            torch.save(run(arguments[0], e), arguments[1])
+            operation, gradient, file = arguments
+            torch.save(run(operation, gradient == "gradient", e), file)
             answer = "saved"
+        elif command == "call":
+            operation, given, calls = arguments
+            answer = repr(seconds_a_call(small[operation, given], int(calls)))
         else:
-            operation, calls = arguments[0], int(arguments[1])
-            run(operation, e)  # caches and threads were the other process's
-            begin = time.perf_counter()
-            for _ in range(calls):
-                run(operation, e)
-            answer = repr((time.perf_counter() - begin) / calls)
+            operation, gradient, calls = arguments
+            answer = repr(seconds_a_call(partial(run, operation, gradient == "gradient", e), int(calls)))
         print(answer, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""All that can only be learnt on a machine with a GPU, in one command: `make gpu`.
+"""Everything that only a machine with a GPU can show, in one command: `make gpu`.
 
 Builds the CUDA kernels, runs every test of the GPU kernels on the device, looks for errors with compute-sanitizer, and
 times both backends against PyTorch, each verified first. Writes gpu.json and gpu.md. Without a GPU the steps that need
@@ -22,31 +22,38 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from benchmarks.forms import LOOP
 from fastkm import MemoryState
 from fastkm._runtime import dispatch, schema
-from fastkm.cli.bench import LOOP, TIMED, TRAINED
 from fastkm.cli.console import markdown_table, show_table
 from fastkm.cli.machine import machine
 from fastkm.testing import roofline
+from fastkm.testing.definitions import Result
 from fastkm.testing.episodes import Episode, build_episode
-from fastkm.testing.gradients import ALL, GRADIENT
 from fastkm.testing.images import load_images
-from fastkm.testing.measure import errors, judge, own_error, reference_errors, verify
-from fastkm.testing.operations import Result
-from fastkm.testing.presets import PRESETS, Preset
+from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, OPERATIONS, Case, computation
+from fastkm.testing.presets import LARGE, PRESETS, Preset
+from fastkm.testing.verification import (
+    OTHER_FORM,
+    compare,
+    definition_error,
+    reference_errors,
+    relative_errors,
+    verify,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = "needs a GPU that torch can use; there is none here"
 QUERIES = 32
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-SANITIZED = ("tests/gpu", "-k", "memory_in_the_batch")  # every family, few and small: 10 to 100 times slower
+SANITIZED = ("tests/gpu", "-k", "memory_in_the_batch")  # few and small: the sanitizer is 10 to 100 times slower
 COMPILED, BLOCK_FORM = "torch.compile", "block form"
 KERNELS = ("native", "triton")
 COMPILED_PRESETS = ("S", "M")  # a compiler unrolls the reference's loop over patterns, which takes minutes beyond
-LARGE, FEW = ("XL", "LLM"), 64  # presets with no more memories than this: the definition in float64 has to fit too
-# Bits of a factor that a product with codes keeps; for a unit that drops the other bits rather than round.
+LARGE_BATCH = 64  # most memories at the large presets: the definition in float64 has to fit too
+# Bits that a product with codes keeps of each factor, on a unit that truncates.
 SIGNIFICANT = {"tf32x3": 20, "tf32": 10}
-ROUNDED = ("update_posterior", "write", "read")  # operations that take a precision
+TIMED = (*map(Case, KERNEL_OPERATIONS), *GRADIENT_CASES)
 DEVICE = "cuda"
 MODES = ("cold", "hot", "graph cold", "graph hot")
 HEADERS = ("operation", "preset", "B", "candidate", "max error", *(f"{mode} µs" for mode in MODES), "% of the bound")
@@ -131,22 +138,21 @@ def attempt(name: str, work: Callable[[], str]) -> Step:
 # ---- timing --------------------------------------------------------------------------------------------------------
 
 
-def candidates(operation: str, episode: Episode) -> dict[str, Callable[[], Result]]:
-    """Every way to the same numbers: each backend by its name, and by its name and a precision that is not exact."""
-    op, forward = ALL[operation], operation.removesuffix(GRADIENT)
-    known = dispatch.CAPABILITIES[forward]
-    ways = {name: partial(op.run, episode, name) for name in known}
-    if forward in ROUNDED:
+def candidates(case: Case, episode: Episode) -> dict[str, Callable[[], Result]]:
+    """Every computation of the case: each backend by its name, and by its name and a precision that is not exact."""
+    form, known = computation(case), dispatch.CAPABILITIES[case.operation]
+    ways: dict[str, Callable[[], Result]] = {name: partial(form.run, episode, name) for name in known}
+    if OPERATIONS[case.operation].takes_precision:
         for name in (name for name in KERNELS if name in known):
             for precision in SIGNIFICANT:
-                ways[f"{name} {precision}"] = partial(op.run, episode, name, precision=precision)
+                ways[f"{name} {precision}"] = partial(form.run, episode, name, precision=precision)
     if episode.prior.mean.shape[1] <= max(PRESETS[name].K for name in COMPILED_PRESETS):
-        torch._dynamo.reset()  # or the ninth call compiled from here would run uncompiled, without a word
-        ways[COMPILED] = torch.compile(lambda: op.run(episode, "reference"))
-    if operation.startswith("write"):
-        ways[BLOCK_FORM] = partial(op.other, episode)  # in Gram space
-    if op.loop is not None:
-        ways[LOOP] = partial(op.definition, episode)
+        torch._dynamo.reset()  # or the ninth call compiled here would silently run uncompiled
+        ways[COMPILED] = torch.compile(lambda: form.run(episode, "reference"))
+    if case.operation == "write":
+        ways[BLOCK_FORM] = partial(form.other, episode)  # in Gram space
+    if form.loop is not None:
+        ways[LOOP] = partial(form.definition, episode)
     return ways
 
 
@@ -160,8 +166,8 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
 
 
-def rounding_errors(operation: str, episode: Episode, bits: int, truth: Result) -> dict[str, float]:
-    """What it costs to round once all that products with codes multiply: memories, weights, codes."""
+def rounding_errors(case: Case, episode: Episode, bits: int, truth: Result) -> dict[str, float]:
+    """The errors of rounding once everything that products with codes multiply: memories, weights, codes."""
 
     def coarse(state: MemoryState) -> MemoryState:
         return state._replace(mean=rounded(state.mean, bits))
@@ -169,26 +175,26 @@ def rounding_errors(operation: str, episode: Episode, bits: int, truth: Result) 
     names = ("weights", "values", "queries")
     given = {name: rounded(getattr(episode, name), bits) for name in names}
     given |= {name: coarse(getattr(episode, name)) for name in ("prior", "written")}
-    return errors(ALL[operation].run(episode._replace(**given), "reference"), truth)
+    return relative_errors(computation(case).run(episode._replace(**given), "reference"), truth)
 
 
-def verified(operation: str, episode: Episode) -> dict[str, tuple[Callable[[], Result], float, str]]:
+def verified(case: Case, episode: Episode) -> dict[str, tuple[Callable[[], Result], float, str]]:
     """Candidate -> call, error against float64, and why it must not be timed, empty if it may."""
-    verdicts, op = verify(operation, episode), ALL[operation]
-    truth = op.definition(episode.to(torch.float64))
+    verdicts, form = verify(case, episode), computation(case)
+    truth = form.definition(episode.to(torch.float64))
     found = {}
-    for name, call in candidates(operation, episode).items():
+    for name, call in candidates(case, episode).items():
         if name not in verdicts:
             try:
                 if name == LOOP:
-                    verdicts[name] = own_error(operation, episode)
+                    verdicts[name] = definition_error(case, episode)
                 else:
-                    reference = op.run(episode, "reference")
-                    own = reference_errors(operation, episode, reference, truth)
+                    reference = form.run(episode, "reference")
+                    rounding = reference_errors(case, episode, reference, truth)
                     if bits := SIGNIFICANT.get(precision_of(name)):
-                        once = rounding_errors(operation, episode, bits, truth)
-                        own = {field: max(error, once[field]) + 2.0**-bits for field, error in own.items()}
-                    verdicts[name] = judge(call(), truth, own, factor=8)
+                        once = rounding_errors(case, episode, bits, truth)
+                        rounding = {field: max(e, once[field]) + 2.0**-bits for field, e in rounding.items()}
+                    verdicts[name] = compare(call(), truth, rounding, OTHER_FORM)
             except Exception as error:
                 found[name] = (call, float("nan"), f"{type(error).__name__}: {error}")
                 continue
@@ -198,7 +204,7 @@ def verified(operation: str, episode: Episode) -> dict[str, tuple[Callable[[], R
 
 
 def time_on_device(call: Callable[[], object], rounds: int, flush: torch.Tensor | None) -> dict[str, float]:
-    """Seconds a call by CUDA events, median and quartiles; with ``flush`` nothing of it is in L2 before."""
+    """Seconds a call by CUDA events, median and quartiles; writing ``flush`` empties L2 before each call."""
     for _ in range(3):
         call()
     times = []
@@ -228,13 +234,11 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure(operation: str, preset: Preset, episode: Episode, rounds: int, flush: torch.Tensor) -> list[dict[str, Any]]:
-    forward = operation.removesuffix(GRADIENT)
-    operators = (forward, f"{forward}_backward")[: 1 + operation.endswith(GRADIENT)]
-    records = []
-    for name, (call, error, refused) in verified(operation, episode).items():
-        record: dict[str, Any] = {"operation": operation, "preset": preset.name, "batch": len(episode.values)}
-        bounds = [roofline.bound(o, preset, len(episode.values), QUERIES, precision_of(name)) for o in operators]
+def measure(case: Case, preset: Preset, episode: Episode, rounds: int, flush: torch.Tensor) -> list[dict[str, Any]]:
+    records, batch = [], len(episode.values)
+    for name, (call, error, refused) in verified(case, episode).items():
+        record: dict[str, Any] = {**case._asdict(), "preset": preset.name, "batch": batch}
+        bounds = [roofline.bound(o.name, preset, batch, QUERIES, precision_of(name)) for o in case.operators]
         record |= {"candidate": name, "precision": precision_of(name), "error": error, "refused": refused}
         record |= {"bound_seconds": sum(bound.seconds for bound in bounds), "seconds": {}}
         if not refused:
@@ -245,15 +249,19 @@ def measure(operation: str, preset: Preset, episode: Episode, rounds: int, flush
                 replay = captured(call)
                 seconds["graph cold"] = time_on_device(replay, rounds, flush)
                 seconds["graph hot"] = time_on_device(replay, rounds, None)
-            except Exception as problem:  # what waits for the host cannot be captured
+            except Exception as problem:  # a call that waits for the host cannot be captured
                 record["no_graph"] = f"{type(problem).__name__}: {str(problem).splitlines()[0]}"
         records.append(record)
         print("  ".join(row(record)), flush=True)
     return records
 
 
+def label(record: dict[str, Any]) -> str:
+    return str(Case(record["operation"], record["gradient"]))
+
+
 def row(record: dict[str, Any]) -> tuple[str, ...]:
-    where = (record["operation"], record["preset"], str(record["batch"]), record["candidate"])
+    where = (label(record), record["preset"], str(record["batch"]), record["candidate"])
     if record["refused"]:
         return (*where, f"{record['error']:.1e}", *["–"] * len(MODES), "not timed: " + record["refused"][:60])
     times = {mode: timing["median"] for mode, timing in record["seconds"].items()}
@@ -268,17 +276,17 @@ def benchmark(options: argparse.Namespace, records: list[dict[str, Any]]) -> str
     flush = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device=DEVICE)
     problems = []
     for preset in (PRESETS[name] for name in options.presets):
-        for batch in sorted({min(batch, FEW) if preset.name in LARGE else batch for batch in options.batch}):
+        for batch in sorted({min(batch, LARGE_BATCH) if preset.name in LARGE else batch for batch in options.batch}):
             episode = build_episode(images, preset, batch, QUERIES, num_iters=10).to(torch.float32)
             episode = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, episode)
-            for operation in (*TIMED, *TRAINED):
+            for case in TIMED:
                 try:
-                    records += measure(operation, preset, episode, options.rounds, flush)
-                except Exception as error:  # of too little memory, say; the others are still timed
-                    problems.append(f"{operation} {preset.name} B = {batch}: {type(error).__name__}: {error}")
+                    records += measure(case, preset, episode, options.rounds, flush)
+                except Exception as error:  # too little memory, for example; the others are still timed
+                    problems.append(f"{case} {preset.name} B = {batch}: {type(error).__name__}: {error}")
                     print(problems[-1], flush=True)
                     torch.cuda.empty_cache()
-    wrong = [f"{r['operation']} {r['preset']} {r['candidate']}" for r in records
+    wrong = [f"{label(r)} {r['preset']} {r['candidate']}" for r in records
              if r["refused"] and r["candidate"].startswith(KERNELS)]  # fmt: skip
     if wrong:
         problems.append(f"not timed as they failed their check: {', '.join(wrong)}")
@@ -310,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         attempt("compute-sanitizer", sanitize),
         attempt("benchmark", partial(benchmark, options, records)),
     ]
-    bounds = {batch: roofline.table(batch, QUERIES) for batch in options.batch}
+    bounds = {batch: roofline.bound_table(batch, QUERIES) for batch in options.batch}
     about = {**machine(), "device": device(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     rows = [row(record) for record in records]
     done = [(step["step"], step["status"], step["told"].splitlines()[-1]) for step in steps]

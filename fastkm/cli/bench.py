@@ -16,21 +16,20 @@ from fastkm.cli.console import markdown_table, progress, show_table
 from fastkm.cli.machine import machine
 from fastkm.cli.picture import draw_picture
 from fastkm.testing.episodes import Episode, build_episode, remarks
-from fastkm.testing.gradients import ALL, GRADIENT, INPUTS
 from fastkm.testing.images import Images, load_images
-from fastkm.testing.measure import own_error, time_interleaved, verify
-from fastkm.testing.operations import units
+from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, OPERATIONS, Case, computation
 from fastkm.testing.peak import peak_of_step
-from fastkm.testing.presets import PRESETS, Preset
+from fastkm.testing.presets import LARGE, PRESETS, Preset
+from fastkm.testing.timing import time_in_turn
+from fastkm.testing.verification import definition_error, verify
 
-TIMED = ("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet")
-TRAINED = tuple(operation + GRADIENT for operation in INPUTS)
-TRAINED_PRESETS = ("S", "M")  # timed with their gradient; at the others the gradient is verified on one memory
-SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one operation at one preset
-ENOUGH = 110.0  # seconds after which no further preset is begun, unless it was named
-LARGE, FEW = ("XL", "LLM"), 4  # presets timed with few memories, unless told how many: the literal loop takes minutes
+TIMED = tuple(Case(operation) for operation in KERNEL_OPERATIONS)
+GRADIENT_PRESETS = ("S", "M")  # where gradients are timed; at the others they are verified on one memory
+SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one case at one preset
+TIME_LIMIT = 110.0  # seconds after which no further preset is begun, unless it was named
+LARGE_BATCH = 4  # memories at the large presets, unless told how many: the literal loop takes minutes
 LOOP = "literal loop"
-AGAIN = "reference again"  # timed twice: how far two timings of one thing lie apart
+REPEATED = "reference again"  # the reference timed twice shows how far two timings of one thing differ
 HEADERS = (
     "operation",
     "preset",
@@ -46,37 +45,41 @@ HEADERS = (
 )
 
 
-def measure(operation: str, preset: Preset, episode: Episode, seconds: float) -> list[dict[str, Any]]:
-    """One record for each backend of ``operation`` and one for the literal loop; no timing for what fails its check."""
-    op, verdicts = ALL[operation], verify(operation, episode)
+def measure(case: Case, preset: Preset, episode: Episode, seconds: float) -> list[dict[str, Any]]:
+    """One record for each backend and one for the literal loop; what fails its check is not timed."""
+    op, form, verdicts = OPERATIONS[case.operation], computation(case), verify(case, episode)
     candidates: dict[str, Callable[[], object]]
-    candidates = {name: partial(op.call, episode, name) for name, verdict in verdicts.items() if verdict.ok}
-    if op.loop is not None:
-        verdicts[LOOP] = own_error(operation, episode)
-        candidates[LOOP] = partial(op.loop, episode)
+    candidates = {name: form.bind(episode, name) for name, verdict in verdicts.items() if verdict.ok}
+    if form.loop is not None:
+        verdicts[LOOP] = definition_error(case, episode)
+        candidates[LOOP] = partial(form.loop, episode)
     if "reference" in candidates:
-        candidates[AGAIN] = candidates["reference"]
-    timings = time_interleaved(candidates, seconds) if candidates and seconds else {}
+        candidates[REPEATED] = candidates["reference"]
+    timings = time_in_turn(candidates, seconds) if candidates and seconds else {}
 
-    loop = timings.get(LOOP if op.loop else "reference")
+    loop = timings.get(LOOP if form.loop else "reference")
     records = []
     for name, verdict in verdicts.items():
-        record = {"operation": operation, "preset": preset._asdict(), "batch": len(episode.values)}
+        record: dict[str, Any] = {**case._asdict(), "preset": preset._asdict(), "batch": len(episode.values)}
         record |= {"backend": name, **verdict._asdict()}
         if timing := timings.get(name):
-            record |= {"seconds": timing._asdict(), "per_second": units(op, episode) / timing.median}
+            record |= {"seconds": timing._asdict(), "per_second": op.units(episode) / timing.median}
             record |= {"unit": op.unit}
             for key, base in (("vs_reference", timings.get("reference")), ("vs_literal_loop", loop)):
                 record |= {key: base.median / timing.median} if base else {}
-        if name == "reference" and AGAIN in timings:
-            record |= {"seconds_again": timings[AGAIN]._asdict()}
+        if name == "reference" and REPEATED in timings:
+            record |= {"seconds_again": timings[REPEATED]._asdict()}
         records.append(record)
     return records
 
 
+def case_of(record: dict[str, Any]) -> Case:
+    return Case(record["operation"], record["gradient"])
+
+
 def row(record: dict[str, Any]) -> tuple[str, ...]:
-    where = (record["operation"], record["preset"]["name"], str(record["batch"]), record["backend"])
-    if record["operation"].startswith("write") and record["backend"] == "reference":
+    where = (str(case_of(record)), record["preset"]["name"], str(record["batch"]), record["backend"])
+    if record["operation"] == "write" and record["backend"] == "reference":
         where = (*where[:3], "reference = loop")
     errors = (f"{record['error']:.1e}", "–" if record["backend"] == LOOP else f"{record['allowed']:.1e}")
     if "seconds" not in record:
@@ -99,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"{'images':<18} {images.source}", *remarks(images, presets), sep="\n")
     records = measure_all(options, images, presets)
     rows = [row(record) for record in records if record["ok"] is not None]
-    noise = apart(records)
+    noise = largest_repeat_gap(records)
     title = (
         f"{options.dtype}, Q = {options.queries}, n = {options.iters}, "
         f"threads: {options.threads}. Errors are relative to the largest entry; loop: the literal PyTorch loop; "
@@ -109,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     show_table(title, HEADERS, rows, right=HEADERS[4:], group=1)
     for record in records:
         if record["ok"] is False:
-            print(f"FAILED {record['operation']} {record['preset']['name']} {record['backend']}: {record['note']}")
+            print(f"FAILED {case_of(record)} {record['preset']['name']} {record['backend']}: {record['note']}")
     absent = {record["backend"]: record["note"] for record in records if record["ok"] is None}
     for backend, reason in absent.items():
         print(f"{backend} was not timed: {reason}")
@@ -130,24 +133,26 @@ def run(options: argparse.Namespace) -> int:
 
 def measure_all(options: argparse.Namespace, images: Images, presets: list[Preset]) -> list[dict[str, Any]]:
     """The records of every preset; where none was asked for by name, those that there is time for."""
-    seconds, records, left_out, begin = SECONDS_QUICK if options.quick else SECONDS, [], [], time.perf_counter()
-    with progress("bench", len(presets) * len(TIMED + TRAINED)) as start:
+    seconds, begin = SECONDS_QUICK if options.quick else SECONDS, time.perf_counter()
+    records: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    with progress("bench", len(presets) * len(TIMED + GRADIENT_CASES)) as start:
         for preset in presets:
-            if options.presets is None and time.perf_counter() - begin > ENOUGH:
+            if options.presets is None and time.perf_counter() - begin > TIME_LIMIT:
                 left_out.append(preset.name)
                 continue
-            batch = options.batch or (FEW if preset.name in LARGE else 16)
+            batch = options.batch or (LARGE_BATCH if preset.name in LARGE else 16)
             episode = build_episode(images, preset, batch, options.queries, options.iters)
             episode = episode.to(getattr(torch, options.dtype))
-            for operation in TIMED:
-                start(f"{operation}, preset {preset.name}")
-                records += measure(operation, preset, episode, seconds)
-            timed = preset.name in TRAINED_PRESETS
+            for case in TIMED:
+                start(f"{case}, preset {preset.name}")
+                records += measure(case, preset, episode, seconds)
+            timed = preset.name in GRADIENT_PRESETS
             if not timed:
                 episode = build_episode(images, preset, 1, options.queries, options.iters).to(episode.values.dtype)
-            for operation in TRAINED:
-                start(f"{operation}, preset {preset.name}")
-                records += measure(operation, preset, episode, seconds if timed else 0.0)
+            for case in GRADIENT_CASES:
+                start(f"{case}, preset {preset.name}")
+                records += measure(case, preset, episode, seconds if timed else 0.0)
     if left_out:
         print(f"Left out for want of time: {' '.join(left_out)}. To measure them: --presets {' '.join(left_out)}")
     return records
@@ -160,7 +165,7 @@ def peak_memory(preset: Preset, batch: int = 64) -> dict[str, Any]:
     return {"preset": preset.name, "batch": batch, "bytes": peaks}
 
 
-def apart(records: list[dict[str, Any]]) -> float:
+def largest_repeat_gap(records: list[dict[str, Any]]) -> float:
     """The largest relative gap between the two timings that each reference gets in one run."""
     pairs = ((r["seconds_again"]["median"], r["seconds"]["median"]) for r in records if "seconds_again" in r)
     return max((abs(again / first - 1) for again, first in pairs), default=0.0)

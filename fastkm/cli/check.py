@@ -4,22 +4,20 @@ import argparse
 
 import torch
 
-from fastkm._runtime import dispatch
 from fastkm.cli.console import progress, show_table
 from fastkm.testing.episodes import build_episode, remarks
 from fastkm.testing.images import load_images
-from fastkm.testing.measure import Verdict, verify
+from fastkm.testing.operations import CASES, Case
 from fastkm.testing.presets import PRESETS
+from fastkm.testing.verification import Verdict, verify
 
 DTYPES = (torch.float32, torch.float64)
 HEADERS = ("operation", "preset", "dtype", "backend", "error", "allowed", "verdict")
 
 
-def row(operation: str, preset: str, dtype: torch.dtype, backend: str, verdict: Verdict) -> tuple[str, ...]:
-    where = (operation, preset, str(dtype).removeprefix("torch."), backend)
-    if verdict.ok:
-        return (*where, f"{verdict.error:.1e}", f"{verdict.allowed:.1e}", "ok")
-    return (*where, f"{verdict.error:.1e}", f"{verdict.allowed:.1e}", "FAILED")
+def row(case: Case, preset: str, dtype: torch.dtype, backend: str, verdict: Verdict) -> tuple[str, ...]:
+    where = (str(case), preset, str(dtype).removeprefix("torch."), backend)
+    return (*where, f"{verdict.error:.1e}", f"{verdict.allowed:.1e}", "ok" if verdict.ok else "FAILED")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,19 +25,21 @@ def run(options: argparse.Namespace) -> int:
     images = load_images(options.data)
     presets = [PRESETS[name] for name in options.presets or PRESETS]
     print(f"Images: {images.source}", *remarks(images, presets), sep="\n")
-    rows, failures, absent = [], [], {}
-    with progress("check", len(presets) * len(DTYPES) * len(dispatch.CAPABILITIES)) as start:
+    rows: list[tuple[str, ...]] = []
+    failures: list[str] = []
+    absent: dict[str, str] = {}
+    with progress("check", len(presets) * len(DTYPES) * len(CASES)) as start:
         for preset in presets:
             exact = build_episode(images, preset, options.batch, options.queries, options.iters)
             for dtype in DTYPES:
                 episode = exact.to(dtype)
-                for operation in dispatch.CAPABILITIES:
-                    start(f"{operation}, preset {preset.name}, {dtype}")
-                    for backend, verdict in verify(operation, episode).items():
+                for case in CASES:
+                    start(f"{case}, preset {preset.name}, {dtype}")
+                    for backend, verdict in verify(case, episode).items():
                         if verdict.ok is None:
                             absent[backend] = verdict.note
                             continue
-                        rows.append(row(operation, preset.name, dtype, backend, verdict))
+                        rows.append(row(case, preset.name, dtype, backend, verdict))
                         if not verdict.ok:
                             failures.append(f"{' '.join(rows[-1][:4])}: {verdict.note}")
     title = f"Errors relative to the largest entry of the worst field; {options.batch} memories each"

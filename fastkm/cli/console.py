@@ -1,26 +1,42 @@
-"""What the commands print: tables and progress, with rich where it is installed and plain text where it is not."""
+"""Options and exit status of a command, tables and progress: with rich where it is installed, else plain text."""
 
+import argparse
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
+
+import torch
+
+from fastkm.testing.extras import UserError
 
 WIDTH = 140  # columns of a table that goes to a file or a pipe
 
 
-class CommandError(Exception):
-    """Something the user can put right; shown without a traceback."""
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number, at least ``least``."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+        return int(text)
+
+    return parse
 
 
-def extra(module: str) -> ModuleType:
-    """Import a package of the ``bench`` extra."""
+def add_threads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--threads", type=whole_number(1), default=torch.get_num_threads(),
+                         help="threads, pinned (default: %(default)s)")  # fmt: skip
+
+
+def exit_status(program: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """The exit status of a command; an error that the user can put right is printed in one line and gives 2."""
     try:
-        return import_module(module)
-    except ImportError as error:
-        raise CommandError(f"{module} does not import ({error}); pip install fastkm[bench]") from error
+        return run(options)
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
 
 
 def show_table(

@@ -1,10 +1,12 @@
 """``python -m fastkm doctor``: what was built, which backends run here, and why the others do not."""
 
+import argparse
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+import fastkm
 from fastkm._runtime import dispatch, guards, schema
 from fastkm.cli.console import markdown_table, show_table
 from fastkm.cli.machine import machine
@@ -20,7 +22,7 @@ def installed(package: str) -> str:
 
 
 def extension() -> str:
-    path = Path(schema.__file__).with_name("_C.abi3.so")
+    path = Path(fastkm.__file__).with_name("_C.abi3.so")
     return f"loaded from {path}" if schema.unavailable is None else f"not loaded: {schema.unavailable}"
 
 
@@ -33,11 +35,6 @@ def cuda() -> str:
         return f"{built}; no device that torch can use"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     return f"{built}; {', '.join(sorted(names))}"
-
-
-def triton() -> str:
-    kernels = any("triton" in capable for capable in dispatch.CAPABILITIES.values())
-    return installed("triton") + ("" if kernels else "; there are no Triton kernels in this version")
 
 
 def backends() -> tuple[str, ...]:
@@ -66,9 +63,14 @@ def capability_table() -> str:
     return markdown_table(("operation", *backends()), rows)
 
 
-def run() -> int:
+def print_capabilities(_: argparse.Namespace) -> int:
+    print(capability_table())
+    return 0
+
+
+def run(_: argparse.Namespace) -> int:
     facts = {name: str(value) for name, value in machine().items()}
-    facts |= {"extension": extension(), "CUDA": cuda(), "Triton": triton()}
+    facts |= {"extension": extension(), "CUDA": cuda(), "Triton": installed("triton")}
     facts |= {"optional packages": ", ".join(f"{package} {installed(package)}" for package in EXTRAS[1:])}
     for name, value in facts.items():
         print(f"{name:<18} {value}")

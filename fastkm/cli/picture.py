@@ -4,14 +4,15 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 import fastkm
 from fastkm import MemoryState
-from fastkm.cli.console import extra
 from fastkm.testing.episodes import CUES, draw_images
+from fastkm.testing.extras import import_extra
 from fastkm.testing.images import SIDE, Images
 from fastkm.testing.presets import Preset
 
@@ -57,8 +58,8 @@ def draw_picture(images: Images, preset: Preset, path: Path) -> str:
 
 
 def _draw(groups: list[list[Strip]], words: str, path: Path) -> None:
-    extra("matplotlib").use("Agg")
-    plt = extra("matplotlib.pyplot")
+    import_extra("matplotlib").use("Agg")
+    plt = import_extra("matplotlib.pyplot")
     figure = plt.figure(figsize=(9, 7.4), facecolor="white")
     figure.text(
         0.03, 0.965, "Images written into the memory and read back", color=INK, size=15, weight="bold", va="top"
@@ -81,7 +82,7 @@ def _draw(groups: list[list[Strip]], words: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _row(pixels: Tensor) -> Tensor:
+def _row(pixels: Tensor) -> np.ndarray:
     """The first images side by side, with white between them."""
     images = pad(pixels[0, :SHOWN].unflatten(-1, (SIDE, SIDE)), (GAP, GAP, GAP, GAP), value=1.0)
     return images.permute(1, 0, 2).flatten(1).numpy()

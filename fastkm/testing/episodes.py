@@ -1,7 +1,7 @@
 """Episodes of held-out images: what is written, the cues it is read with, and the memory before and after."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Episode(NamedTuple):
     clean: Callable[[Tensor], Tensor]  # codes to codes
 
     def to(self, dtype: torch.dtype) -> "Episode":
-        def cast(x):
+        def cast(x: Any) -> Any:
             return x.to(dtype) if isinstance(x, Tensor) else MemoryState(*map(cast, x)) if isinstance(x, tuple) else x
 
         return Episode(*map(cast, self))

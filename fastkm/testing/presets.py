@@ -20,3 +20,4 @@ PRESETS = {
         Preset("LLM", 512, 768, 16),  # Larimar
     )
 }
+LARGE = ("XL", "LLM")  # presets at which the literal loop takes seconds and a batch gigabytes

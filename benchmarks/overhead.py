@@ -6,13 +6,12 @@ import sys
 from typing import Any
 
 import torch
-from timing import interleave
 
-import fastkm
-from fastkm import MemoryState
+from benchmarks.compare_worker import one_entry_calls
 from fastkm._runtime import dispatch
 from fastkm.testing.peak import peak_of_step
 from fastkm.testing.presets import PRESETS
+from fastkm.testing.timing import time_in_turn
 
 PROCESSES = 7
 PEAK_BATCH = 64
@@ -41,29 +40,18 @@ print(times[0], sorted(times[1:])[15])
 """
 
 
-def fresh(code: str) -> list[list[float]]:
-    """What a few lines print, in processes of their own; the first, which fills the disk cache, is left out."""
+def run_in_fresh_processes(code: str) -> list[list[float]]:
+    """The numbers that ``code`` prints in each process; the first process, which fills the disk cache, is left out."""
     command = [sys.executable, "-c", code, str(torch.get_num_threads())]
-    told = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(PROCESSES + 1)]
-    return [[float(number) for number in line.split()] for line in told[1:]]
+    lines = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(PROCESSES + 1)]
+    return [[float(number) for number in line.split()] for line in lines[1:]]
 
 
 def overheads() -> list[dict[str, Any]]:
     """One record for every operation and way to give its numbers: as floats, as in the README, or as tensors."""
-    mean, cov, z = torch.ones(1, 1, 1), torch.ones(1, 1, 1), torch.ones(1, 1, 1)
-    state, w, noise, ridge, run = MemoryState(mean, cov), torch.ones(1, 1, 1), torch.ones(1, 1), torch.ones(1), {}
-    operators = torch.ops.fastkm
-    for given, one_noise, one_ridge in (("floats", 1.0, 1.0), ("tensors", noise, ridge)):
-        run["update_posterior", given] = lambda n=one_noise: fastkm.update_posterior(state, w, z, n)
-        run["write", given] = lambda n=one_noise, r=one_ridge: fastkm.write(state, z, n, r)
-        run["read", given] = lambda r=one_ridge: fastkm.read(mean, z, r)
-    run["logdet", "tensors"] = lambda: fastkm.matrix_normal.logdet(cov)
-    run["update_posterior", "operator"] = lambda: operators.update_posterior.default(mean, cov, w, z, noise, None, 0)
-    run["write", "operator"] = lambda: operators.write.default(mean, cov, z, noise, ridge, 1, False, None, 0)
-    run["read", "operator"] = lambda: operators.read.default(mean, z, ridge, 1, False, 0)
-    run["logdet", "operator"] = lambda: operators.logdet.default(cov)
-    timings = interleave({f"{name}, {given}": call for (name, given), call in run.items()}, seconds=2.0)
-    microseconds = {key: 1e6 * timings[f"{key[0]}, {key[1]}"].median for key in run}
+    calls = one_entry_calls()
+    timings = time_in_turn({f"{name}, {given}": call for (name, given), call in calls.items()}, seconds=2.0)
+    microseconds = {key: 1e6 * timings[f"{key[0]}, {key[1]}"].median for key in calls}
     return [
         {"operation": name, "given": given, "call": whole, "operator": microseconds[name, "operator"]}
         for (name, given), whole in microseconds.items()
@@ -72,9 +60,9 @@ def overheads() -> list[dict[str, Any]]:
 
 
 def measure() -> dict[str, Any]:
-    """Nothing that needs the native kernels where they are not there."""
-    imports = [milliseconds for (milliseconds,) in fresh(IMPORT)]
-    first, steady = zip(*fresh(FIRST_CALL), strict=True)
+    """Without the native kernels, only what does not need them."""
+    imports = [milliseconds for (milliseconds,) in run_in_fresh_processes(IMPORT)]
+    first, steady = zip(*run_in_fresh_processes(FIRST_CALL), strict=True)
     backends = [name for name in ("native", "reference") if dispatch.why_not("write", name) is None]
     return {
         "import_ms": {"median": statistics.median(imports), "all": imports},

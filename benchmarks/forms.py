@@ -1,8 +1,8 @@
-"""What a good PyTorch user would write: the forms that the kernels are held against.
+"""What a good PyTorch user would write: the forms that the kernels are compared with.
 
 A form takes an episode and returns fields of the result by name: all of them, or the new memory alone where the name
 says so. What a form returns is verified, what it leaves out is time saved, so the leanest form is the hardest to beat.
-Forms for ``+ ∇`` return all fields, change nothing in place and are differentiated by autograd.
+Forms of a case with gradient return all fields, change nothing in place and are differentiated by autograd.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fastkm.addressing.reference import solve_addressing
 from fastkm.posterior.reference import information, update_sequential
+from fastkm.testing.definitions import Result, update_one_by_one, write_literal
 from fastkm.testing.episodes import Episode
-from fastkm.testing.gradients import GRADIENT, gradient_of
-from fastkm.testing.operations import Result, update_one_by_one, write_literal
+from fastkm.testing.gradients import gradient_of
+from fastkm.testing.operations import OPERATIONS, Case
 
 Form = Callable[[Episode], Result]
 LOOP = "literal loop"
@@ -257,41 +258,44 @@ FACTORING = {"step": factoring_step, "inverted": False}
 WOODBURY_KEEPING = {"step": partial(woodbury_step, add=torch.addcmul), "inverted": True}
 FACTORING_KEEPING = {"step": partial(factoring_step, add=torch.addcmul), "inverted": False}
 
-FORMS: dict[str, dict[str, Form]] = {
-    "update_posterior": {
+FORMS: dict[Case, dict[str, Form]] = {
+    Case("update_posterior"): {
         LOOP: on(update_inputs, update_loop),
         "block form": on(update_inputs, update_block),
         "gain form, state only": on(update_inputs, update_gain),
     },
-    "write": {
+    Case("write"): {
         LOOP: on(write_inputs, write_loop),
         "Gram space, factoring, state only": on(write_inputs, write_gram, **FACTORING),
         "Gram space, Woodbury, state only": on(write_inputs, write_gram, **WOODBURY),
         "Gram space, Woodbury": on(write_inputs, write_gram_all, **WOODBURY),
     },
-    "read": {
+    Case("read"): {
         LOOP: on(read_inputs, read_loop),
         "K-space, factored once": on(read_inputs, read_factored),
         "K-space, inverse": on(read_inputs, read_inverse),
         "K-space, matrix power": on(read_inputs, read_power),
         "K-space, eigenvalues": on(read_inputs, read_eigen),
     },
-    "solve_addressing": {
+    Case("solve_addressing"): {
         "cholesky_solve": lambda e: {"weights": solve_addressing(e.written.mean, e.queries, e.ridge, False)[0]},
         "inverse": lambda e: solve_inverse(e.written.mean, e.queries, e.ridge),
     },
-    "kl_memory": {"closed form": on(kl_inputs, kl_memory), "closed form, inverse": on(kl_inputs, kl_memory_inverse)},
-    "logdet": {"closed form": lambda e: {"value": log_det(torch.linalg.cholesky(e.written.cov))}},
-    "update_posterior" + GRADIENT: {
+    Case("kl_memory"): {
+        "closed form": on(kl_inputs, kl_memory),
+        "closed form, inverse": on(kl_inputs, kl_memory_inverse),
+    },
+    Case("logdet"): {"closed form": lambda e: {"value": log_det(torch.linalg.cholesky(e.written.cov))}},
+    Case("update_posterior", True): {
         LOOP: update_one_by_one,
         "block form": on(update_inputs, update_block),
     },
-    "write" + GRADIENT: {
+    Case("write", True): {
         LOOP: write_literal,
         "Gram space, factoring": on(write_inputs, write_gram_all, **FACTORING_KEEPING),
         "Gram space, Woodbury": on(write_inputs, write_gram_all, **WOODBURY_KEEPING),
     },
-    "read" + GRADIENT: {
+    Case("read", True): {
         LOOP: on(read_inputs, read_loop),
         "K-space, factored once": on(read_inputs, read_factored),
         "K-space, inverse": on(read_inputs, read_inverse),
@@ -315,43 +319,39 @@ def compiled_whole(inputs, function) -> Callable[[], Form]:
 
 
 # Makers, as what torch.compile returns is specialised to the shapes it meets first.
-COMPILED: dict[str, dict[str, Callable[[], Form]]] = {
-    "update_posterior": {
+COMPILED: dict[Case, dict[str, Callable[[], Form]]] = {
+    Case("update_posterior"): {
         "compiled loop": compiled_step(update_inputs, update_loop, update_sequential),
         "compiled block form": compiled_whole(update_inputs, update_block),
         "compiled gain form, state only": compiled_whole(update_inputs, update_gain),
     },
-    "write": {
+    Case("write"): {
         "compiled loop": compiled_step(write_inputs, write_loop, write_step),
         "compiled Gram space, state only": compiled_step(
             write_inputs, write_gram, WOODBURY_KEEPING["step"], inverted=True
         ),
     },
-    "read": {
+    Case("read"): {
         "compiled loop": compiled_whole(read_inputs, read_loop),
         "compiled K-space": compiled_whole(read_inputs, read_power),
     },
-    "kl_memory": {"compiled closed form": compiled_whole(kl_inputs, kl_memory)},
-    "update_posterior" + GRADIENT: {"compiled block form": compiled_whole(update_inputs, update_block)},
-    "write" + GRADIENT: {
+    Case("kl_memory"): {"compiled closed form": compiled_whole(kl_inputs, kl_memory)},
+    Case("update_posterior", True): {"compiled block form": compiled_whole(update_inputs, update_block)},
+    Case("write", True): {
         "compiled Gram space": compiled_step(write_inputs, write_gram_all, WOODBURY_KEEPING["step"], inverted=True)
     },
-    "read" + GRADIENT: {"compiled K-space": compiled_whole(read_inputs, read_power)},
+    Case("read", True): {"compiled K-space": compiled_whole(read_inputs, read_power)},
 }
 
 
-def forms(operation: str) -> dict[str, Form]:
-    """Everything in eager PyTorch; with the gradient where the operation asks for it."""
-    found = FORMS.get(operation, {})
-    return {name: differentiated(form, operation) for name, form in found.items()}
+def forms(case: Case) -> dict[str, Form]:
+    """Everything in eager PyTorch, with the gradient where the case asks for it."""
+    return {name: differentiated(form, case) for name, form in FORMS.get(case, {}).items()}
 
 
-def compiled_forms(operation: str) -> dict[str, Callable[[], Form]]:
-    found = COMPILED.get(operation, {})
-    return {name: lambda make=make: differentiated(make(), operation) for name, make in found.items()}
+def compiled_forms(case: Case) -> dict[str, Callable[[], Form]]:
+    return {name: lambda make=make: differentiated(make(), case) for name, make in COMPILED.get(case, {}).items()}
 
 
-def differentiated(form: Form, operation: str) -> Form:
-    if not operation.endswith(GRADIENT):
-        return form
-    return gradient_of(form, operation.removesuffix(GRADIENT))
+def differentiated(form: Form, case: Case) -> Form:
+    return gradient_of(form, OPERATIONS[case.operation].inputs) if case.gradient else form

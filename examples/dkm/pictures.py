@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastkm.cli.console import extra
-from fastkm.cli.picture import INK, QUIET
 from fastkm.models import DynamicKanervaMachine
+from fastkm.testing.extras import import_extra
 
+INK, QUIET = "#1d2433", "#6b7385"  # colours of what is read first, and of the rest
 ITERATIONS = (1, 2, 4, 8)
 IN_A_ROW = 10
 TITLE = {"color": INK, "fontsize": 11, "fontweight": "bold", "loc": "left"}
 
 
 def plot() -> ModuleType:
-    extra("matplotlib").use("Agg")
-    return extra("matplotlib.pyplot")
+    import_extra("matplotlib").use("Agg")
+    return import_extra("matplotlib.pyplot")
 
 
 def row_of(images: Tensor) -> Tensor:

@@ -1,9 +1,0 @@
-import pytest
-
-OPERATIONS = ("solve_addressing",)
-BATCHES = (1, 16, 64)
-
-
-@pytest.mark.benchmark(max_time=0.3)
-def bench(measure, operation, preset, batch, name):
-    measure(operation, preset, batch, name)
