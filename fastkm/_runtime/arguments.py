@@ -1,20 +1,16 @@
 """The kinds of arguments that operations take.
 
 A family lists the arguments of each operation once, with these. Every kind checks the caller's value in words and turns
-it into what the operator takes. The role of a kind tells the fast path of :mod:`fastkm._runtime.call` what it may pass
-on without a check.
+it into what the operator takes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
 from fastkm._runtime import guards
-
-# Roles: a tensor, a number or nothing; codes, which may be of low precision; an int; the table of a word.
-VALUE, CODES, INTEGER = None, "codes", int
 
 
 @dataclass(frozen=True)
@@ -22,7 +18,6 @@ class Argument:
     """One argument of a public function, called ``name`` in errors."""
 
     name: str
-    role: ClassVar[Any] = VALUE
 
     def check(self, signature: guards.Signature, value: Any) -> tuple:
         """What the operator takes for ``value``, or an error in words."""
@@ -50,8 +45,6 @@ class Matrix(Argument):
 @dataclass(frozen=True)
 class Codes(Matrix):
     """Like :class:`Matrix`, and beside a float32 memory it may be bfloat16 or float16."""
-
-    role: ClassVar[Any] = CODES
 
     def check(self, signature: guards.Signature, value: Any) -> tuple[Tensor]:
         return (signature.tensor(self.name, value, self.letters, low_precision=True),)
@@ -87,8 +80,6 @@ class Mask(Argument):
 class Count(Argument):
     """An int of at least 1."""
 
-    role: ClassVar[Any] = INTEGER
-
     def check(self, signature: guards.Signature, value: Any) -> tuple[int]:
         return (guards.count(self.name, value),)
 
@@ -98,10 +89,6 @@ class Word(Argument):
     """A word of ``table``. The operator takes what the table gives for it."""
 
     table: Mapping[str, bool | int]
-
-    @property
-    def role(self) -> Mapping[str, bool | int]:  # type: ignore[override]
-        return self.table
 
     def check(self, signature: guards.Signature, value: Any) -> tuple[bool | int]:
         return (self.table[guards.choice(self.name, value, self.table)],)

@@ -13,12 +13,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, bfloat16, float16
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from fastkm._runtime import dispatch, schema
-from fastkm._runtime.arguments import CODES, INTEGER, VALUE
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.autograd import Differentiable
 from fastkm._runtime.guards import DTYPES, LOW_PRECISION
@@ -66,49 +65,49 @@ def plain_inputs(operation: Operation, backend: str | None, arguments: tuple) ->
     chosen = dispatch.CHOSEN if backend is None else backend
     if (chosen is not None and chosen != "native") or operation.native is None:
         return None
-    memory = arguments[0]
-    if type(memory) is MemoryState:
-        memory = memory[0]
-    if type(memory) not in TENSORS or not memory.is_cpu:  # the operator refuses the others if they are elsewhere
-        return None
-    dtype = memory.dtype
     inputs: list = []
     wants_gradient = False
-    for value, role in zip(arguments, operation.roles):  # noqa: B905  strict costs time; call has as many as roles
+    options = 0
+    for value in arguments:
         kind = type(value)
-        if role is VALUE or role is CODES:
-            if kind is MemoryState:
-                mean, value = value
-                if type(mean) not in TENSORS or type(value) not in TENSORS:
-                    return None
-                wants_gradient = wants_gradient or mean.requires_grad or value.requires_grad
-                inputs.append(mean)
-            elif kind in TENSORS:
-                if role is CODES and value.dtype is not dtype:
-                    return None
-                wants_gradient = wants_gradient or value.requires_grad
-            elif kind is float or kind is int:
-                value = number_as_tensor(value, dtype)
-                if value is None:
-                    return None
-            elif value is not None:
+        if kind is Tensor or kind is Parameter:
+            if value.requires_grad:
+                wants_gradient = True
+        elif kind is MemoryState:
+            mean, value = value
+            if not (isinstance(mean, Tensor) and isinstance(value, Tensor)):
                 return None
-        elif role is INTEGER:
-            if kind is not int:
-                return None
-        else:
-            value = role.get(value) if kind is str else None
+            if mean.requires_grad or value.requires_grad:
+                wants_gradient = True
+            inputs.append(mean)
+        elif kind is str:
+            table = operation.words.get(len(inputs))
+            value = table.get(value) if table else None
             if value is None:
                 return None
-        inputs.append(value)
-    if wants_gradient:
-        wants_gradient = torch.is_grad_enabled()
-        if wants_gradient and not dispatch.CAPABILITIES[operation.name]["native"].gradients:
+            options += 1
+        elif kind is int and len(inputs) in operation.counts:
+            options += 1
+        elif kind is float or kind is int:
+            value = number_as_tensor(value, inputs[0].dtype) if inputs else None
+            if value is None:
+                return None
+        elif value is not None:
             return None
-    return inputs, wants_gradient
-
-
-TENSORS = (Tensor, Parameter)
+        inputs.append(value)
+    if options != operation.num_options:  # an option that is a tensor, or None
+        return None
+    for position in operation.codes:
+        codes = inputs[position]
+        if codes is None or (dtype := codes.dtype) is bfloat16 or dtype is float16:
+            return None
+    if inputs[0] is None or not inputs[0].is_cpu:  # the operator refuses tensors elsewhere than the first
+        return None
+    if wants_gradient and torch.is_grad_enabled():
+        if dispatch.CAPABILITIES[operation.name]["native"].gradients:
+            return inputs, True
+        return None
+    return inputs, False
 
 
 @lru_cache(maxsize=64)

@@ -1,10 +1,10 @@
 """What a family declares once for each of its operations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from fastkm._runtime.arguments import Argument
+from fastkm._runtime.arguments import Argument, Codes, Count, State, Word
 from fastkm._runtime.autograd import Differentiable
 from fastkm._runtime.guards import Signature
 
@@ -41,7 +41,23 @@ class Operation:
             self.kernels["native"] = native
         if triton is not None:
             self.kernels["triton"] = lambda *inputs: getattr(import_module(triton), name)(*inputs)
-        self.roles = tuple(argument.role for argument in arguments)
+        self._index_inputs()
+
+    def _index_inputs(self) -> None:
+        """Which inputs of the operator are words, counts and codes, by their positions."""
+        self.words: dict[int, Mapping[str, bool | int]] = {}
+        self.counts: set[int] = set()
+        self.codes: list[int] = []
+        position = 0
+        for argument in self.arguments:
+            if isinstance(argument, Word):
+                self.words[position] = argument.table
+            elif isinstance(argument, Count):
+                self.counts.add(position)
+            elif isinstance(argument, Codes):
+                self.codes.append(position)
+            position += 2 if isinstance(argument, State) else 1
+        self.num_options = len(self.words) + len(self.counts)
 
     def check(self, given: tuple) -> list:
         """The inputs of a kernel for the arguments that a caller has ``given``, or an error in words."""
