@@ -2,9 +2,10 @@
 
 from importlib.metadata import version
 
-from fastkm._runtime.dispatch import BackendUnavailableError, explain_backend
+from fastkm._runtime.dispatch import explain_backend
+from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.addressing import solve_addressing
-from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights
+from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights, logdet
 from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
@@ -28,6 +29,7 @@ __all__ = [
     "kl_memory",
     "kl_weights",
     "load_memory_state",
+    "logdet",
     "read",
     "save_memory_state",
     "solve_addressing",

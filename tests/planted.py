@@ -1,26 +1,20 @@
-"""Put something else in the place of a backend's kernel, wherever a public function reaches it from."""
+"""Put something else in the place of a backend's kernel, for every way a public function reaches it."""
 
 from collections.abc import Callable
 
-from fastkm.addressing import api as addressing
-from fastkm.matrix_normal import api as matrix_normal
-from fastkm.posterior import api as posterior
-from fastkm.reading import api as reading
-from fastkm.writing import api as writing
+from fastkm.addressing.api import SOLVE_ADDRESSING
+from fastkm.matrix_normal.api import KL_MEMORY, LOGDET
+from fastkm.posterior.api import UPDATE_POSTERIOR
+from fastkm.reading.api import READ
+from fastkm.writing.api import WRITE
 
-# operation -> its table of backends, and the native one, to whose operator a plain call goes straight
 KERNELS = {
-    "update_posterior": (posterior._RUN, posterior.native.update_posterior),
-    "write": (writing._RUN, writing.native.write),
-    "read": (reading._RUN, reading.native.read),
-    "solve_addressing": (addressing._RUN, addressing.native.solve_addressing),
-    "kl_memory": (matrix_normal._RUN_KL_MEMORY, matrix_normal.native.kl_memory),
-    "logdet": (matrix_normal._RUN_LOGDET, matrix_normal.native.logdet),
+    operation.name: operation for operation in (SOLVE_ADDRESSING, UPDATE_POSTERIOR, WRITE, READ, KL_MEMORY, LOGDET)
 }
 
 
 def replace_kernel(monkeypatch, operation: str, backend: str, wrap: Callable[[Callable], Callable]) -> None:
-    table, native = KERNELS[operation]
-    monkeypatch.setitem(table, backend, wrap(table[backend]))
-    if backend == "native":
-        monkeypatch.setattr(native, "operator", wrap(native.operator))
+    declared = KERNELS[operation]
+    monkeypatch.setitem(declared.kernels, backend, wrap(declared.kernels[backend]))
+    if backend == "native":  # a plain call runs the operator itself
+        monkeypatch.setattr(declared.native, "operator", wrap(declared.native.operator))

@@ -78,7 +78,7 @@ def test_public_functions_do_not_fall_back(operation, backend, no_extension):
 def test_public_functions_run_what_they_were_told(operation, monkeypatch):
     """The native operator runs for native and for None, and never for the reference."""
     ran = []
-    for name in KERNELS[operation][0]:
+    for name in KERNELS[operation].kernels:
         replace_kernel(monkeypatch, operation, name, lambda run, name=name: lambda *a: ran.append(name) or run(*a))
     for backend in ("native", None, "reference"):
         call(operation, problem(2, 3, 3, 4, 5), backend)
@@ -90,9 +90,10 @@ def test_public_functions_run_what_they_were_told(operation, monkeypatch):
 def test_a_plain_call_that_wants_a_gradient_passes_no_guard(operation, monkeypatch):
     """Nothing of what the guards would run is run, and the operator is, once."""
     ran, p = [], with_gradient(problem(2, 3, 3, 4, 5))
-    table, native = KERNELS[operation]
-    monkeypatch.setattr(native, "operator", lambda *a, run=native.operator: ran.append("operator") or run(*a))
-    monkeypatch.setitem(table, "native", lambda *a: ran.append("guarded"))
+    declared = KERNELS[operation]
+    run = declared.native.operator
+    monkeypatch.setattr(declared.native, "operator", lambda *a: ran.append("operator") or run(*a))
+    monkeypatch.setitem(declared.kernels, "native", lambda *a: ran.append("guarded"))
     results = oracle.flat(call(operation, p, None)).values()
     assert any(x.requires_grad for x in results)
     assert ran == ["operator"]

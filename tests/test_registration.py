@@ -79,8 +79,7 @@ def test_fakes_agree_with_the_reference(operator, dtype):
     from fastkm.reading.reference import read
     from fastkm.writing.reference import write_sequential
 
-    exact = dispatch.exact
-    implementations = (solve_addressing, exact(update_block), exact(write_sequential), exact(read), kl_memory, logdet)
+    implementations = (solve_addressing, update_block, write_sequential, read, kl_memory, logdet)
     reference = dict(zip(OPERATORS, implementations, strict=True))[operator]
     p = problem(3, 5, 7, 13, 6, dtype, masked=True)
     with FakeTensorMode() as mode:

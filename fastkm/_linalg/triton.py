@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkm._runtime.guards import ASYMMETRIC, NOT_POSITIVE_DEFINITE, PRECISIONS
+from fastkm._runtime.options import PRECISIONS
+from fastkm._runtime.status import ASYMMETRIC, NOT_POSITIVE_DEFINITE
 
 _implementations = torch.library.Library("fastkm_triton", "IMPL", "CompositeExplicitAutograd")
 

@@ -1,13 +1,13 @@
-"""Mixed precision: under ``torch.autocast`` inputs may be low precision, states and factors never are."""
+"""Mixed precision: under ``torch.autocast`` inputs may be of low precision; states and factors never are."""
 
 import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fastkm._runtime.guards import LOW_PRECISION
+from fastkm._runtime.torch_private import is_any_autocast_enabled, tree_leaves, tree_map
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,12 +16,12 @@ R = TypeVar("R")
 def in_float32(function: Callable[P, R]) -> Callable[P, R]:
     """Under autocast, take bfloat16 and float16 tensors as float32 and compute with autocast off.
 
-    A codec given as ``clean`` is the caller's own: it runs under autocast.
+    A codec given by the keyword ``clean`` belongs to the caller and runs under autocast.
     """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch._C._is_any_autocast_enabled():
+        if not is_any_autocast_enabled():
             return function(*args, **kwargs)
         devices = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         device = next(filter(torch.is_autocast_enabled, devices), None)

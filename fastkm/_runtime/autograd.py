@@ -1,36 +1,63 @@
 """An operator as a function with a gradient, under autograd, torch.func and torch.compile; written once for all.
 
-The operators themselves carry no gradient, so that a call that wants none costs nothing: no ``autograd.Function`` is
-entered and nothing is saved. Where one is wanted it is attached to what the operator returned.
+The operators themselves carry no gradient, so a call that wants none costs nothing: no ``autograd.Function`` is entered
+and nothing is saved. Where a gradient is wanted, it is attached to what the operator returned.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from types import new_class
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch._ops import OpOverload
-from torch.autograd import forward_ad
 
-from fastkm._runtime import guards
+from fastkm._runtime.guards import spread_variance
+from fastkm._runtime.torch_private import (
+    OpOverload,
+    argument_names,
+    is_transformed,
+    operator_name,
+    without_python_frame,
+)
 
-# Variances that an operator takes with trailing axes missing and its backward does not: how many axes, and whose.
-SPREAD = {"noise_var": ("values", 2), "ridge": ("mean", 1)}
+# A forward operator takes these variances with trailing axes missing, its backward does not: how many axes the backward
+# takes, and the argument that has the same leading axes.
+VARIANCE_AXES = {"noise_var": ("values", 2), "ridge": ("mean", 1)}
 
 
-@dataclass
 class Differentiable:
-    """Called, it is the operator with its gradient."""
+    """An operator with its gradient: called like the operator. Made by :func:`differentiable`.
 
-    operator: Callable
-    name: str
-    run: Callable
-    attach: Callable  # (outputs, inputs) -> the outputs that the operator computed from the inputs, with their gradient
+    ``operator`` is the operator alone, without a gradient; the fast path runs it and calls :meth:`attach` itself.
+    """
+
+    def __init__(self, operator: OpOverload, pull_back: Callable, keep: slice) -> None:
+        self.operator: Callable = without_python_frame(operator)
+        self._traceable_operator = operator
+        self._whole, self._computed = _autograd_functions(operator, pull_back, keep, self)
+        names = argument_names(operator)
+        self._variances = [
+            (names.index(variance), names.index(like), axes)
+            for variance, (like, axes) in VARIANCE_AXES.items()
+            if variance in names
+        ]
 
     def __call__(self, *inputs):
-        return self.run(*inputs)
+        if not (wants_gradient(inputs) or is_transformed()):
+            return self._traceable_operator(*inputs)
+        if torch.compiler.is_compiling() or is_transformed():
+            return self._whole.apply(*inputs)
+        with torch.no_grad():
+            outputs = self._traceable_operator(*inputs)
+        return self.attach(outputs, inputs)
+
+    def attach(self, outputs, inputs: Sequence):
+        """The ``outputs`` that the operator computed from the ``inputs``, with their gradient."""
+        inputs = list(inputs)
+        for variance, like, axes in self._variances:
+            if inputs[variance].dim() < axes:
+                inputs[variance] = spread_variance(inputs[variance], inputs[like].shape[:axes])
+        attached = self._computed.apply(_as_tuple(outputs), *inputs)
+        return attached if isinstance(outputs, tuple) else attached[0]
 
 
 def differentiable(
@@ -38,41 +65,42 @@ def differentiable(
 ) -> Differentiable:
     """``operator`` with the gradient that ``backward`` computes.
 
-    By convention ``backward(*inputs, *kept, *cotangents)`` takes the inputs of ``operator``, the outputs it asks to
-    ``keep``, and a cotangent, or None for zero, of every output but the last, which is the status. It returns the
+    By convention ``backward(*inputs, *kept, *cotangents)`` takes the inputs of ``operator``, the outputs that ``keep``
+    selects, and a cotangent, or None for zero, of every output but the last, which is the status. It returns the
     gradients of the leading inputs. ``arguments`` maps these to the arguments of a ``backward`` that differs.
 
     A second derivative raises: ``backward`` has none.
     """
-    gradient, _ = _functions(backward, partial(_no_second_derivative, operator), slice(0))
+
+    def refuse(*_):
+        backend = "triton" if operator_name(operator).startswith("fastkm_triton::") else "native"
+        raise NotImplementedError(
+            f"{_short_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
+        )
+
+    gradient = Differentiable(backward, refuse, slice(0))
 
     def pull_back(*known_and_cotangents):
-        known_and_cotangents = known_and_cotangents[:-1]  # the last is the status's
+        known_and_cotangents = known_and_cotangents[:-1]  # the last cotangent is that of the status
         return gradient(*(arguments(*known_and_cotangents) if arguments else known_and_cotangents))
 
-    bare = getattr(operator, "_op", operator)  # without the frame in Python around it
-    return Differentiable(bare, _name(operator), *_functions(operator, pull_back, keep))
+    return Differentiable(operator, pull_back, keep)
 
 
 def wants_gradient(inputs: Sequence) -> bool:
     if torch.is_grad_enabled():
-        for x in inputs:  # a loop: every call passes here, and a generator costs a microsecond
+        for x in inputs:  # a loop, because a generator costs a microsecond
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
 
 
-def transformed() -> bool:
-    """Inside torch.func or forward mode, where no tensor tells whether an outer level maps or differentiates it."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: slice, run: Callable) -> tuple:
+    """Two functions of autograd with the gradients ``pull_back(*inputs, *kept, *cotangents)``.
 
-
-def _functions(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[Callable, Callable]:
-    """``run`` and ``attach`` of a :class:`Differentiable` with gradients ``pull_back(*inputs, *kept, *cotangents)``.
-
-    There is an ``autograd.Function`` that computes, in the two halves that torch.func and torch.compile ask for, and
-    one for outputs that have been computed, which all other calls enter: PyTorch inspects the signature of the first
-    anew at every call, which takes as long as a small kernel.
+    The first computes the outputs, in the two halves that torch.func and torch.compile ask for. The second takes
+    outputs that are computed already; all other calls enter it, because PyTorch inspects the signature of the first
+    at every call, which takes as long as a small kernel. ``run`` is the operator with its gradient, for vmap.
     """
 
     class Whole(torch.autograd.Function):
@@ -87,7 +115,7 @@ def _functions(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[
             ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in known])
             ctx.plain = [None if isinstance(x, Tensor) else x for x in known]
             ctx.num_inputs = len(inputs)
-            if not torch.compiler.is_compiling():  # which materialises every cotangent, and does not trace this
+            if not torch.compiler.is_compiling():  # the compiler materialises cotangents and does not trace this call
                 ctx.set_materialize_grads(False)
 
         @staticmethod
@@ -100,7 +128,7 @@ def _functions(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[
 
         @staticmethod
         def vmap(info, in_dims, *inputs):
-            return _fold(run, info, in_dims, *inputs)
+            return _fold_into_batch(run, info, in_dims, *inputs)
 
     class Computed(torch.autograd.Function):
         @staticmethod
@@ -112,44 +140,16 @@ def _functions(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[
         def backward(ctx, *cotangents):
             return (None, *Whole.backward(ctx, *cotangents))
 
-    whole, computed = (type(_name(operator), (function,), {}) for function in (Whole, Computed))  # so says the graph
-    names = [argument.name for argument in operator._schema.arguments]
-    spread = [(names.index(x), names.index(like), axes) for x, (like, axes) in SPREAD.items() if x in names]
-
-    def run(*inputs):
-        if not (wants_gradient(inputs) or transformed()):
-            return operator(*inputs)
-        if torch.compiler.is_compiling() or transformed():
-            return whole.apply(*inputs)
-        with torch.no_grad():
-            outputs = operator(*inputs)
-        return attach(outputs, inputs)
-
-    def attach(outputs, inputs):
-        inputs = list(inputs)
-        for i, like, axes in spread:
-            x = inputs[i]
-            if x.dim() < axes:
-                inputs[i] = guards.spread(x, inputs[like].shape[:axes])
-        attached = computed.apply(_as_tuple(outputs), *inputs)
-        return attached if isinstance(outputs, tuple) else attached[0]
-
-    return run, attach
+    name = _short_name(operator)  # the graph of autograd shows the name of the class
+    return new_class(name, (Whole,)), new_class(name, (Computed,))
 
 
-def _no_second_derivative(operator: OpOverload, *_):
-    backend = "triton" if operator._schema.name.startswith("fastkm_triton::") else "native"
-    raise NotImplementedError(
-        f"{_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
-    )
+def _short_name(operator: OpOverload) -> str:
+    return operator_name(operator).partition("::")[2]
 
 
-def _name(operator: OpOverload) -> str:
-    return operator._schema.name.partition("::")[2]
-
-
-def _fold(run: Callable, info, in_dims: tuple, *inputs):
-    """Every operator is batch first, so the axis of a vmap goes into B, and comes out of it again."""
+def _fold_into_batch(run: Callable, info, in_dims: tuple, *inputs):
+    """Every operator is batch first, so the axis of a vmap becomes part of B, and is split off again."""
 
     def fold(x, dim):
         if not isinstance(x, Tensor):

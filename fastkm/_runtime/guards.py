@@ -1,24 +1,21 @@
-"""The guards every public function runs before it touches memory.
+"""The checks of one call's arguments, in words.
 
 An error names the argument, what was expected (computed from the arguments before it) and what came.
-``TypeError`` is for a wrong kind or dtype, ``ValueError`` for a wrong shape, device or value, and
-``torch.linalg.LinAlgError`` for a matrix whose factorisation failed. In a compiled or captured graph a wrong value and
-a failed factorisation raise ``RuntimeError`` when it runs.
+``TypeError`` is for a wrong kind or dtype, ``ValueError`` for a wrong shape, device or value. In a compiled or captured
+graph a wrong value raises ``RuntimeError`` when the graph runs.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-# What a kernel reports for each memory, in its `info [B]` output.
-ASYMMETRIC, NOT_POSITIVE_DEFINITE = 1, 2
+from fastkm._runtime.deferred import is_value_unknown
+from fastkm._runtime.torch_private import assert_when_run
 
-DTYPES = (torch.float32, torch.float64)
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-ROUNDING = {name: index for index, name in enumerate(PRECISIONS)}  # as the operators take it
+DTYPES = (torch.float32, torch.float64)  # of a memory
+LOW_PRECISION = (torch.bfloat16, torch.float16)  # of codes beside a float32 memory
 
 
 class Signature:
@@ -41,7 +38,7 @@ class Signature:
             raise TypeError(f"{name} must be a tensor of shape {self._shape(letters)}, got {type(value).__name__}")
         if self.first is None:
             if value.dtype not in DTYPES:
-                raise TypeError(f"{name} must be float32 or float64, got {_dtype(value)}")
+                raise TypeError(f"{name} must be float32 or float64, got {dtype_name(value.dtype)}")
             self.first = (name, value)
         self._same_kind(name, value, low_precision)
         shape = tuple(value.shape)
@@ -64,17 +61,17 @@ class Signature:
 
     def noise(self, name: str, value: float | Tensor) -> Tensor:
         """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
-        return spread(self._positive(name, value, ("", "B", "BT")), (self.sizes["B"], self.sizes["T"]))
+        return spread_variance(self._positive(name, value, ("", "B", "BT")), (self.sizes["B"], self.sizes["T"]))
 
     def per_memory(self, name: str, value: float | Tensor) -> Tensor:
         """A positive number per memory, viewed as [B]: a float, or a 0-d or [B] tensor."""
-        return spread(self._positive(name, value, ("", "B")), (self.sizes["B"],))
+        return spread_variance(self._positive(name, value, ("", "B")), (self.sizes["B"],))
 
     def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
         _, first = self.first  # type: ignore[misc]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if not torch.finfo(first.dtype).tiny <= value <= torch.finfo(first.dtype).max:
-                raise ValueError(f"{name} must be positive and finite in {_dtype(first)}, got {value}")
+                raise ValueError(f"{name} must be positive and finite in {dtype_name(first.dtype)}, got {value}")
             return torch.full((), value, dtype=first.dtype, device=first.device)
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
@@ -92,7 +89,7 @@ class Signature:
         if value is None:
             return None
         if not isinstance(value, Tensor) or value.dtype != torch.bool:
-            got = _dtype(value) if isinstance(value, Tensor) else type(value).__name__
+            got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a bool tensor of shape {self._shape(letters)}, got {got}")
         first_name, first = self.first  # type: ignore[misc]
         if value.device != first.device:
@@ -105,7 +102,8 @@ class Signature:
         first_name, first = self.first  # type: ignore[misc]
         allowed = LOW_PRECISION if low_precision and first.dtype == torch.float32 else ()
         if value.dtype != first.dtype and value.dtype not in allowed:
-            raise TypeError(f"{name} must be {_dtype(first)} like {first_name}, got {_dtype(value)}")
+            wanted, got = dtype_name(first.dtype), dtype_name(value.dtype)
+            raise TypeError(f"{name} must be {wanted} like {first_name}, got {got}")
         if value.device != first.device:
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {value.device}")
 
@@ -115,7 +113,7 @@ class Signature:
         return f"[{names}]" if names == known else f"[{names}] = [{known}]"
 
 
-def spread(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def spread_variance(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """A number for all, or one a memory, viewed as one for each of ``sizes``."""
     return (value.unsqueeze(-1) if 0 < value.dim() < len(sizes) else value).expand(sizes)
 
@@ -128,65 +126,24 @@ def count(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-REFUSED = ""  # in place of an argument that an operator would take for something else: no operator takes this
-
-
-def exact_int(value: object) -> int | str:
-    """An int, and nothing that an operator would quietly make one of: a float, a bool, a tensor."""
-    return value if type(value) is int else REFUSED
-
-
-def meaning(value: object, table: Mapping[str, object]) -> object:
-    """What a word stands for in the schema of an operator."""
-    return table.get(value, REFUSED) if type(value) is str else REFUSED
-
-
-def precision(value: str) -> int:
-    """Its index in ``PRECISIONS``, as the operators take it."""
-    return ROUNDING[choice("precision", value, PRECISIONS)]
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+def choice(name: str, value: str, allowed: Iterable[str]) -> str:
+    allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
-def factored(info: Tensor, matrix: str) -> None:
-    """Raise for the memories whose factorisation failed. ``info [B]`` is 0 where all went well.
-
-    The whole batch has been computed by then; the error names every memory that failed.
-    """
-    if _cannot_ask(info):
-        torch._assert_async(~info.any(), f"{matrix} is not symmetric positive definite")
-        return
-    info = torch.func.debug_unwrap(info)
-    if not any(info.flatten().tolist()):
-        return
-    reasons = [
-        f"{what} in {'memory' if len(which) == 1 else 'memories'} {which}"
-        for code, what in ((ASYMMETRIC, "not symmetric"), (NOT_POSITIVE_DEFINITE, "not positive definite"))
-        if (which := (info == code).nonzero().squeeze(-1).tolist())  # under vmap pairs: [which of the map, memory]
-    ]
-    raise torch.linalg.LinAlgError(f"{matrix} is {' and '.join(reasons)}")
-
-
 def _positive_and_finite(value: Tensor, message: str) -> bool:
     """Looks through the wrappers of torch.func; a NaN is neither."""
-    if _cannot_ask(value):
-        torch._assert_async(((value > 0) & (value < math.inf)).all(), message)
+    if is_value_unknown(value):
+        assert_when_run(((value > 0) & (value < math.inf)).all(), message)
         return True
     value = torch.func.debug_unwrap(value).detach()
     return value.numel() == 0 or all(0 < bound.item() < math.inf for bound in torch.aminmax(value))
 
 
-def _cannot_ask(value: Tensor) -> bool:
-    """A graph being traced has no values to branch on, one being captured must not wait: it asserts when it runs."""
-    return torch.compiler.is_compiling() or (value.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def cleaned(code: object, like: Tensor) -> Tensor:
@@ -194,7 +151,7 @@ def cleaned(code: object, like: Tensor) -> Tensor:
     if not isinstance(code, Tensor):
         raise TypeError(f"clean must return a tensor like its input, got {type(code).__name__}")
     if code.dtype != like.dtype:
-        raise TypeError(f"clean must return {_dtype(like)} like its input, got {_dtype(code)}")
+        raise TypeError(f"clean must return {dtype_name(like.dtype)} like its input, got {dtype_name(code.dtype)}")
     if (code.shape, code.device) != (like.shape, like.device):
         wanted, got = (f"{list(x.shape)} on {x.device}" for x in (like, code))
         raise ValueError(f"clean must return codes like its input, {wanted}; got {got}")

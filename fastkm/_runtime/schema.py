@@ -1,27 +1,32 @@
-"""Every operator of the package on one page: schema, and beside it the shapes it returns.
+"""Every operator of the package on one page: its schema, and beside it the shapes it returns.
 
-Each stands in two namespaces: ``fastkm``, implemented by the C++ and CUDA sources under ``csrc/``, and
-``fastkm_triton``, implemented by ``<family>/triton.py``. The extension is loaded when it was built; without it its
-operators exist but have no kernel, and ``unavailable`` says why.
+Each operator stands in two namespaces. The C++ and CUDA sources under ``csrc/`` implement ``fastkm``, and
+``<family>/triton.py`` implements ``fastkm_triton``. The extension is loaded if it was built. Without it the operators
+of ``fastkm`` exist but have no kernel, and ``unavailable`` says why.
 
-``info [B]`` is an int32 status per memory: 0, or one of the codes of :mod:`fastkm._runtime.guards`. ``precision`` says
-how a GPU may round the products with codes, as an index into ``PRECISIONS`` of :mod:`fastkm._runtime.guards`; solves
-and factors are always float32. On a GPU
-``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside a float32 memory.
+``info [B]`` is an int32 status for each memory: 0, or one of the codes of :mod:`fastkm._runtime.status`. ``precision``
+says how a GPU rounds the products with codes, as an index into ``PRECISIONS`` of :mod:`fastkm._runtime.options`. Solves
+and factors are always float32 there. On a GPU ``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside
+a float32 memory.
 """
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastkm._runtime.torch_private import has_kernel
+
+# Operators that the extension must bring a CPU kernel for; filled by the definitions below.
+OPERATORS: list[str] = []
+
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
 
 
-def _operator(schema: str) -> Callable[[Callable], None]:
+def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]:
     """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
+    name = schema.partition("(")[0]
 
     def register(make_outputs: Callable) -> None:
         def fake(*arguments):
@@ -31,7 +36,9 @@ def _operator(schema: str) -> Callable[[Callable], None]:
 
         for namespace, library in _libraries.items():
             library.define(schema)
-            torch.library.register_fake(f"{namespace}::{schema.partition('(')[0]}", fake, lib=library)
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        if on_cpu:
+            OPERATORS.append(name)
 
     return register
 
@@ -45,16 +52,8 @@ def _load_extension() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"
-    declared = (f"fastkm::{name}" for name in OPERATORS)
-    missing = [name for name in declared if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")]
+    missing = [name for name in (f"fastkm::{operator}" for operator in OPERATORS) if not has_kernel(name, "CPU")]
     return f"the C++ extension is of another version, it lacks {', '.join(missing)}" if missing else None
-
-
-# What the extension must bring.
-OPERATORS = (
-    *("update_posterior", "write", "read", "solve_addressing", "kl_memory", "logdet"),
-    *("update_posterior_backward", "write_backward", "read_backward", "kl_memory_backward", "logdet_backward"),
-)
 
 
 def _empty_info(like: Tensor) -> Tensor:
@@ -86,12 +85,12 @@ def _(mean, queries, ridge, squared_gram):
 
 
 # The lower Cholesky factor of R Rᵀ + λI, zero above its diagonal, for solving again and again.
-@_operator("factor_addressing(Tensor mean, Tensor ridge) -> (Tensor factor, Tensor info)")
+@_operator("factor_addressing(Tensor mean, Tensor ridge) -> (Tensor factor, Tensor info)", on_cpu=False)
 def _(mean, ridge):
     return mean.new_empty((*mean.shape[:2], mean.shape[1])), _empty_info(mean)
 
 
-@_operator("solve_factored(Tensor mean, Tensor factor, Tensor queries) -> Tensor weights")
+@_operator("solve_factored(Tensor mean, Tensor factor, Tensor queries) -> Tensor weights", on_cpu=False)
 def _(mean, factor, queries):
     return mean.new_empty((*queries.shape[:2], mean.shape[1]))
 
@@ -133,7 +132,7 @@ def _(cov):
 
 
 # ---- backward: cotangents of the outputs in, cotangents of the tensor inputs out, in the order of the inputs -------
-# A cotangent that is None is zero. Everything else a backward needs it computes again.
+# A cotangent that is None is zero. A backward computes again what else it needs.
 
 
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +149,7 @@ def _(mean, cov, weights, values, noise_var, mask, precision, *grads):
     return _like(mean, cov, weights, values, noise_var)
 
 
-# `weights` are those the write found.
+# `weights` are what the write returned.
 @_operator(
     "write_backward(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
     " bool squared_gram, Tensor? mask, int precision, Tensor weights,"
@@ -183,8 +182,8 @@ def _(cov, grad_logdet):
     return cov.new_empty(cov.shape)
 
 
-# The instruction set the CPU kernels run with: 0 base, 1 AVX2, 2 AVX-512. `select_cpu_level` takes the highest one
-# that is both built and run by this processor and not above `limit`, and returns it.
+# Select the instruction set of the CPU kernels, and return it: 0 base, 1 AVX2, 2 AVX-512. It is the highest
+# one not above `limit` that is built and that this processor runs.
 _libraries["fastkm"].define("select_cpu_level(int limit) -> int")
 
 # The i-th GPU architecture the CUDA kernels were compiled for, as compute capability × 10; 0 past the last.
@@ -192,11 +191,12 @@ _libraries["fastkm"].define("cuda_architecture(int i) -> int")
 
 unavailable: str | None = _load_extension()
 # Whether the extension brings kernels for CUDA devices as well.
-has_cuda = unavailable is None and torch._C._dispatch_has_kernel_for_dispatch_key("fastkm::write", "CUDA")
+has_cuda = unavailable is None and has_kernel("fastkm::write", "CUDA")
 
 
 def cuda_architectures() -> list[int]:
-    """What the CUDA kernels were compiled for; later devices compile the PTX of the last."""
-    if not has_cuda:
-        return []
-    return list(iter(map(torch.ops.fastkm.cuda_architecture, itertools.count()).__next__, 0))
+    """The compute capabilities × 10 the CUDA kernels were compiled for. Later devices compile the PTX of the last."""
+    architectures: list[int] = []
+    while has_cuda and (architecture := torch.ops.fastkm.cuda_architecture(len(architectures))):
+        architectures.append(architecture)
+    return architectures

@@ -1,22 +1,26 @@
 """Addressing: the weights over a memory's rows that explain a query."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from fastkm._runtime import dispatch, guards
-from fastkm._runtime.autocast import in_float32
+from fastkm._runtime import arguments
+from fastkm._runtime.call import call
+from fastkm._runtime.operation import Operation
+from fastkm._runtime.options import SQUARED_GRAM
 from fastkm.addressing import native, reference
 
-__all__ = ["METHODS", "SQUARED_GRAM", "solve_addressing"]
+__all__ = ["solve_addressing"]
 
-SQUARED_GRAM = {"ridge": False, "deepmind": True}  # method -> what the operators take
-METHODS = tuple(SQUARED_GRAM)
-_RUN: dict[str, Callable] = {
-    "reference": reference.solve_addressing,
-    "native": native.solve_addressing,
-    "triton": dispatch.on_first_use("fastkm.addressing.triton", "solve_addressing"),
-}
+SOLVE_ADDRESSING = Operation(
+    "solve_addressing",
+    arguments.Matrix("mean", "BKC"),
+    arguments.Codes("queries", "BQC"),
+    arguments.MemoryVariance("ridge"),
+    arguments.Word("method", SQUARED_GRAM),
+    reference=reference.solve_addressing,
+    native=native.solve_addressing,
+    triton="fastkm.addressing.triton",
+    factored="mean meanᵀ + ridge I",
+)
 
 
 def solve_addressing(
@@ -51,23 +55,4 @@ def solve_addressing(
 
     Source: Wu et al., NeurIPS 2018, eq. 8.
     """
-    outputs = dispatch.straight(
-        native.solve_addressing, backend, mean, queries, ridge, guards.meaning(method, SQUARED_GRAM)
-    )
-    if outputs is None:
-        outputs = _guarded(mean, queries, ridge, method, backend)
-    return outputs[0]
-
-
-@in_float32
-def _guarded(mean, queries, ridge, method, backend) -> tuple[Tensor, ...]:
-    check = guards.Signature()
-    mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC", low_precision=True)
-    ridge = check.per_memory("ridge", ridge)
-    guards.choice("method", method, METHODS)
-    backend = dispatch.resolve("solve_addressing", backend, mean, queries, ridge)
-    (queries,) = dispatch.accepted(backend, mean, queries)
-    outputs = _RUN[backend](mean, queries, ridge, SQUARED_GRAM[method])
-    guards.factored(outputs[-1], "mean meanᵀ + ridge I")
-    return outputs
+    return call(SOLVE_ADDRESSING, backend, mean, queries, ridge, method)[0]

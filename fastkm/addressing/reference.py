@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm._runtime.guards import NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
 
 
 class Address(NamedTuple):

@@ -1,11 +1,11 @@
 """Matrix-normal mathematics: divergences, the distribution, and Kronecker-structured covariances."""
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from fastkm._runtime import dispatch, guards
+from fastkm._runtime import arguments, guards
 from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.call import call
+from fastkm._runtime.operation import Operation
 from fastkm.matrix_normal import native, reference
 from fastkm.matrix_normal.distribution import MatrixNormal
 from fastkm.matrix_normal.kronecker import KroneckerCovariance
@@ -13,17 +13,29 @@ from fastkm.state import MemoryState
 
 __all__ = ["KroneckerCovariance", "MatrixNormal", "kl_memory", "kl_weights", "logdet"]
 
-_TRITON = "fastkm.matrix_normal.triton"
-_RUN_KL_MEMORY: dict[str, Callable] = {
-    "reference": reference.kl_memory,
-    "native": native.kl_memory,
-    "triton": dispatch.on_first_use(_TRITON, "kl_memory"),
-}
-_RUN_LOGDET: dict[str, Callable] = {
-    "reference": reference.logdet,
-    "native": native.logdet,
-    "triton": dispatch.on_first_use(_TRITON, "logdet"),
-}
+KL_MEMORY = Operation(
+    "kl_memory",
+    arguments.State("state"),
+    arguments.State("prior"),
+    reference=reference.kl_memory,
+    native=native.kl_memory,
+    triton="fastkm.matrix_normal.triton",
+    factored="state.cov or prior.cov",
+)
+KL_MEMORY_DEEPMIND = Operation(
+    "kl_memory_deepmind",
+    arguments.State("state"),
+    arguments.State("prior"),
+    reference=reference.kl_memory_deepmind,
+)
+LOGDET = Operation(
+    "logdet",
+    arguments.Matrix("cov", "BKK"),
+    reference=reference.logdet,
+    native=native.logdet,
+    triton="fastkm.matrix_normal.triton",
+    factored="cov",
+)
 
 
 @in_float32
@@ -67,21 +79,11 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
 
     Source: the KL of two matrix normals; Wu et al., NeurIPS 2018, eq. 9.
     """
-    if method == "exact" and (outputs := dispatch.straight(native.kl_memory, backend, state, prior)):
-        return outputs[0]
-    return _guarded_kl(state, prior, method, backend)
-
-
-@in_float32
-def _guarded_kl(state, prior, method, backend) -> Tensor:
-    check = guards.Signature()
-    tensors = (*check.state("state", state), *check.state("prior", prior))
-    if guards.choice("method", method, ("exact", "deepmind")) == "deepmind":
-        dispatch.resolve("kl_memory_deepmind", backend, *tensors)
-        return reference.kl_memory_deepmind(*tensors)
-    kl, info = _RUN_KL_MEMORY[dispatch.resolve("kl_memory", backend, *tensors)](*tensors)
-    guards.factored(info, "state.cov or prior.cov")
-    return kl
+    if method == "deepmind":
+        return call(KL_MEMORY_DEEPMIND, backend, state, prior)
+    if method != "exact":
+        guards.choice("method", method, ("exact", "deepmind"))
+    return call(KL_MEMORY, backend, state, prior)[0]
 
 
 def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
@@ -102,14 +104,4 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
         torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
     """
-    if outputs := dispatch.straight(native.logdet, backend, cov):
-        return outputs[0]
-    return _guarded_logdet(cov, backend)
-
-
-@in_float32
-def _guarded_logdet(cov, backend) -> Tensor:
-    cov = guards.Signature().tensor("cov", cov, "BKK")
-    values, info = _RUN_LOGDET[dispatch.resolve("logdet", backend, cov)](cov)
-    guards.factored(info, "cov")
-    return values
+    return call(LOGDET, backend, cov)[0]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkm._runtime.guards import ASYMMETRIC, DTYPES, NOT_POSITIVE_DEFINITE, _dtype
+from fastkm._runtime.guards import DTYPES, dtype_name
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE, describe_failures
 from fastkm.matrix_normal.reference import factor_covariance, log_det_of_factor
 
 
@@ -91,9 +92,9 @@ def check_matrix(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
     if like is None and value.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float32 or float64, got {_dtype(value)}")
+        raise TypeError(f"{name} must be float32 or float64, got {dtype_name(value.dtype)}")
     if like is not None and value.dtype != like[1].dtype:
-        raise TypeError(f"{name} must be {_dtype(like[1])} like {like[0]}, got {_dtype(value)}")
+        raise TypeError(f"{name} must be {dtype_name(like[1].dtype)} like {like[0]}, got {dtype_name(value.dtype)}")
     if like is not None and value.device != like[1].device:
         raise ValueError(f"{name} must be on {like[1].device} like {like[0]}, got {value.device}")
     if value.dim() < 2 or any(
@@ -120,11 +121,6 @@ def _factor(name: str, cov: Tensor) -> Tensor:
     factor, info = factor_covariance(flat)
     info = torch.where(flat.isfinite().all(-1).all(-1), info, NOT_POSITIVE_DEFINITE)  # the factor reads one triangle
     if bool(info.any()):
-        info = info.reshape(batch)
-        reasons = [
-            what + (f" in batch entries {failed.squeeze(-1).tolist()}" if batch else "")
-            for code, what in ((ASYMMETRIC, "not symmetric"), (NOT_POSITIVE_DEFINITE, "not positive definite"))
-            if len(failed := (info == code).nonzero())
-        ]
-        raise torch.linalg.LinAlgError(f"{name} is {' and '.join(reasons)}")
+        reasons = describe_failures(info.reshape(batch), lambda failed: f" in batch entries {failed}" if batch else "")
+        raise torch.linalg.LinAlgError(f"{name} is {reasons}")
     return factor.reshape(cov.shape)

@@ -1,8 +1,8 @@
-"""The compiled operators and their gradients; csrc/matrix_normal_binding.cpp."""
+"""The compiled operators and their gradients; csrc/bindings/matrix_normal.cpp."""
 
 import torch
 
-import fastkm._runtime.schema  # noqa: F401  declares the operators
+import fastkm._runtime.schema  # noqa: F401  defines the operators
 from fastkm._runtime.autograd import differentiable
 
 _operators = torch.ops.fastkm

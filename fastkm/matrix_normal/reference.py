@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkm._runtime.guards import NOT_POSITIVE_DEFINITE
-from fastkm.posterior.reference import first_failure, symmetry
+from fastkm._linalg.reference import first_failure, symmetry
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
 
 
 def kl_weights(weights, weight_var, prior_var):

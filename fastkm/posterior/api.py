@@ -1,22 +1,31 @@
 """Posterior update of a memory when the weights of every pattern are given."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastkm._runtime import dispatch, guards
-from fastkm._runtime.autocast import in_float32
+from fastkm._runtime import arguments
+from fastkm._runtime.call import call, make_result
+from fastkm._runtime.operation import Operation
+from fastkm._runtime.options import PRECISION_CODES
 from fastkm.posterior import native, reference
-from fastkm.state import MemoryState, made
+from fastkm.state import MemoryState
 
 __all__ = ["PosteriorUpdate", "update_posterior"]
 
-_RUN: dict[str, Callable] = {
-    "reference": dispatch.exact(reference.update_block),
-    "native": native.update_posterior,
-    "triton": dispatch.on_first_use("fastkm.posterior.triton", "update_posterior"),
-}
+UPDATE_POSTERIOR = Operation(
+    "update_posterior",
+    arguments.State("state"),
+    arguments.Codes("weights", "BTK"),
+    arguments.Codes("values", "BTC"),
+    arguments.PatternVariance("noise_var"),
+    arguments.Mask("mask", "BT"),
+    arguments.Word("precision", PRECISION_CODES),
+    reference=reference.update_block,
+    native=native.update_posterior,
+    triton="fastkm.posterior.triton",
+    factored="state.cov",
+)
 
 
 class PosteriorUpdate(NamedTuple):
@@ -74,34 +83,7 @@ def update_posterior(
 
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
-    outputs = dispatch.straight(
-        native.update_posterior,
-        backend,
-        state,
-        weights,
-        values,
-        noise_var,
-        mask,
-        guards.meaning(precision, guards.ROUNDING),
+    mean, cov, innovation_var, kl, log_evidence, _ = call(
+        UPDATE_POSTERIOR, backend, state, weights, values, noise_var, mask, precision
     )
-    if outputs is None:
-        outputs = _guarded(state, weights, values, noise_var, mask, precision, backend)
-    mean, cov, innovation_var, kl, log_evidence, _ = outputs
-    state = made(MemoryState, (mean, cov))
-    return made(PosteriorUpdate, (state, innovation_var, kl, log_evidence))
-
-
-@in_float32
-def _guarded(state, weights, values, noise_var, mask, precision, backend) -> tuple[Tensor, ...]:
-    check = guards.Signature()
-    mean, cov = check.state("state", state)
-    weights = check.tensor("weights", weights, "BTK", low_precision=True)
-    values = check.tensor("values", values, "BTC", low_precision=True)
-    noise_var = check.noise("noise_var", noise_var)
-    mask = check.mask("mask", mask, "BT")
-    rounding = guards.precision(precision)
-    backend = dispatch.resolve("update_posterior", backend, mean, cov, weights, values, noise_var)
-    weights, values = dispatch.accepted(backend, mean, weights, values)
-    outputs = _RUN[backend](mean, cov, weights, values, noise_var, mask, rounding)
-    guards.factored(outputs[-1], "state.cov")
-    return outputs
+    return make_result(PosteriorUpdate, (make_result(MemoryState, (mean, cov)), innovation_var, kl, log_evidence))

@@ -1,8 +1,8 @@
-"""The compiled operator and its gradient; csrc/posterior_binding.cpp."""
+"""The compiled operator and its gradient; csrc/bindings/posterior.cpp."""
 
 import torch
 
-import fastkm._runtime.schema  # noqa: F401  declares the operators
+import fastkm._runtime.schema  # noqa: F401  defines the operators
 from fastkm._runtime.autograd import differentiable
 
 _operators = torch.ops.fastkm

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastkm._runtime.guards import ASYMMETRIC, NOT_POSITIVE_DEFINITE
+from fastkm._linalg.reference import first_failure, symmetry
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
 
 
 def update_sequential(mean, cov, weights, values, noise_var):
-    """One rank-1 update a pattern; the definition everything else is held to. Returns (mean, cov, s [B, T])."""
+    """One rank-1 update a pattern: the definition of the operation. Returns (mean, cov, s [B, T])."""
     innovation_var = []
     for w, z, noise in zip(weights.unbind(1), values.unbind(1), noise_var.unbind(1), strict=True):
         a = (cov @ w.unsqueeze(-1)).squeeze(-1)  # [B, K]
@@ -21,8 +22,8 @@ def update_sequential(mean, cov, weights, values, noise_var):
     return mean, cov, torch.stack(innovation_var, 1) if innovation_var else noise_var.clone()
 
 
-def update_block(mean, cov, weights, values, noise_var, mask):
-    """All patterns at once; see :func:`fastkm.update_posterior` for the equations."""
+def update_block(mean, cov, weights, values, noise_var, mask, precision=0):
+    """All patterns at once; see :func:`fastkm.update_posterior` for the equations. ``precision`` is for GPU kernels."""
     if mask is not None:
         weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
         values = values.masked_fill(~mask.unsqueeze(-1), 0)
@@ -59,21 +60,3 @@ def covariance_status(cov: Tensor, pivots: Tensor, noise_var: Tensor, variances:
     rounding = 4 * (cov.shape[-1] + pivots.shape[-1]) * eps * variances.detach().abs()
     indefinite = (failed != 0) | ~(pivots >= noise_var - rounding).all(-1)
     return first_failure(symmetry(cov), NOT_POSITIVE_DEFINITE * indefinite.int())
-
-
-def symmetry(cov: Tensor) -> Tensor:
-    """Status [B]: not finite, or further from symmetric than rounding explains."""
-    tolerance = torch.finfo(cov.dtype).eps ** 0.5
-    gap, scale = (cov - cov.mT).abs().flatten(1), _largest(cov.abs()).unsqueeze(-1)
-    finite = cov.isfinite().flatten(1).all(-1)
-    status = torch.where((gap > tolerance * scale).any(-1), ASYMMETRIC, 0)
-    return torch.where(finite, status, NOT_POSITIVE_DEFINITE).int()
-
-
-def first_failure(status: Tensor, later: Tensor) -> Tensor:
-    return torch.where(status != 0, status, later)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """Largest entry of each matrix [B]; 0 for an empty one."""
-    return x.flatten(1).max(-1).values if x.shape[1:].numel() else x.new_zeros(x.shape[0])

@@ -5,24 +5,44 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastkm._runtime import dispatch, guards
+from fastkm._runtime import arguments
 from fastkm._runtime.autocast import in_float32
-from fastkm.addressing.api import METHODS, SQUARED_GRAM
+from fastkm._runtime.call import call, make_result
+from fastkm._runtime.operation import Operation
+from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
 from fastkm.reading import native, reference
-from fastkm.state import MemoryState, made
+from fastkm.state import MemoryState
 
 __all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
 
-_RUN: dict[str, Callable] = {
-    "reference": dispatch.exact(reference.read),
-    "native": native.read,
-    "triton": dispatch.on_first_use("fastkm.reading.triton", "read"),
-}
-_RUN_ATTRACTOR: dict[str, Callable] = {
-    "reference": reference.attractor_read,
-    "native": native.attractor_read,
-    "triton": dispatch.on_first_use("fastkm.reading.triton", "attractor_read"),
-}
+READ = Operation(
+    "read",
+    arguments.Matrix("mean", "BKC"),
+    arguments.Codes("queries", "BQC"),
+    arguments.MemoryVariance("ridge"),
+    arguments.Count("num_iters"),
+    arguments.Word("method", SQUARED_GRAM),
+    arguments.Word("precision", PRECISION_CODES),
+    reference=reference.read,
+    native=native.read,
+    triton="fastkm.reading.triton",
+    factored="mean meanᵀ + ridge I",
+)
+ATTRACTOR_READ = Operation(
+    "attractor_read",
+    arguments.State("state"),
+    arguments.Matrix("queries", "BQC"),
+    arguments.MemoryVariance("noise_var"),
+    arguments.MemoryVariance("ridge"),
+    arguments.Count("num_iters"),
+    arguments.Number("weight_var"),
+    arguments.Number("tol", optional=True),
+    arguments.Codec("clean"),
+    reference=reference.attractor_read,
+    native=native.attractor_read,
+    triton="fastkm.reading.triton",
+    factored="mean meanᵀ + ridge I",
+)
 
 
 class ReadResult(NamedTuple):
@@ -83,36 +103,8 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    outputs = dispatch.straight(
-        native.read,
-        backend,
-        mean,
-        queries,
-        ridge,
-        guards.exact_int(num_iters),
-        guards.meaning(method, SQUARED_GRAM),
-        guards.meaning(precision, guards.ROUNDING),
-    )
-    if outputs is None:
-        outputs = _guarded_read(mean, queries, ridge, num_iters, method, precision, backend)
-    values, weights, _ = outputs
-    return made(ReadResult, (values, weights))
-
-
-@in_float32
-def _guarded_read(mean, queries, ridge, num_iters, method, precision, backend) -> tuple[Tensor, ...]:
-    check = guards.Signature()
-    mean = check.tensor("mean", mean, "BKC")
-    queries = check.tensor("queries", queries, "BQC", low_precision=True)
-    ridge = check.per_memory("ridge", ridge)
-    guards.count("num_iters", num_iters)
-    guards.choice("method", method, METHODS)
-    rounding = guards.precision(precision)
-    backend = dispatch.resolve("read", backend, mean, queries, ridge)
-    (queries,) = dispatch.accepted(backend, mean, queries)
-    outputs = _RUN[backend](mean, queries, ridge, num_iters, SQUARED_GRAM[method], rounding)
-    guards.factored(outputs[-1], "mean meanᵀ + ridge I")
-    return outputs
+    values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision)
+    return make_result(ReadResult, (values, weights))
 
 
 @in_float32
@@ -166,20 +158,7 @@ def attractor_read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2 and eq. 12.
     """
-    check = guards.Signature()
-    mean, cov = check.state("state", state)
-    queries = check.tensor("queries", queries, "BQC")
-    noise_var = check.per_memory("noise_var", noise_var)
-    ridge = check.per_memory("ridge", ridge)
-    guards.count("num_iters", num_iters)
-    guards.non_negative("weight_var", weight_var)
-    if tol is not None:
-        guards.non_negative("tol", tol)
-    if not callable(clean):
-        raise TypeError(f"clean must be a callable from codes to codes, got {type(clean).__name__}")
-    backend = dispatch.resolve("attractor_read", backend, mean, cov, queries, noise_var, ridge)
-    values, weights, energy, taken, info = _RUN_ATTRACTOR[backend](
-        mean, cov, queries, noise_var, ridge, clean, num_iters, weight_var, tol
+    values, weights, energy, taken, _ = call(
+        ATTRACTOR_READ, backend, state, queries, noise_var, ridge, num_iters, weight_var, tol, clean
     )
-    guards.factored(info, "mean meanᵀ + ridge I")
     return AttractorResult(values, weights, energy, taken)

@@ -1,12 +1,12 @@
-"""The compiled operator and its gradient; csrc/reading_binding.cpp."""
+"""The compiled operators, and the gradient of the one that has it; csrc/bindings/reading.cpp."""
 
 import torch
 
-import fastkm._runtime.schema  # noqa: F401  declares the operators
+import fastkm._runtime.schema  # noqa: F401  defines the operators
 from fastkm._runtime.autograd import differentiable
-from fastkm.reading import reference
+from fastkm.reading.attractor import without_gradient
 
 _operators = torch.ops.fastkm
 
 read = differentiable(_operators.read.default, _operators.read_backward.default)
-attractor_read = reference.without_gradient(_operators.factor_addressing.default, _operators.solve_factored.default)
+attractor_read = without_gradient(_operators.factor_addressing.default, _operators.solve_factored.default)

@@ -31,7 +31,7 @@ from fastkm._linalg.triton import (
     workspace,
 )
 from fastkm._runtime.autograd import differentiable
-from fastkm.reading import reference
+from fastkm.reading.attractor import without_gradient
 
 
 @triton.jit
@@ -412,6 +412,6 @@ solve_addressing = differentiable(
 )
 
 
-attractor_read = reference.without_gradient(
+attractor_read = without_gradient(
     torch.ops.fastkm_triton.factor_addressing.default, torch.ops.fastkm_triton.solve_factored.default
 )

@@ -1,23 +1,33 @@
 """Writing an episode: address and update, one pattern after the other."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastkm._runtime import dispatch, guards
-from fastkm._runtime.autocast import in_float32
-from fastkm.addressing.api import METHODS, SQUARED_GRAM
-from fastkm.state import MemoryState, made
+from fastkm._runtime import arguments
+from fastkm._runtime.call import call, make_result
+from fastkm._runtime.operation import Operation
+from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
+from fastkm.state import MemoryState
 from fastkm.writing import native, reference
 
 __all__ = ["WriteResult", "write"]
 
-_RUN: dict[str, Callable] = {
-    "reference": dispatch.exact(reference.write_sequential),
-    "native": native.write,
-    "triton": dispatch.on_first_use("fastkm.writing.triton", "write"),
-}
+WRITE = Operation(
+    "write",
+    arguments.State("state"),
+    arguments.Codes("values", "BTC"),
+    arguments.PatternVariance("noise_var"),
+    arguments.MemoryVariance("ridge"),
+    arguments.Count("num_opt_iters"),
+    arguments.Word("method", SQUARED_GRAM),
+    arguments.Mask("mask", "BT"),
+    arguments.Word("precision", PRECISION_CODES),
+    reference=reference.write_sequential,
+    native=native.write,
+    triton="fastkm.writing.triton",
+    factored="state.cov",
+)
 
 
 class WriteResult(NamedTuple):
@@ -77,38 +87,7 @@ def write(
 
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
-    outputs = dispatch.straight(
-        native.write,
-        backend,
-        state,
-        values,
-        noise_var,
-        ridge,
-        guards.exact_int(num_opt_iters),
-        guards.meaning(method, SQUARED_GRAM),
-        mask,
-        guards.meaning(precision, guards.ROUNDING),
+    mean, cov, weights, innovation_var, kl, _ = call(
+        WRITE, backend, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
     )
-    if outputs is None:
-        outputs = _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend)
-    mean, cov, weights, innovation_var, kl, _ = outputs
-    state = made(MemoryState, (mean, cov))
-    return made(WriteResult, (state, weights, innovation_var, kl))
-
-
-@in_float32
-def _guarded(state, values, noise_var, ridge, num_opt_iters, method, mask, precision, backend) -> tuple[Tensor, ...]:
-    check = guards.Signature()
-    mean, cov = check.state("state", state)
-    values = check.tensor("values", values, "BTC", low_precision=True)
-    noise_var = check.noise("noise_var", noise_var)
-    ridge = check.per_memory("ridge", ridge)
-    guards.count("num_opt_iters", num_opt_iters)
-    guards.choice("method", method, METHODS)
-    mask = check.mask("mask", mask, "BT")
-    rounding = guards.precision(precision)
-    backend = dispatch.resolve("write", backend, mean, cov, values, noise_var, ridge)
-    (values,) = dispatch.accepted(backend, mean, values)
-    outputs = _RUN[backend](mean, cov, values, noise_var, ridge, num_opt_iters, SQUARED_GRAM[method], mask, rounding)
-    guards.factored(outputs[-1], "state.cov")
-    return outputs
+    return make_result(WriteResult, (make_result(MemoryState, (mean, cov)), weights, innovation_var, kl))

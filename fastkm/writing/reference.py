@@ -2,12 +2,13 @@
 
 import torch
 
+from fastkm._linalg.reference import first_failure, symmetry
 from fastkm.addressing.reference import solve_addressing
-from fastkm.posterior.reference import first_failure, symmetry, update_block
+from fastkm.posterior.reference import update_block
 
 
-def write_sequential(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask):
-    """Address a pattern, update with it, go on to the next."""
+def write_sequential(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision=0):
+    """Address a pattern, update with it, go on to the next. ``precision`` is for GPU kernels."""
     status = symmetry(cov)
     weights, innovation_var, kl = [], [], []
     for t in range(values.shape[1]):

@@ -11,7 +11,7 @@ import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
 import fastkm.writing.triton  # noqa: F401  all four register their operators
-from fastkm._runtime.guards import PRECISIONS
+from fastkm._runtime.options import PRECISIONS
 from fastkm.testing.presets import PRESETS
 from gpu import aot
 

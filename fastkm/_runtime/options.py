@@ -1,0 +1,8 @@
+"""The words a caller may choose from, and what the operators take in their place."""
+
+# How the weights of a query are solved: with R Rᵀ + λI, or with (R Rᵀ)² + λI as in the released DeepMind code.
+SQUARED_GRAM = {"ridge": False, "deepmind": True}
+
+# How a GPU rounds products with codes. The integer is the precision code of the operators.
+PRECISIONS = ("ieee", "tf32x3", "tf32")
+PRECISION_CODES = {name: code for code, name in enumerate(PRECISIONS)}

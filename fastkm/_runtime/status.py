@@ -1,0 +1,49 @@
+"""The status that a kernel reports for each memory, and the error it becomes.
+
+Every kernel that factors a matrix returns ``info [B]``, an int32 tensor, as its last output: 0 for a memory that went
+well, or one of the codes below. The whole batch is computed before an error is raised; the error names every memory
+that failed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastkm._runtime.deferred import is_value_unknown
+from fastkm._runtime.torch_private import assert_when_run
+
+ASYMMETRIC, NOT_POSITIVE_DEFINITE = 1, 2
+WORDS = {ASYMMETRIC: "not symmetric", NOT_POSITIVE_DEFINITE: "not positive definite"}
+
+
+def raise_failures(info: Tensor, matrix: str) -> None:
+    """Raise for the memories of ``info`` that failed to factor ``matrix``, or do nothing.
+
+    In a graph that is traced or captured the check becomes an assertion of the graph, which raises RuntimeError.
+    """
+    if is_value_unknown(info):
+        assert_when_run(~info.any(), f"{matrix} is not symmetric positive definite")
+        return
+    info = torch.func.debug_unwrap(info)
+    if any(info.flatten().tolist()):
+        raise factorisation_error(info, matrix)
+
+
+def factorisation_error(info: Tensor, matrix: str) -> torch.linalg.LinAlgError:
+    """The error that names every memory of ``info`` that failed to factor ``matrix``."""
+
+    def place(failed: list) -> str:  # under vmap a memory is a pair: [index of the map, memory]
+        return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"
+
+    return torch.linalg.LinAlgError(f"{matrix} is {describe_failures(info, place)}")
+
+
+def describe_failures(info: Tensor, place: Callable[[list], str]) -> str:
+    """Every reason in ``info`` in words. ``place`` says where, given the indices that share a reason."""
+    reasons = []
+    for code, words in WORDS.items():
+        failed = (info == code).nonzero().squeeze(-1).tolist()
+        if failed:
+            reasons.append(words + place(failed))
+    return " and ".join(reasons)

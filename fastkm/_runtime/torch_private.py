@@ -1,0 +1,75 @@
+"""Every private name of PyTorch that the package uses, with the reason. Tried on torch 2.13.0.
+
+No other module of the package may use a private name of torch, so when a release of torch breaks one of them, this file
+is the only one to change. Not listed are the protected methods of ``torch.distributions.Distribution``, which its
+subclasses are meant to use.
+"""
+
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch, _pytree
+
+__all__ = [
+    "OpOverload",  # the type of torch.ops.<namespace>.<name>.<overload>, for annotations
+    "argument_names",
+    "assert_when_run",
+    "disable_current_modes",
+    "has_kernel",
+    "is_any_autocast_enabled",
+    "is_transformed",
+    "operator_name",
+    "tree_leaves",
+    "tree_map",
+    "without_python_frame",
+]
+
+# Whether autocast is on for any device. The public torch.is_autocast_enabled(device) must be asked once a device.
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+# Leaves all modes, a FakeTensorMode for example, so that a cached tensor is always a real one.
+disable_current_modes = _python_dispatch._disable_current_modes
+
+# The tensors inside the arguments of a call: in tuples, lists, dicts and named tuples.
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Inside torch.func or forward mode. No tensor tells whether an outer level maps or differentiates it.
+
+    Neither the stack of torch.func nor the level of forward mode has a public name.
+    """
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def has_kernel(operator: str, dispatch_key: str) -> bool:
+    """Whether ``operator``, written ``namespace::name``, has a kernel for ``dispatch_key``.
+
+    The public way is to call the operator and to see whether it raises NotImplementedError.
+    """
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, dispatch_key)
+
+
+def without_python_frame(operator: OpOverload) -> Any:
+    """The built-in function behind ``operator``, which saves a Python frame, or ``operator`` if there is none."""
+    return getattr(operator, "_op", operator)
+
+
+def operator_name(operator: OpOverload) -> str:
+    """``namespace::name`` of an operator."""
+    return operator._schema.name
+
+
+def argument_names(operator: OpOverload) -> list[str]:
+    """Names of the arguments in the schema of an operator."""
+    return [argument.name for argument in operator._schema.arguments]
+
+
+def assert_when_run(condition: torch.Tensor, message: str) -> None:
+    """Raise if ``condition`` is false when it is computed, in a graph that is traced or captured now and runs later."""
+    torch._assert_async(condition, message)
