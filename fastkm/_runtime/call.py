@@ -52,12 +52,16 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
             if value.requires_grad:
                 wants_gradient = True
         elif kind is str and len(inputs) in operation.words:
-            value = operation.words[len(inputs)].get(value)  # the operator refuses None
+            value = operation.words[len(inputs)].get(value)
+            if value is None:
+                return _call_checked(operation, backend, *arguments)
             num_options += 1
         elif kind is int and len(inputs) in operation.counts:
             num_options += 1
         elif (kind is float or kind is int) and inputs:
-            value = number_as_tensor(value, inputs[0].dtype)  # the operator refuses None
+            value = number_as_tensor(value, inputs[0].dtype)
+            if value is None:
+                return _call_checked(operation, backend, *arguments)
         elif kind is MemoryState:
             mean, value = value
             if type(mean) is not Tensor or type(value) is not Tensor:
