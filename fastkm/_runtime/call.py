@@ -88,15 +88,12 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
                 outputs = native.operator(*inputs)
         else:
             outputs = native.operator(*inputs)
-    except RuntimeError as error:
-        refusal = error
-    else:
-        info = outputs[-1]
-        if any(info.tolist()):
-            raise factorisation_error(info, operation.factored)
-        return native.attach(outputs, inputs) if wants_gradient else outputs
-    operation.check(arguments)  # raises in words if an argument is wrong
-    raise refusal
+    except RuntimeError:
+        operation.raise_in_words(arguments)
+        raise
+    if any(outputs[-1].tolist()):
+        raise factorisation_error(outputs[-1], operation.factored)
+    return native.attach(outputs, inputs) if wants_gradient else outputs
 
 
 @lru_cache(maxsize=64)

@@ -66,3 +66,10 @@ class Operation:
         for argument, value in zip(self.arguments, given, strict=True):
             inputs.extend(argument.check(signature, value))
         return inputs
+
+    def raise_in_words(self, given: tuple) -> None:
+        """Say what is wrong with arguments that the operator has refused; return if nothing is."""
+        try:
+            self.check(given)
+        except (TypeError, ValueError) as error:
+            raise error from None  # the operator's refusal says less
