@@ -27,37 +27,16 @@ VARIANCE_AXES = {"noise_var": ("values", 2), "ridge": ("mean", 1)}
 class Differentiable:
     """An operator with its gradient: called like the operator. Made by :func:`differentiable`.
 
-    ``operator`` is the operator alone, without a gradient; the fast path runs it and calls :meth:`attach` itself.
+    ``operator`` is the operator alone, without a gradient. ``attach(outputs, inputs)`` gives the outputs that the
+    operator computed from the inputs their gradient.
     """
 
     def __init__(self, operator: OpOverload, pull_back: Callable, keep: slice) -> None:
         self.operator: Callable = without_python_frame(operator)
-        self._traceable_operator = operator
-        self._whole, self._computed = _autograd_functions(operator, pull_back, keep, self)
-        names = argument_names(operator)
-        self._variances = [
-            (names.index(variance), names.index(like), axes)
-            for variance, (like, axes) in VARIANCE_AXES.items()
-            if variance in names
-        ]
+        self.run, self.attach = _run_and_attach(operator, pull_back, keep)
 
     def __call__(self, *inputs):
-        if not (wants_gradient(inputs) or is_transformed()):
-            return self._traceable_operator(*inputs)
-        if torch.compiler.is_compiling() or is_transformed():
-            return self._whole.apply(*inputs)
-        with torch.no_grad():
-            outputs = self._traceable_operator(*inputs)
-        return self.attach(outputs, inputs)
-
-    def attach(self, outputs, inputs: Sequence):
-        """The ``outputs`` that the operator computed from the ``inputs``, with their gradient."""
-        inputs = list(inputs)
-        for variance, like, axes in self._variances:
-            if inputs[variance].dim() < axes:
-                inputs[variance] = spread_variance(inputs[variance], inputs[like].shape[:axes])
-        attached = self._computed.apply(_as_tuple(outputs), *inputs)
-        return attached if isinstance(outputs, tuple) else attached[0]
+        return self.run(*inputs)
 
 
 def differentiable(
@@ -78,7 +57,7 @@ def differentiable(
             f"{_short_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
         )
 
-    gradient = Differentiable(backward, refuse, slice(0))
+    gradient, _ = _run_and_attach(backward, refuse, slice(0))
 
     def pull_back(*known_and_cotangents):
         known_and_cotangents = known_and_cotangents[:-1]  # the last cotangent is that of the status
@@ -93,6 +72,39 @@ def wants_gradient(inputs: Sequence) -> bool:
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
+
+
+def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[Callable, Callable]:
+    """``run`` and ``attach`` of a :class:`Differentiable`, with gradients ``pull_back(*inputs, *kept, *cotangents)``.
+
+    Both are functions, not methods: torch.compile traces a function that a backward refers to, but not an object.
+    """
+    names = argument_names(operator)
+    variances = [
+        (names.index(variance), names.index(like), axes)
+        for variance, (like, axes) in VARIANCE_AXES.items()
+        if variance in names
+    ]
+
+    def run(*inputs):
+        if not (wants_gradient(inputs) or is_transformed()):
+            return operator(*inputs)
+        if torch.compiler.is_compiling() or is_transformed():
+            return whole.apply(*inputs)
+        with torch.no_grad():
+            outputs = operator(*inputs)
+        return attach(outputs, inputs)
+
+    def attach(outputs, inputs: Sequence):
+        inputs = list(inputs)
+        for variance, like, axes in variances:
+            if inputs[variance].dim() < axes:
+                inputs[variance] = spread_variance(inputs[variance], inputs[like].shape[:axes])
+        attached = computed.apply(_as_tuple(outputs), *inputs)
+        return attached if isinstance(outputs, tuple) else attached[0]
+
+    whole, computed = _autograd_functions(operator, pull_back, keep, run)
+    return run, attach
 
 
 def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: slice, run: Callable) -> tuple:
