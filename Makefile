@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
-FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
 .PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format readme clean distclean
 

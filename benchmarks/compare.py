@@ -47,14 +47,20 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def build(revision: str) -> Path:
-    """A folder with the package of ``revision``, built for the CPU."""
+def check_out(revision: str) -> Path:
+    """A folder with the files of ``revision``."""
     commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
     folder = BUILT / commit[:12]
     if not (folder / ".git").exists():
         git("worktree", "prune")
         git("worktree", "add", "--detach", str(folder), commit)
     print(f"{'base':<18} {revision}, {git('log', '-1', '--format=%h %s', commit)}", flush=True)
+    return folder
+
+
+def build(revision: str) -> Path:
+    """A folder with the package of ``revision``, built for the CPU."""
+    folder = check_out(revision)
     if not list((folder / "fastkm").glob("_C*.so")):
         print("building it, a few minutes ...", flush=True)
         command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
@@ -64,6 +70,9 @@ def build(revision: str) -> Path:
         if done.returncode:
             raise UserError(f"{revision} does not build:\n{done.stderr[-2000:]}")
     return folder
+
+
+Clock = Callable[[int], float]  # makes so many calls and returns the seconds of one
 
 
 class Worker:
@@ -87,6 +96,9 @@ class Worker:
             raise UserError(f"the process for {' '.join(map(str, words))} ended with {self.process.wait()}")
         return answer
 
+    def clock(self, *what: str) -> Clock:
+        return lambda calls: float(self.ask(*what, calls))
+
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
@@ -96,19 +108,15 @@ def gradient_word(case: Case) -> str:
     return "gradient" if case.gradient else "forward"
 
 
-def take_turns(base: Worker, this: Worker, what: tuple[str, ...], seconds: float) -> list[dict[str, float]]:
-    """Seconds a call of base, this and this again, in an order drawn anew every turn; ``what`` goes to the workers."""
-
-    def clock(worker: Worker, calls: int) -> float:
-        return float(worker.ask(*what, calls))
-
-    slower = max(clock(worker, 1) for worker in (base, this))
+def take_turns(base: Clock, this: Clock, seconds: float) -> list[dict[str, float]]:
+    """Seconds a call of base, this and this again, in an order drawn anew every turn."""
+    slower = max(base(1), this(1))
     calls, draw, taken = max(1, math.ceil(SHORTEST / slower)), random.Random(0), []
     who = {"base": base, "this": this, "again": this}
     begin = time.perf_counter()
     while len(taken) < LEAST_TURNS or time.perf_counter() - begin < seconds:
         order = draw.sample(list(who), len(who))
-        taken.append({name: clock(who[name], calls) for name in order})
+        taken.append({name: who[name](calls) for name in order})
     return taken
 
 
@@ -129,10 +137,10 @@ def summarise(taken: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def time_both(base: Worker, this: Worker, what: tuple[str, ...], seconds: float) -> dict[str, Any]:
+def time_both(base: Clock, this: Clock, seconds: float) -> dict[str, Any]:
     """A second time and twice as long if the first is void."""
-    found = summarise(take_turns(base, this, what, seconds))
-    return summarise(take_turns(base, this, what, 2 * seconds)) if found["void"] else found
+    found = summarise(take_turns(base, this, seconds))
+    return summarise(take_turns(base, this, 2 * seconds)) if found["void"] else found
 
 
 def largest_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
@@ -180,7 +188,8 @@ def measure(base: Worker, this: Worker, options: argparse.Namespace) -> list[dic
             for worker, file in zip((base, this), results, strict=True):
                 worker.ask("run", s.case.operation, gradient_word(s.case), file)
             differ = largest_difference(*map(torch.load, results))
-            found = time_both(base, this, ("time", s.case.operation, gradient_word(s.case)), options.seconds)
+            what = ("time", s.case.operation, gradient_word(s.case))
+            found = time_both(base.clock(*what), this.clock(*what), options.seconds)
             records.append({**s.case._asdict(), "preset": s.preset.name, "batch": s.batch, "differ": differ, **found})
     return records
 
@@ -190,7 +199,8 @@ def measure_overhead(base: Worker, this: Worker, options: argparse.Namespace) ->
     with progress("compare calls", len(calls)) as start:
         for operation, given in calls:
             start(f"{operation}, {given}")
-            found = time_both(base, this, ("call", operation, given), options.seconds)
+            what = ("call", operation, given)
+            found = time_both(base.clock(*what), this.clock(*what), options.seconds)
             records.append({"operation": operation, "given": given, **found})
     return records
 

@@ -25,7 +25,7 @@ EAGER_OF_SWEEPS = {
 COLOURS = {"write": "tab:blue", "update_posterior": "tab:orange", "read": "tab:green"}
 
 
-def label(group: dict[str, Any]) -> str:
+def case_label(group: dict[str, Any]) -> str:
     return str(Case(group["operation"], group["gradient"]))
 
 
@@ -47,7 +47,7 @@ def add_percentages(data: dict[str, Any]) -> None:
 
 
 def row(group: dict[str, Any], record: dict[str, Any], best: dict | None) -> tuple[str, ...]:
-    where = (label(group), group["preset"]["name"], str(group["batch"]), f"{group['queries']:,}", group["dtype"])
+    where = (case_label(group), group["preset"]["name"], str(group["batch"]), f"{group['queries']:,}", group["dtype"])
     name = record["candidate"] + (" (best PyTorch)" if best is record else "")
     errors = (f"{record['error']:.1e}", f"{record['allowed']:.1e}") if record.get("allowed") else ("–", "–")
     if record["status"] != "timed":
@@ -74,7 +74,7 @@ def summary(groups: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     lines = []
     for g in groups:
         own, best = candidate(g, NATIVE), best_pytorch(g)
-        where = (label(g), g["preset"]["name"], str(g["batch"]), f"{g['queries']:,}", g["dtype"])
+        where = (case_label(g), g["preset"]["name"], str(g["batch"]), f"{g['queries']:,}", g["dtype"])
         if not own or own["status"] != "timed":
             lines.append((*where, "FAILED" if own and own["status"] == "failed" else "–", *[""] * 5))
             continue
@@ -111,7 +111,7 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
     if data["groups"]:
         title = "Medians; every candidate is in suite.md"
         show_table(title, SUMMARY, summary(data["groups"]), right=SUMMARY[5:], group=1)
-    void = [f"{label(g)} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
+    void = [f"{case_label(g)} {g['preset']['name']} B = {g['batch']} {g['dtype']} Q = {g['queries']}: "
             f"{', '.join(f'{x:.0%}' for x in g['gaps'])}" for g in data["groups"] if g["void"]]  # fmt: skip
     promises = [(str(c["number"]), c["what"], c["target"], c["measured"], c["verdict"]) for c in data["claims"]]
     show_table("Must show", CLAIMS, promises)
@@ -178,8 +178,8 @@ def draw_ceiling(plt, groups: list[dict[str, Any]]):
     """Share of the bound that product rate or bandwidth sets, of the native kernel and of the best of PyTorch."""
     shown = [g for g in groups if g["dtype"] == "float32" and median(g, NATIVE)]
     figure, axis = plt.subplots(figsize=(max(6, 0.28 * len(shown)), 5), layout="constrained")
-    names = [f"{label(g)} {g['preset']['name']} B={g['batch']}" + (f" Q={g['queries']:,}" if g["queries"] != QUERIES
-             else "") for g in shown]  # fmt: skip
+    many = [f" Q={g['queries']:,}" if g["queries"] != QUERIES else "" for g in shown]
+    names = [f"{case_label(g)} {g['preset']['name']} B={g['batch']}{q}" for g, q in zip(shown, many, strict=True)]
     for offset, colour, pick in ((-0.2, "tab:blue", lambda g: candidate(g, NATIVE)), (0.2, "tab:gray", best_pytorch)):
         heights = [100 * (pick(g) or {}).get("of_bound", 0) for g in shown]
         label = "native" if offset < 0 else "best PyTorch"

@@ -1,11 +1,13 @@
 """The full benchmark's own logic: what it compares computes the same thing, and a verdict needs a quiet group."""
 
 import json
+import shutil
 import time
 
 import pytest
 import torch
 
+from fastkm._runtime import schema
 from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, Case, computation
 from fastkm.testing.presets import PRESETS, Preset
 from fastkm.testing.timing import LEAST_SAMPLES, MOST_SAMPLES, Timing, schedule
@@ -13,10 +15,11 @@ from fastkm.testing.verification import relative_errors
 
 pytest.importorskip("benchmarks", reason="needs the source tree")
 
-from benchmarks import cases, suite, timing
+from benchmarks import cases, compare, compare_worker, suite, timing
 from benchmarks.ceiling import flops, least_bytes
 from benchmarks.claims import ABSENT, MET, MISSED, VOID, best_pytorch, slope, verdicts
 from benchmarks.compare import summarise
+from benchmarks.kernels import __main__ as kernels
 from benchmarks.peers import Unsuitable
 
 SMALL = Preset("small", 7, 12, 9)
@@ -195,6 +198,45 @@ def test_a_comparison_with_itself():
     assert taken["ratio"] == pytest.approx(2.0)  # turn by turn, so the drift is not in it
     assert not taken["void"]
     assert summarise([{"base": 2.0, "this": 1.0, "again": 1.2}] * 3)["void"]
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_worker_of_a_comparison_makes_the_calls_of_the_registry(case):
+    """Its table is a copy, because it also runs in revisions without a registry."""
+    e = cases.episode(setting(case))
+    form = computation(case)
+    ours = form.fields(form.bind(e, "native")())
+    theirs = compare_worker.run(*case, e._asdict())
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours.values(), theirs, strict=True):
+        assert torch.equal(x, (y + y.mT) / 2 if case.gradient and y.shape[-2:] == (SMALL.K, SMALL.K) else y)
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+def test_a_worker_times_what_it_is_asked_for(tmp_path):
+    e = cases.episode(setting(Case("write")))._asdict()
+    del e["clean"]
+    torch.save({name: tuple(x) if isinstance(x, tuple) else x for name, x in e.items()}, tmp_path / "inputs.pt")
+    worker = compare.Worker(compare.ROOT, 1)
+    try:
+        assert worker.ask("load", tmp_path / "inputs.pt") == "loaded"
+        assert worker.ask("run", "write", "gradient", tmp_path / "result.pt") == "saved"
+        assert len(torch.load(tmp_path / "result.pt")) == 5
+        assert worker.clock("time", "write", "gradient")(2) > 0
+        assert worker.clock("call", "write", "floats")(2) > 0
+    finally:
+        worker.close()
+    assert worker.process.returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_every_single_kernel_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "BUILT", tmp_path)
+    library = kernels.build_library(compare.ROOT, "test", "base", ["-O0"])
+    for kernel in kernels.KERNELS:
+        assert kernels.clock(library, kernel, SMALL, 2)(1) > 0, kernel
+    assert kernels.clock(library, "no kernel", SMALL, 2)(1) < 0
 
 
 class Assumed:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import sysconfig
 import threading
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import fastkm
+from fastkm import models
 from fastkm._runtime import schema
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,42 @@ def test_without_the_extension_the_wheel_is_pure_and_imports(tree, tmp_path):
     said = explain(tmp_path / "target")
     assert "write: reference" in said
     assert "the C++ extension was not built" in said
+
+
+SCRIPT = Path(__file__).with_name("typed_script.py")
+
+
+@pytest.fixture
+def installed(tree, tmp_path):
+    """The Python of an environment where the wheel is installed, with what the wheel needs."""
+    wheel, environment = build_wheel(tree, FASTKM_NO_EXT="1"), tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    site = Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (site / "needed.pth").write_text(sysconfig.get_path("purelib"))
+    return environment / "bin" / "python"
+
+
+def test_a_typed_script_passes_mypy_and_runs_with_the_installed_wheel(installed, tmp_path):
+    pytest.importorskip("mypy", reason="in the lint extra")
+    script = tmp_path / SCRIPT.name
+    shutil.copy(SCRIPT, script)
+    options = ("--strict", "--python-executable", str(installed), "--config-file", os.devnull)
+    done = run(sys.executable, "-m", "mypy", *options, script.name, cwd=tmp_path)
+    assert done.stdout == "Success: no issues found in 1 source file\n", done.stdout + done.stderr
+    done = run(str(installed), script.name, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "write: reference" in done.stdout
+
+
+def test_the_typed_script_uses_every_public_name_and_result_field():
+    text = SCRIPT.read_text()
+    for module in (fastkm, models):
+        for name in module.__all__:
+            assert re.search(rf"\b{name}\b", text), name
+            for field in getattr(getattr(module, name), "_fields", ()):
+                assert f".{field}, Tensor)" in text or f".{field}, fastkm." in text, f"{name}.{field}"
 
 
 @pytest.mark.parametrize("missing", ["CXX", "PATH"])

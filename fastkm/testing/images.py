@@ -15,9 +15,9 @@ from fastkm.testing.extras import UserError, import_extra
 
 SIDE = 28
 PIXELS = SIDE * SIDE
-FEWEST, MOST = 10, 10_000  # images taken from --data
-# Root mean square of a training code. Measured at noise_var = ridge = 1 with a standard normal prior mean: read-backs
-# come within 0.02 of the code's own pixel error, and wᵀUw/σ² stays below 40, far from where float32 suffers (1e5).
+LEAST_IMAGES, MOST_IMAGES = 10, 10_000  # taken from --data
+# Root mean square of a training code. With noise_var = ridge = 1 and a standard normal prior mean, the pixel error of
+# what is read back is within 0.02 of the code's own, and wᵀUw/σ² is below 40; float32 loses digits from 1e5 on.
 CODE_RMS = 3.0
 
 
@@ -82,9 +82,11 @@ def read_pngs(path: Path) -> tuple[list[str], Tensor, str]:
     with ExitStack() as archives:
         pngs = _find_pngs(path, archives)
         names = sorted(pngs)
-        if len(names) < FEWEST:
-            raise UserError(f"--data must hold at least {FEWEST} PNGs; {path} holds {len(names)}")
-        chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST].sort().values.tolist()
+        if len(names) < LEAST_IMAGES:
+            raise UserError(f"--data must hold at least {LEAST_IMAGES} PNGs; {path} holds {len(names)}")
+        chosen = (
+            torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES].sort().values.tolist()
+        )
         pixels = torch.stack([_decode_png(names[i], pngs[names[i]]()) for i in chosen])
     some = "" if len(chosen) == len(names) else f"{len(chosen):,} of "
     source = f"{some}{len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"

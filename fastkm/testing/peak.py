@@ -1,4 +1,4 @@
-"""Peak memory of one training step, in a process of its own: ``python -m fastkm.testing.peak BACKEND PRESET B``."""
+"""Peak memory of one training step, in a separate process: ``python -m fastkm.testing.peak BACKEND PRESET B``."""
 
 import subprocess
 import sys
@@ -23,13 +23,13 @@ def step(preset: Preset, batch: int, backend: str) -> None:
 
 
 def resident(field: str) -> int:
-    """VmRSS, what is resident now, or VmHWM, the most that was; bytes."""
+    """Bytes resident now (``VmRSS``), or the most that were (``VmHWM``)."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(lines[field].split()[0]) * 1024
 
 
 def peak_of_step(preset: Preset, batch: int, backend: str) -> int | None:
-    """Bytes that a step adds at its peak; ``None`` where the system does not tell."""
+    """Bytes that a step adds at its peak; ``None`` on a system without ``/proc/self/status``."""
     if not STATUS.exists():
         return None
     command = [sys.executable, "-m", "fastkm.testing.peak", backend, preset.name, str(batch)]
@@ -38,7 +38,7 @@ def peak_of_step(preset: Preset, batch: int, backend: str) -> int | None:
 
 def main() -> None:
     backend, name, batch = sys.argv[1:]
-    step(PRESETS["S"], 2, backend)  # what the first call loads is not the step's
+    step(PRESETS["S"], 2, backend)  # loads what the first call loads, which is not counted
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
     before = resident("VmRSS")
     step(PRESETS[name], int(batch), backend)
