@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+import fastkm.addressing.triton
 import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
-import fastkm.writing.triton  # noqa: F401  all four register their operators
+import fastkm.writing.triton  # noqa: F401  all register their operators
 from fastkm._runtime.options import PRECISIONS
 from fastkm.testing.presets import PRESETS
 from gpu import aot
@@ -82,7 +83,7 @@ def rows(target: str) -> list[Row]:
         for operator in operators:
             for launch in aot.record(made[operator], target):
                 names = launch.kernel.arg_names
-                known = {names[index[0]]: value for index, value in launch.constexprs.items()}
+                known = {names[path[0]]: value for path, value in launch.constexprs.items() if len(path) == 1}
                 key = f"{launch.name} {launch.signature} {launch.constexprs} {launch.options}"
                 if key not in found:
                     first_phase = known.get("SPLIT", False) and known.get("FACTOR", False)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class Traffic(NamedTuple):
@@ -32,7 +33,7 @@ class Counter:
 
         def counted_begin(executor, arguments, options):
             arguments, options = begin(executor, arguments, options)
-            self._know([x for x in arguments if hasattr(x, "untyped_storage")])
+            self._know([x for x in tree_leaves(arguments) if hasattr(x, "untyped_storage")])
             return arguments, options
 
         def counted_load(builder, pointers, mask, *rest, **options):
