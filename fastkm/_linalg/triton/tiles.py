@@ -1,8 +1,8 @@
 """Matrices as small aggregates, and the tiles of them that a program holds in registers.
 
 Kernel arguments are ``Matrices`` and ``Vectors``: a pointer and strides, one of them between memories. Device functions
-take a ``Matrix`` or a ``Vector`` of one memory. All are named tuples, which Triton passes as their fields. A field cannot
-be called ``values`` or ``type``, which Triton's own tuples use.
+take a ``Matrix`` or a ``Vector`` of one memory. All are named tuples, which Triton passes as their fields. Triton's own
+tuples have attributes ``values`` and ``type``, so no field is called that.
 """
 
 from typing import Any, NamedTuple
