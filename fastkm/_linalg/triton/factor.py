@@ -90,7 +90,7 @@ def invert_lower(tile, n):
 
 @triton.jit
 def load_symmetric(to, cov):
-    """Copy the lower triangle of a covariance to both triangles; its status, as in ``_runtime.status``. Ends with a barrier."""
+    """Copy the lower triangle of a covariance to both triangles. Returns its status. Ends with a barrier."""
     scale, gap = tl.full((), 0, tl.float32), tl.full((), 0, tl.float32)
     finite = tl.full((), 1, tl.int32)
     for i in range(0, cov.rows, BLOCK):
