@@ -16,12 +16,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-COUNTS = ("registers", "spills", "shared", "tensor_cores", "wide_loads", "loads", "instructions")
-# Counts that are worse when they grow. A kernel with fewer wide loads is worse too, see `is_worse`.
-COSTS = ("registers", "spills", "shared")
+COUNTS = ("registers", "occupancy", "spills", "shared", "tensor_cores", "wide_loads", "loads", "instructions")
+# Counts that are worse when they grow, and when they fall. Registers matter by the occupancy that they leave.
+COSTS, GAINS = ("spills", "shared"), ("occupancy", "tensor_cores", "wide_loads")
+
+Counts = dict[str, dict[str, float]]  # by target, kernel and call
 
 
-def measure(targets: list[str]) -> dict[str, dict[str, int]]:
+def measure(targets: list[str]) -> Counts:
     """Counts of every kernel of the revision on ``PYTHONPATH``, by target, kernel and use."""
     specification = importlib.util.spec_from_file_location("measuring", ROOT / "tests" / "gpu" / "aot.py")
     measuring = importlib.util.module_from_spec(specification)
@@ -29,7 +31,7 @@ def measure(targets: list[str]) -> dict[str, dict[str, int]]:
     from gpu import aot, launches
 
     aot.build = measuring.build
-    found: dict[str, dict[str, int]] = {}
+    found: Counts = {}
     for target in targets:
         for row in launches.rows(target):
             name = f"{target} {row.kernel} {row.operator} {row.preset} {row.precision}"
@@ -38,7 +40,7 @@ def measure(targets: list[str]) -> dict[str, dict[str, int]]:
     return found
 
 
-def measure_revision(tree: Path, targets: list[str]) -> dict[str, dict[str, int]]:
+def measure_revision(tree: Path, targets: list[str]) -> Counts:
     """``measure`` in a process that imports the packages of ``tree``."""
     environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
     environment.pop("TRITON_INTERPRET", None)
@@ -47,7 +49,7 @@ def measure_revision(tree: Path, targets: list[str]) -> dict[str, dict[str, int]
     return json.loads(printed)
 
 
-def measure_base(base: str, targets: list[str]) -> dict[str, dict[str, int]]:
+def measure_base(base: str, targets: list[str]) -> Counts:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "base"
         subprocess.run(["git", "worktree", "add", "--detach", tree, base], check=True, cwd=ROOT, capture_output=True)
@@ -57,11 +59,11 @@ def measure_base(base: str, targets: list[str]) -> dict[str, dict[str, int]]:
             subprocess.run(["git", "worktree", "remove", "--force", tree], check=True, cwd=ROOT)
 
 
-def is_worse(before: dict[str, int], after: dict[str, int]) -> bool:
-    return any(after[count] > before[count] for count in COSTS) or after["wide_loads"] < before["wide_loads"]
+def is_worse(before: dict[str, float], after: dict[str, float]) -> bool:
+    return any(after[x] > before[x] for x in COSTS) or any(after[x] < before[x] for x in GAINS)
 
 
-def print_table(before: dict[str, dict[str, int]], after: dict[str, dict[str, int]]) -> None:
+def print_table(before: Counts, after: Counts) -> None:
     print("| kernel |", " | ".join(COUNTS), "|")
     print("| --- |", " | ".join("---" for _ in COUNTS), "|")
     common = [name for name in before if name in after]

@@ -1,4 +1,7 @@
-"""What the presets launch, and what is built of it: calls of every operator, on memory that is never touched."""
+"""Calls of every operator at the sizes of the presets, and the kernels that they launch, compiled ahead of time.
+
+The tensors of these calls are never read.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -49,7 +52,7 @@ def calls(preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: b
     }
 
 
-# Preset, options of the call, and the operators that these add something to.
+# Preset, options of the call, and the operators whose kernels these change.
 OPERATORS = tuple(calls("S", B=1, Q=1))
 EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
@@ -97,6 +100,6 @@ def rows(target: str) -> list[Row]:
 
 
 def all_rows(targets=tuple(aot.TARGETS)) -> list[Row]:
-    """For every target, in two processes: Triton and the assembler take their time."""
+    """For every target, in two processes, as compiling takes minutes."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return [row for some in pool.map(rows, targets) for row in some]

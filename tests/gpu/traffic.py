@@ -19,7 +19,7 @@ class Traffic(NamedTuple):
 
 
 class Counter:
-    """Counts from when it is made; before it, ``TRITON_INTERPRET=1`` was set and nothing but this process launches."""
+    """Counts from its creation on. ``TRITON_INTERPRET=1`` must be set before Triton is imported."""
 
     def __init__(self) -> None:
         import triton.runtime.interpreter as interpreter
@@ -48,7 +48,7 @@ class Counter:
         builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
 
     def of(self, call: Callable[[], object], arguments: Iterable[Tensor]) -> Traffic:
-        """What one call of an operator asks for."""
+        """The bytes that one call of an operator asks for."""
         self._read.clear(), self._written.clear(), self._alive.clear()
         results = call()
         results = results if isinstance(results, tuple) else (results,)

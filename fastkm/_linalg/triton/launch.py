@@ -83,12 +83,17 @@ def workspace(like: Tensor, batch: int, layout, *sizes: int) -> Numbers:
 
 @functools.lru_cache(maxsize=256)
 def _size(layout, *sizes: int) -> int:
-    end = _on_the_host(layout)(0, *sizes).end
+    end = evaluate_layout(layout, *sizes).end
     return getattr(end, "value", end)  # of a constexpr
 
 
+def evaluate_layout(layout, *sizes: int) -> tuple:
+    """The parts of a workspace at address 0."""
+    return _as_python(layout)(0, *sizes)
+
+
 @functools.cache
-def _on_the_host(layout) -> Callable:
+def _as_python(layout) -> Callable:
     """A ``@triton.jit`` function of integers as Python can call it, with the functions that it calls."""
     code, known = layout.fn.__code__, layout.fn.__globals__
     return types.FunctionType(
