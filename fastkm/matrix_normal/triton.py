@@ -1,233 +1,308 @@
 """Triton kernels of kl_memory and logdet: one launch, one program a memory."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkm._linalg.triton import (
-    factor,
+from fastkm._linalg.triton.factor import IS_INDEFINITE, factor, load_symmetric
+from fastkm._linalg.triton.launch import (
+    factoring,
     implements,
-    load_symmetric,
-    load_tile,
-    product,
+    matrices,
+    numbers,
     row_stride,
-    square,
-    store_tile,
     workspace,
+)
+from fastkm._linalg.triton.product import STEP, product
+from fastkm._linalg.triton.tiles import (
+    BLOCK,
+    end_of,
+    load_tile,
+    lower_triangle,
+    matrix_of,
+    number_of,
+    place,
+    place_after,
+    result_of,
+    store_tile,
+    transposed,
 )
 from fastkm._runtime.autograd import differentiable
 
 
+class Prior(NamedTuple):
+    """A memory and its prior as kernel arguments, and as ``state_of`` returns them of one memory."""
+
+    mean: Any
+    cov: Any
+    prior_mean: Any
+    prior_cov: Any
+
+
 @triton.jit
-def factor_covariance(p_lower, p_inverse, ld, p_cov, s_row, s_col, n, BLOCK: tl.constexpr, SINGLE: tl.constexpr):
+def state_of(x, i_b, K, C):
+    """The memory ``i_b`` and its prior."""
+    return Prior(
+        matrix_of(x.mean, i_b, K, C),
+        matrix_of(x.cov, i_b, K, K),
+        matrix_of(x.prior_mean, i_b, K, C),
+        matrix_of(x.prior_cov, i_b, K, K),
+    )
+
+
+@triton.jit
+def factor_covariance(lower, inverse, cov, SINGLE: tl.constexpr):
     """Lᵀ and L⁻¹ of a covariance; returns ln|U| and its status."""
-    status = load_symmetric(p_lower, ld, p_cov, s_row, s_col, n, BLOCK)
-    log_det, good = factor(p_lower, p_inverse, n, ld, BLOCK, SINGLE)
-    return log_det, tl.where(status != 0, status, tl.where(good, 0, 2))
+    status = load_symmetric(lower, cov)
+    log_det, good = factor(lower, inverse, SINGLE)
+    return log_det, tl.where(status != 0, status, tl.where(good, 0, IS_INDEFINITE))
 
 
-# Bytes moved: K² in; the working memory (2 K²) stays in the cache of its multiprocessor.
+# -------------------------------------------------------------------------------------------------------------- logdet
+
+
+class Factor(NamedTuple):
+    """The workspace of logdet."""
+
+    lower: Any  # U, then Lᵀ [K, K]
+    inverse: Any  # L⁻¹ [K, K]
+    end: Any
+
+
 @triton.jit
-def logdet_kernel(
-    p_cov, s_cb, s_cr, s_cc, p_result, p_info, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
+def logdet_layout(p, K, ld):
+    lower = place(p, K, K, ld)
+    inverse = place_after(lower, K, K, ld)
+    return Factor(lower, inverse, end_of(inverse))
+
+
+@triton.jit
+def logdet_kernel(cov, p_result, p_status, workspaces, K, ld, SINGLE: tl.constexpr):
+    """ln|U|. Bytes moved: K² in; the workspace (2 K²) stays in the cache of its multiprocessor."""
     i_b = tl.program_id(0).to(tl.int64)
-    p_lower = p_work + i_b * s_work
-    log_det, status = factor_covariance(p_lower, p_lower + K * ld, ld, p_cov + i_b * s_cb, s_cr, s_cc, K, BLOCK, SINGLE)
+    parts = logdet_layout(workspaces.p + i_b * workspaces.s_b, K, ld)
+    log_det, status = factor_covariance(parts.lower, parts.inverse, matrix_of(cov, i_b, K, K), SINGLE)
     tl.store(p_result + i_b, log_det)
-    tl.store(p_info + i_b, status)
+    tl.store(p_status + i_b, status)
 
 
 @triton.jit
-def logdet_backward_kernel(
-    p_cov, s_cb, s_cr, s_cc, p_grad, s_gb, p_to_cov, p_work, s_work, K, ld, BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
+def logdet_backward_kernel(cov, grad, p_to_cov, workspaces, K, ld, SINGLE: tl.constexpr):
     """Ū = g U⁻¹"""
     i_b = tl.program_id(0).to(tl.int64)
-    p_lower = p_work + i_b * s_work
-    p_inverse = p_lower + K * ld
-    _, status = factor_covariance(p_lower, p_inverse, ld, p_cov + i_b * s_cb, s_cr, s_cc, K, BLOCK, SINGLE)
-    g = tl.where(status == 0, tl.load(p_grad + i_b * s_gb), float("nan"))
-    p_to_cov += i_b * K * K
-    product(p_to_cov, K, 1, p_inverse, 1, ld, p_inverse, ld, 1, K, K, K, g, False, "ieee", BLOCK, BLOCK, 16)
+    parts = logdet_layout(workspaces.p + i_b * workspaces.s_b, K, ld)
+    _, status = factor_covariance(parts.lower, parts.inverse, matrix_of(cov, i_b, K, K), SINGLE)
+    g = tl.where(status == 0, number_of(grad, i_b), float("nan"))
+    product(result_of(p_to_cov, i_b, K, K), transposed(parts.inverse), parts.inverse, scale=g)
 
 
-# Bytes moved: 2 (K² + KC) in, each once.
+# ----------------------------------------------------------------------------------------------------------- kl_memory
+
+
+class KlParts(NamedTuple):
+    """The workspace of kl_memory."""
+
+    lower: Any  # U, then Lᵀ [K, K]
+    inverse: Any  # L⁻¹, then L0⁻¹ [K, K]
+    prior_lower: Any  # U0, then L0ᵀ [K, K]
+    end: Any
+
+
 @triton.jit
-def kl_memory_kernel(
-    p_mean, s_mb, s_mr, s_mc, p_cov, s_cb, s_cr, s_cc,
-    p_prior_mean, s_pb, s_pr, s_pc, p_prior_cov, s_qb, s_qr, s_qc,
-    p_result, p_info, p_work, s_work, K, C, ld,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
-    """½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ."""
-    i_b = tl.program_id(0).to(tl.int64)
-    p_lower = p_work + i_b * s_work  # Lᵀ
-    p_inverse = p_lower + K * ld  # L⁻¹, then L0⁻¹
-    p_prior = p_inverse + K * ld  # L0ᵀ
-    log_det, status = factor_covariance(p_lower, p_inverse, ld, p_cov + i_b * s_cb, s_cr, s_cc, K, BLOCK, SINGLE)
-    prior_log_det, prior_status = factor_covariance(
-        p_prior, p_inverse, ld, p_prior_cov + i_b * s_qb, s_qr, s_qc, K, BLOCK, SINGLE
-    )
-    p_mean += i_b * s_mb
-    p_prior_mean += i_b * s_pb
+def kl_memory_layout(p, K, ld):
+    lower = place(p, K, K, ld)
+    inverse = place_after(lower, K, K, ld)
+    prior_lower = place_after(inverse, K, K, ld)
+    return KlParts(lower, inverse, prior_lower, end_of(prior_lower))
 
+
+@triton.jit
+def kl_memory_kernel(states, p_result, p_status, workspaces, K, C, ld, SINGLE: tl.constexpr):
+    """½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.
+
+    Bytes moved: 2 (K² + KC) in, each once.
+    """
+    i_b = tl.program_id(0).to(tl.int64)
+    parts = kl_memory_layout(workspaces.p + i_b * workspaces.s_b, K, ld)
+    state = state_of(states, i_b, K, C)
+    log_det, status = factor_covariance(parts.lower, parts.inverse, state.cov, SINGLE)
+    prior_log_det, prior_status = factor_covariance(parts.prior_lower, parts.inverse, state.prior_cov, SINGLE)
     spread, shift = tl.full((), 0, tl.float64), tl.full((), 0, tl.float64)
     for i in range(0, K, BLOCK):
         o_i = i + tl.arange(0, BLOCK)
-        # The spread: rows i of L0⁻¹ L, whose blocks right of the diagonal are zero.
+        # Rows i of L0⁻¹ L, which is zero right of the diagonal block.
         for j in range(0, i + BLOCK, BLOCK):
-            o_j = j + tl.arange(0, BLOCK)
-            total = tl.zeros((BLOCK, BLOCK), tl.float32)
-            for k in range(j, i + BLOCK, 16):
-                o_k = k + tl.arange(0, 16)
-                b_inverse = load_tile(p_inverse, o_i, o_k, K, K, ld, 1)
-                b_lower = load_tile(p_lower, o_k, o_j, K, K, 1, ld)
-                b_lower = tl.where(o_k[:, None] >= o_j[None, :], b_lower, 0.0)
-                total = tl.dot(b_inverse, b_lower, total, input_precision="ieee")
-            spread += tl.sum(tl.sum(total * total, 1).to(tl.float64), 0)
-        # The shift: rows i of L0⁻¹ (R − R0).
+            spread += squared_norm(product_of_factors(parts.inverse, parts.lower, i, j))
+        # Rows i of L0⁻¹ (R − R0).
         for c in range(0, C, BLOCK):
             o_c = c + tl.arange(0, BLOCK)
             total = tl.zeros((BLOCK, BLOCK), tl.float32)
-            for k in range(0, i + BLOCK, 16):
-                o_k = k + tl.arange(0, 16)
-                b_inverse = load_tile(p_inverse, o_i, o_k, K, K, ld, 1)
-                b_gap = load_tile(p_mean, o_k, o_c, K, C, s_mr, s_mc)
-                b_gap -= load_tile(p_prior_mean, o_k, o_c, K, C, s_pr, s_pc)
-                total = tl.dot(b_inverse, b_gap, total, input_precision="ieee")
-            shift += tl.sum(tl.sum(total * total, 1).to(tl.float64), 0)
+            for k in range(0, i + BLOCK, STEP):
+                o_k = k + tl.arange(0, STEP)
+                gap = load_tile(state.mean, o_k, o_c) - load_tile(state.prior_mean, o_k, o_c)
+                total = tl.dot(load_tile(parts.inverse, o_i, o_k), gap, total, input_precision="ieee")
+            shift += squared_norm(total)
     growth = prior_log_det.to(tl.float64) - log_det.to(tl.float64)
     kl = 0.5 * (C * (spread - K + growth) + shift)
     tl.store(p_result + i_b, kl.to(tl.float32))
-    tl.store(p_info + i_b, tl.maximum(status, prior_status))
+    tl.store(p_status + i_b, tl.maximum(status, prior_status))
 
 
 @triton.jit
-def kl_memory_backward_kernel(
-    p_mean, s_mb, s_mr, s_mc, p_cov, s_cb, s_cr, s_cc,
-    p_prior_mean, s_pb, s_pr, s_pc, p_prior_cov, s_qb, s_qr, s_qc, p_grad, s_gb,
-    p_to_mean, p_to_cov, p_to_prior_mean, p_to_prior_cov, p_work, s_work, K, C, ld,
-    BLOCK: tl.constexpr, SINGLE: tl.constexpr,
-):  # fmt: skip
+def product_of_factors(inverse, lower, i, j):
+    """Block (i, j) of L0⁻¹ L, from L0⁻¹ and Lᵀ."""
+    o_i, o_j = i + tl.arange(0, BLOCK), j + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(j, i + BLOCK, STEP):
+        o_k = k + tl.arange(0, STEP)
+        tile = tl.where(lower_triangle(o_k, o_j), load_tile(transposed(lower), o_k, o_j), 0.0)
+        total = tl.dot(load_tile(inverse, o_i, o_k), tile, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def squared_norm(tile):
+    return tl.sum(tl.sum(tile * tile, 1).to(tl.float64), 0)
+
+
+# -------------------------------------------------------------------------------------------------- kl_memory, backward
+
+
+class KlBackwardParts(NamedTuple):
+    """The workspace of kl_memory_backward."""
+
+    lower: Any  # U, then Lᵀ; then U0 − U and products [K, K]
+    inverse: Any  # L⁻¹ [K, K]
+    prior_lower: Any  # U0, then L0ᵀ; then a product [K, K]
+    prior_inverse: Any  # L0⁻¹ [K, K]
+    relative: Any  # P [K, K]
+    solved: Any  # L0⁻¹ Δ [K, C]
+    end: Any
+
+
+@triton.jit
+def kl_memory_backward_layout(p, K, C, ld):
+    lower = place(p, K, K, ld)
+    inverse = place_after(lower, K, K, ld)
+    prior_lower = place_after(inverse, K, K, ld)
+    prior_inverse = place_after(prior_lower, K, K, ld)
+    relative = place_after(prior_inverse, K, K, ld)
+    solved = place_after(relative, K, C, C)
+    return KlBackwardParts(lower, inverse, prior_lower, prior_inverse, relative, solved, end_of(solved))
+
+
+@triton.jit
+def kl_memory_backward_kernel(states, grad, to, workspaces, K, C, ld, SINGLE: tl.constexpr):
     """With E = U0⁻¹Δ and P = U0⁻¹ (U0 − U):  R̄ = g E = −R̄0,  Ū = −½ g C P U⁻¹,  Ū0 = ½ g (C P U0⁻¹ − E Eᵀ).
 
     Both covariances start from P: a posterior is often close to its prior, and the difference of two inverses would
-    then be their rounding.
+    then be their rounding. Bytes moved: at least the memory and its prior in and their gradients out, each once.
     """
     i_b = tl.program_id(0).to(tl.int64)
-    p_lower = p_work + i_b * s_work  # L⁻¹ is what is wanted; its Lᵀ makes room for products
-    p_inverse = p_lower + K * ld
-    p_prior = p_inverse + K * ld
-    p_prior_inverse = p_prior + K * ld
-    p_relative = p_prior_inverse + K * ld  # P
-    p_solved = p_relative + K * ld  # L0⁻¹ Δ [K, C]
-    _, status = factor_covariance(p_lower, p_inverse, ld, p_cov + i_b * s_cb, s_cr, s_cc, K, BLOCK, SINGLE)
-    _, prior_status = factor_covariance(
-        p_prior, p_prior_inverse, ld, p_prior_cov + i_b * s_qb, s_qr, s_qc, K, BLOCK, SINGLE
-    )
+    parts = kl_memory_backward_layout(workspaces.p + i_b * workspaces.s_b, K, C, ld)
+    state = state_of(states, i_b, K, C)
+    _, status = factor_covariance(parts.lower, parts.inverse, state.cov, SINGLE)
+    _, prior_status = factor_covariance(parts.prior_lower, parts.prior_inverse, state.prior_cov, SINGLE)
     good = (status == 0) & (prior_status == 0)
-    g = tl.where(good, tl.load(p_grad + i_b * s_gb), float("nan"))
-    p_mean += i_b * s_mb
-    p_prior_mean += i_b * s_pb
-    p_cov += i_b * s_cb
-    p_prior_cov += i_b * s_qb
-    p_to_mean += i_b * K * C
-    p_to_prior_mean += i_b * K * C
-    p_to_cov += i_b * K * K
-    p_to_prior_cov += i_b * K * K
-
-    # Δ and U0 − U, of which the divergence reads the lower triangle.
-    for i in range(0, K, BLOCK):
-        o_i = i + tl.arange(0, BLOCK)
-        for c in range(0, C, BLOCK):
-            o_c = c + tl.arange(0, BLOCK)
-            b_gap = load_tile(p_mean, o_i, o_c, K, C, s_mr, s_mc)
-            b_gap -= load_tile(p_prior_mean, o_i, o_c, K, C, s_pr, s_pc)
-            store_tile(p_to_prior_mean, b_gap, o_i, o_c, K, C, C, 1)
-        for j in range(0, i + BLOCK, BLOCK):
-            o_j = j + tl.arange(0, BLOCK)
-            b_gap = load_tile(p_prior_cov, o_i, o_j, K, K, s_qr, s_qc) - load_tile(p_cov, o_i, o_j, K, K, s_cr, s_cc)
-            m_lower = o_i[:, None] >= o_j[None, :]
-            at = o_i.to(tl.int64)[:, None] * ld + o_j[None, :]
-            m = m_lower & (o_i < K)[:, None]
-            tl.store(p_lower + at, b_gap, mask=m)
-            tl.store(p_lower + o_j.to(tl.int64)[None, :] * ld + o_i[:, None], b_gap, mask=m)
-    tl.debug_barrier()
+    g = tl.where(good, number_of(grad, i_b), float("nan"))
+    to = Prior(
+        result_of(to.mean, i_b, K, C),
+        result_of(to.cov, i_b, K, K),
+        result_of(to.prior_mean, i_b, K, C),
+        result_of(to.prior_cov, i_b, K, K),
+    )
+    gap = parts.lower  # Lᵀ is not needed any more
+    store_gaps(to.prior_mean, gap, state)
 
     # P, by both halves of the solve with U0.
-    product(p_prior, ld, 1, p_prior_inverse, ld, 1, p_lower, ld, 1, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
-    product(p_relative, ld, 1, p_prior_inverse, 1, ld, p_prior, ld, 1, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
+    product(parts.prior_lower, parts.prior_inverse, gap)
+    product(parts.relative, transposed(parts.prior_inverse), parts.prior_lower)
 
-    # The means.
-    product(p_solved, C, 1, p_prior_inverse, ld, 1, p_to_prior_mean, C, 1, K, C, K, 1.0, False, "ieee",
-            BLOCK, BLOCK, 16)  # fmt: skip
-    product(p_to_mean, C, 1, p_prior_inverse, 1, ld, p_solved, C, 1, K, C, K, g, False, "ieee", BLOCK, BLOCK, 16)
-    product(p_to_prior_mean, C, 1, p_prior_inverse, 1, ld, p_solved, C, 1, K, C, K, -1.0, False, "ieee",
-            BLOCK, BLOCK, 16)  # fmt: skip
+    # The means; E stays in the place of R̄0.
+    product(parts.solved, parts.prior_inverse, to.prior_mean)
+    product(to.mean, transposed(parts.prior_inverse), parts.solved, scale=g)
+    product(to.prior_mean, transposed(parts.prior_inverse), parts.solved, scale=-1.0)
 
     # The covariances.
     half = 0.5 * g
-    product(p_lower, ld, 1, p_relative, ld, 1, p_inverse, 1, ld, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
-    product(p_to_cov, K, 1, p_lower, ld, 1, p_inverse, ld, 1, K, K, K, -half * C, False, "ieee", BLOCK, BLOCK, 16)
-    product(p_lower, ld, 1, p_relative, ld, 1, p_prior_inverse, 1, ld, K, K, K, 1.0, False, "ieee", BLOCK, BLOCK, 16)
-    product(p_to_prior_cov, K, 1, p_lower, ld, 1, p_prior_inverse, ld, 1, K, K, K, half * C, False, "ieee",
-            BLOCK, BLOCK, 16)  # fmt: skip
-    product(p_to_prior_cov, K, 1, p_to_prior_mean, C, 1, p_to_prior_mean, 1, C, K, K, C, -half, True, "ieee",
-            BLOCK, BLOCK, 16)  # fmt: skip
+    product(parts.lower, parts.relative, transposed(parts.inverse))
+    product(to.cov, parts.lower, parts.inverse, scale=-half * C)
+    product(parts.lower, parts.relative, transposed(parts.prior_inverse))
+    product(to.prior_cov, parts.lower, parts.prior_inverse, scale=half * C)
+    product(to.prior_cov, to.prior_mean, transposed(to.prior_mean), scale=-half, accumulate=True)
     for i in range(0, K, BLOCK):
         o_i = i + tl.arange(0, BLOCK)
         for c in range(0, C, BLOCK):
             o_c = c + tl.arange(0, BLOCK)
-            b = load_tile(p_to_mean, o_i, o_c, K, C, C, 1)
-            store_tile(p_to_prior_mean, -b, o_i, o_c, K, C, C, 1)
+            store_tile(to.prior_mean, -load_tile(to.mean, o_i, o_c), o_i, o_c)
 
 
+@triton.jit
+def store_gaps(to_mean, to_cov, state):
+    """Δ = R − R0, and U0 − U from its lower triangle, which is all that the divergence reads. Ends with a barrier."""
+    K, C = to_mean.rows, to_mean.columns
+    for i in range(0, K, BLOCK):
+        o_i = i + tl.arange(0, BLOCK)
+        for c in range(0, C, BLOCK):
+            o_c = c + tl.arange(0, BLOCK)
+            gap = load_tile(state.mean, o_i, o_c) - load_tile(state.prior_mean, o_i, o_c)
+            store_tile(to_mean, gap, o_i, o_c)
+        for j in range(0, i + BLOCK, BLOCK):
+            o_j = j + tl.arange(0, BLOCK)
+            gap = load_tile(state.prior_cov, o_i, o_j) - load_tile(state.cov, o_i, o_j)
+            m = lower_triangle(o_i, o_j) & (o_i < K)[:, None]
+            tl.store(to_cov.p + o_i.to(tl.int64)[:, None] * to_cov.s_row + o_j[None, :], gap, mask=m)
+            tl.store(to_cov.p + o_j.to(tl.int64)[None, :] * to_cov.s_row + o_i[:, None], gap, mask=m)
+    tl.debug_barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------- launchers
+
+
+@implements("logdet")
 def logdet_launcher(cov: Tensor) -> tuple[Tensor, Tensor]:
     (B, K, _), ld = cov.shape, row_stride(cov.shape[1])
-    result, info = cov.new_empty(B), cov.new_empty(B, dtype=torch.int32)
+    result, status = cov.new_empty(B), cov.new_empty(B, dtype=torch.int32)
     if B:
-        work = workspace(cov, B, 2 * K * ld)
-        logdet_kernel[(B,)](cov, *cov.stride(), result, info, work, work.stride(0), K, ld, **square(K))
-    return result, info
+        workspaces = workspace(cov, B, logdet_layout, K, ld)
+        logdet_kernel[(B,)](matrices(cov), result, status, workspaces, K, ld, **factoring(K))
+    return result, status
 
 
+@implements("logdet_backward")
 def logdet_backward(cov: Tensor, grad_logdet: Tensor) -> Tensor:
     (B, K, _), ld = cov.shape, row_stride(cov.shape[1])
     to_cov = cov.new_empty(cov.shape)
     if to_cov.numel():
-        work = workspace(cov, B, 2 * K * ld)
-        logdet_backward_kernel[(B,)](
-            cov, *cov.stride(), grad_logdet, *grad_logdet.stride(), to_cov, work, work.stride(0), K, ld, **square(K)
-        )
+        workspaces = workspace(cov, B, logdet_layout, K, ld)
+        logdet_backward_kernel[(B,)](matrices(cov), numbers(grad_logdet), to_cov, workspaces, K, ld, **factoring(K))
     return to_cov
 
 
+@implements("kl_memory")
 def kl_memory_launcher(mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov: Tensor) -> tuple[Tensor, Tensor]:
     (B, K, C), ld = mean.shape, row_stride(mean.shape[1])
-    kl, info = mean.new_empty(B), mean.new_empty(B, dtype=torch.int32)
+    kl, status = mean.new_empty(B), mean.new_empty(B, dtype=torch.int32)
     if B:
-        work = workspace(mean, B, 3 * K * ld)
-        inputs = [y for x in (mean, cov, prior_mean, prior_cov) for y in (x, *x.stride())]
-        kl_memory_kernel[(B,)](*inputs, kl, info, work, work.stride(0), K, C, ld, **square(K))
-    return kl, info
+        states = Prior(*map(matrices, (mean, cov, prior_mean, prior_cov)))
+        workspaces = workspace(mean, B, kl_memory_layout, K, ld)
+        kl_memory_kernel[(B,)](states, kl, status, workspaces, K, C, ld, **factoring(K))
+    return kl, status
 
 
+@implements("kl_memory_backward")
 def kl_memory_backward(mean: Tensor, cov: Tensor, prior_mean: Tensor, prior_cov: Tensor, grad_kl: Tensor):
     (B, K, C), ld = mean.shape, row_stride(mean.shape[1])
-    grads = [x.new_empty(x.shape) for x in (mean, cov, prior_mean, prior_cov)]
+    inputs = mean, cov, prior_mean, prior_cov
+    to = Prior(*(x.new_empty(x.shape) for x in inputs))
     if B:
-        work = workspace(mean, B, 5 * K * ld + K * C)
-        inputs = [y for x in (mean, cov, prior_mean, prior_cov, grad_kl) for y in (x, *x.stride())]
-        kl_memory_backward_kernel[(B,)](*inputs, *grads, work, work.stride(0), K, C, ld, **square(K))
-    return tuple(grads)
+        states, workspaces = Prior(*map(matrices, inputs)), workspace(mean, B, kl_memory_backward_layout, K, C, ld)
+        kl_memory_backward_kernel[(B,)](states, numbers(grad_kl), to, workspaces, K, C, ld, **factoring(K))
+    return tuple(to)
 
-
-implements("logdet")(logdet_launcher)
-implements("logdet_backward")(logdet_backward)
-implements("kl_memory")(kl_memory_launcher)
-implements("kl_memory_backward")(kl_memory_backward)
 
 _operators = torch.ops.fastkm_triton
 

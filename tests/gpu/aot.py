@@ -56,6 +56,7 @@ class Built(NamedTuple):
     tensor_cores: int
     wide_loads: int  # of 128 bits from global memory
     loads: int
+    instructions: int
     float_atomics: int
 
 
@@ -137,6 +138,7 @@ def _nvidia(compiled, target: str, warps: int) -> Built:
         tensor_cores=sum(n for name, n in count.items() if name.endswith("MMA") and name != "FMMA"),
         wide_loads=sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in instructions),
         loads=count["LDG"] + count["LDGSTS"],
+        instructions=len(instructions),
         float_atomics=sum(
             name.startswith(("RED", "ATOM")) and any(f".{kind}" in name for kind in ("F16", "F32", "F64", "BF16"))
             for name in instructions
@@ -158,5 +160,6 @@ def _amd(compiled) -> Built:
         tensor_cores=text.count("v_mfma"),
         wide_loads=text.count("global_load_dwordx4") + text.count("buffer_load_dwordx4"),
         loads=len(re.findall(r"(?:global|buffer)_load_", text)),
+        instructions=len(re.findall(r"^\s+(?:v|s|ds|global|buffer|flat)_\w+", text, re.M)),
         float_atomics=len(re.findall(r"(?:global|buffer|flat)_atomic_\w*_f\d+", text)),
     )

@@ -1,14 +1,14 @@
-"""Who computes in the tests of the GPU kernels: ``--kernels`` names one of the rungs, each in a process of its own.
+"""What runs the GPU kernels in these tests: ``--kernels`` names one of the rungs, each in a process of its own.
 
 ==============  =====================================================================================
 simt            the CUDA kernels compiled for the host, one fiber per CUDA thread (``tests/simt``)
 interpreter     the Triton kernels in Triton's interpreter, with the corrections of ``interpreter.py``
 ttsem           the IR that Triton's frontend makes of them, executed by ttsem: bounds, races, values
-aot             nobody: every Triton kernel is compiled for GPUs that are not there (``test_aot.py``)
+aot             nothing runs: every Triton kernel is compiled for GPUs that are absent (``test_aot.py``)
 gpu             both backends on a real device
 ==============  =====================================================================================
 
-Without the option the tests are skipped. Every memory a kernel is given to fill holds NaN before.
+Without the option the tests are skipped. Tensors that a kernel is to fill hold NaN before.
 """
 
 import os
@@ -26,7 +26,7 @@ BACKENDS = {"simt": ("native",), "interpreter": ("triton",), "ttsem": ("triton",
 
 def pytest_configure(config):
     if config.getoption("--kernels") == "interpreter":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before that
         from gpu.interpreter import correct
 
         correct()
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def cuda_on_the_host():
-    """``torch.ops.fastkm`` runs CUDA kernels, on the CPU; they live as long as what is returned here."""
+    """``torch.ops.fastkm`` runs CUDA kernels on the CPU, as long as the returned library lives."""
     from simt.build import install
 
     return install()

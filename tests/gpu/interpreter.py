@@ -1,4 +1,4 @@
-"""Triton's interpreter, corrected where it is silently wrong or too kind (Triton 3.8.0).
+"""Triton's interpreter, corrected where it is silently wrong or lets faults pass (Triton 3.8.0).
 
 * bfloat16 is held as raw bits: casts round to nearest even, arithmetic is done in float32 and rounded.
 * ``tl.dot`` with ``input_precision="tf32"`` drops the low 13 bits of its operands, as the tensor core does.

@@ -1,4 +1,7 @@
-"""What the presets launch, and what is built of it: calls of every operator, on memory that is never touched."""
+"""Calls of every operator at the sizes of the presets, and the kernels that they launch, compiled ahead of time.
+
+The tensors of these calls are never read.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -8,10 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+import fastkm.addressing.triton
 import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
-import fastkm.writing.triton  # noqa: F401  all four register their operators
+import fastkm.writing.triton  # noqa: F401  all register their operators
 from fastkm._runtime.options import PRECISIONS
 from fastkm.testing import operations
 from fastkm.testing.operands import empty_operands
@@ -30,7 +34,7 @@ def calls(preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: b
     }
 
 
-# Preset, options of the call, and the operators that these add something to.
+# Preset, options of the call, and the operators whose kernels these change.
 OPERATORS = tuple(operations.OPERATORS)
 EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
@@ -64,7 +68,7 @@ def rows(target: str) -> list[Row]:
         for operator in operators:
             for launch in aot.record(made[operator], target):
                 names = launch.kernel.arg_names
-                known = {names[index[0]]: value for index, value in launch.constexprs.items()}
+                known = {names[path[0]]: value for path, value in launch.constexprs.items() if len(path) == 1}
                 key = f"{launch.name} {launch.signature} {launch.constexprs} {launch.options}"
                 if key not in found:
                     first_phase = known.get("SPLIT", False) and known.get("FACTOR", False)
@@ -78,6 +82,6 @@ def rows(target: str) -> list[Row]:
 
 
 def all_rows(targets=tuple(aot.TARGETS)) -> list[Row]:
-    """For every target, in two processes: Triton and the assembler take their time."""
+    """For every target, in two processes, as compiling takes minutes."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         return [row for some in pool.map(rows, targets) for row in some]

@@ -1,7 +1,7 @@
-"""What Triton's compiler makes of a kernel, pass by pass, executed by ttsem on the inputs of a launch.
+"""The modules that Triton's compiler makes of a kernel, pass by pass, executed by ttsem on the inputs of a launch.
 
-TTIR is what the frontend makes of a kernel; TTGIR, made of it for a target, knows of threads. Either is executed on
-what the tensors of a launch held before it, and must leave the same bits in them.
+The frontend makes TTIR of a kernel. The compiler makes TTGIR of that for a target, which says what each thread holds.
+Both are executed on what the tensors of a launch held before it, and must leave the same bits in them.
 """
 
 import os
@@ -21,11 +21,11 @@ LOCATION = re.compile(r" loc\(.*\)$", re.MULTILINE)
 
 class Verdict(NamedTuple):
     kernel: str
-    outcome: str  # "match": the same bits; "approx": within ttsem's tolerance for products; else what was wrong
+    outcome: str  # "match": the same bits; "approx": within ttsem's tolerance for products; else the difference
 
 
 class Recorder:
-    """Stands in for ttsem's executor: keeps one launch of every kernel, with what TTIR made of its tensors."""
+    """Replaces ttsem's executor: keeps one launch of every kernel, and its tensors after TTIR was executed."""
 
     def __init__(self) -> None:
         self.launches: dict[str, harness.LaunchRecord] = {}
@@ -41,7 +41,7 @@ class Recorder:
 
 
 def judge(record) -> list[Verdict]:
-    """Execute what all passes make of a kernel for each target; once, where they make the same."""
+    """Execute the TTGIR of a kernel for each target; once if it is the same for all."""
     outcomes: dict[str, str] = {}
     for compute_capability in TARGETS.values():
         text = harness._stage_text(record, "ttgir", harness.target_for("cpu", compute_capability))
@@ -66,7 +66,7 @@ def every_stage(record, target: str) -> list[tuple[str, str]]:
 
 
 def without_locations(text: str) -> str:
-    """Half of the text, and of no meaning."""
+    """Locations in the source are half of the text and change no result."""
     return LOCATION.sub("", text)
 
 

@@ -1,4 +1,4 @@
-"""Kernels with one mistake each, and beside some the same without it."""
+"""Kernels with one mistake each; some take a flag that corrects it."""
 
 import triton
 import triton.language as tl

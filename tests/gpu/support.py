@@ -1,4 +1,4 @@
-"""What the tests of all families share: shapes, the kernels under test, and judges of values and gradients."""
+"""What the tests of all families share: shapes, the kernels under test, and checks of values and gradients."""
 
 import functools
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ class Kernels(NamedTuple):
         times: Mapping[str, float] = {},
         **options,
     ) -> None:
-        """At most twice as wrong as the reference in float32, or ``times`` in a field that it names."""
+        """Errors are at most twice those of the reference in float32, or ``times`` in a field that it names."""
 
         def run(p, backend):
             return Outputs(self.call(operation, p, backend, **options))
@@ -59,7 +59,7 @@ class Kernels(NamedTuple):
         oracle.judge(run, p, truth, self.backend, draws=draws, times=times)
 
     def judge_gradient(self, operation: str, p: Problem, **options) -> None:
-        """Three times for gradients, whose truth is the reference's in float64."""
+        """Errors are at most three times those of the reference in float32; the truth is the reference in float64."""
         given = cotangents(outputs(operation, p, "reference", **options))
         truth = gradients(self, operation, map_tensors(p, widened), "reference", given, **options)
         own = [self._own_gradients(operation, p, given, seed, **options) for seed in range(3)]
@@ -71,7 +71,7 @@ class Kernels(NamedTuple):
             assert wrong <= bound, f"{name}: error {wrong:.3g} exceeds {bound:.3g}"
 
     def _own_gradients(self, operation: str, p: Problem, given: dict[str, Tensor], seed: int, **options):
-        """The reference's in float32 with the rows of the memory in another order: one draw of its rounding."""
+        """Gradients of the reference in float32, with the rows of the memory in another order: another rounding."""
         rows = p.state.mean.shape[1]
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)) if seed else torch.arange(rows)
 
@@ -110,7 +110,7 @@ def cotangents(of: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def gradients(kernels: Kernels, operation: str, p: Problem, backend: str, given: dict[str, Tensor], **options):
-    """Of the outputs ``given`` a cotangent; ``cov`` symmetrised, as only that is defined."""
+    """Gradients of the outputs with a cotangent in ``given``. That of ``cov`` is symmetrised: only that is defined."""
     if backend != "reference":
         p, given = kernels.put(p), kernels.put(given)
     named = p.state._asdict() | p._asdict()

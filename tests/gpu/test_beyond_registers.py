@@ -1,4 +1,4 @@
-"""Memories of more rows than registers hold: other kernels, or other places for what they hold, than at a few rows."""
+"""Memories of more rows than registers hold: they take other kernels, or keep their matrices elsewhere."""
 
 import pytest
 import torch

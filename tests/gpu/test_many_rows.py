@@ -1,5 +1,7 @@
-"""Memories of 512 rows, on few numbers otherwise: every block of a blocked factor, every row of a split search, and of
-what a CUDA block computes only pieces on chip.
+"""Memories of 512 rows and little else.
+
+They reach every block of a blocked factorisation and every row of a split search; a CUDA thread block holds only pieces
+of such a memory on chip.
 """
 
 import oracle

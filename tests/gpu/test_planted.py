@@ -7,7 +7,7 @@ import torch
 @pytest.fixture
 def planted(request, kernels):
     if request.config.getoption("--kernels") not in ("interpreter", "ttsem"):
-        pytest.skip("a device does not tell")
+        pytest.skip("a device does not report these mistakes")
     from gpu import planted
 
     return planted
@@ -15,7 +15,7 @@ def planted(request, kernels):
 
 @pytest.fixture
 def fault(request, planted):
-    """What a rung raises at an access outside every tensor."""
+    """The exception of a rung for an access outside every tensor."""
     if request.config.getoption("--kernels") == "ttsem":
         from ttsem.sanitize import KernelFault
 
@@ -62,7 +62,7 @@ def test_programs_that_write_one_entry(request, planted, fault):
     "mistake", [{"SEM": "relaxed"}, {"SEM": "acquire"}, {"GUARDED": False}, {"EARLY": True}, {}], ids=str
 )
 def test_a_ticket_that_does_not_order(request, planted, fault, mistake):
-    """Drawn without acquiring and releasing; parts read before all are there; a ticket drawn before the part is."""
+    """A draw that does not acquire and release; parts read before all are stored; a part stored after the draw."""
     if request.config.getoption("--kernels") != "ttsem":
         pytest.skip("programs of the interpreter run one after the other")
     ticket, out, chosen = torch.zeros(1, dtype=torch.int32), torch.empty(1), {"SEM": "acq_rel", "GUARDED": True}

@@ -13,8 +13,8 @@ PRECISIONS = ["ieee", "tf32x3"]  # one pattern after the other, and the block fo
 
 
 def truth(p):
-    seen = torch.ones(p.weights.shape[:2], dtype=torch.bool) if p.mask is None else p.mask
-    return batched(oracle.update, *p.state, p.weights, p.values, p.noise_var, seen)
+    written = torch.ones(p.weights.shape[:2], dtype=torch.bool) if p.mask is None else p.mask
+    return batched(oracle.update, *p.state, p.weights, p.values, p.noise_var, written)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -83,8 +83,8 @@ def test_layout_means_nothing(kernels, layout, precision):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_a_masked_pattern_holds_is_never_read(kernels, precision):
     p = problem(3, 5, 0, 6, 5, torch.float32, masked=True)
-    hidden = ~p.mask.unsqueeze(-1)
-    q = p._replace(weights=p.weights.masked_fill(hidden, np.nan), values=p.values.masked_fill(hidden, np.nan))
+    masked = ~p.mask.unsqueeze(-1)
+    q = p._replace(weights=p.weights.masked_fill(masked, np.nan), values=p.values.masked_fill(masked, np.nan))
     plain, hostile = (kernels.call("update_posterior", x, precision=precision) for x in (p, q))
     assert all(torch.equal(plain[name], hostile[name]) for name in plain)
 

@@ -23,7 +23,7 @@ def test_an_update_reads_and_writes_the_state_once(counter):
     given = (*p.state, p.weights, p.values, p.noise_var)
     traffic = counter.of(lambda: torch.ops.fastkm_triton.update_posterior(*given, None, 0), given)
     # The covariance also from its other side, to see whether it is symmetric; weights again for every tile of C, and
-    # the noise again for what is told of each pattern.
+    # the noise again for what is reported of each pattern.
     assert traffic.read == 4 * (K * C + 2 * K * K + (1 + TILES) * T * K + T * C + 2 * T)
     # Besides the state, innovation variances and divergences; evidence and status.
     assert traffic.written == 4 * (K * C + K * K + 2 * T + 2)

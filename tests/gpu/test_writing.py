@@ -1,4 +1,4 @@
-"""write on the GPU kernels: one solve a pattern, and solves that factor afresh."""
+"""write on the GPU kernels: one solve for each pattern, and solves that refactor."""
 
 import functools
 
@@ -15,13 +15,13 @@ WAYS = [{}, {"num_opt_iters": 2}, {"method": "deepmind"}]
 
 
 def truth(p, num_opt_iters=1, method="ridge"):
-    seen = torch.ones(p.values.shape[:2], dtype=torch.bool) if p.mask is None else p.mask
+    written = torch.ones(p.values.shape[:2], dtype=torch.bool) if p.mask is None else p.mask
     one = functools.partial(oracle.write, num_opt_iters=num_opt_iters, squared=method == "deepmind")
-    return batched(one, *p.state, p.values, p.noise_var, p.ridge, seen)
+    return batched(one, *p.state, p.values, p.noise_var, p.ridge, written)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-# Factoring afresh for every solve takes its time.
+# Refactoring for every solve is slow.
 @pytest.mark.parametrize(
     ("shape", "way"), [(shape, way) for shape in SHAPES for way in WAYS if not way or shape[3] < 40], ids=str
 )

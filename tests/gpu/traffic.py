@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class Traffic(NamedTuple):
@@ -18,7 +19,7 @@ class Traffic(NamedTuple):
 
 
 class Counter:
-    """Counts from when it is made; before it, ``TRITON_INTERPRET=1`` was set and nothing but this process launches."""
+    """Counts from its creation on. ``TRITON_INTERPRET=1`` must be set before Triton is imported."""
 
     def __init__(self) -> None:
         import triton.runtime.interpreter as interpreter
@@ -32,7 +33,7 @@ class Counter:
 
         def counted_begin(executor, arguments, options):
             arguments, options = begin(executor, arguments, options)
-            self._know([x for x in arguments if hasattr(x, "untyped_storage")])
+            self._know([x for x in tree_leaves(arguments) if hasattr(x, "untyped_storage")])
             return arguments, options
 
         def counted_load(builder, pointers, mask, *rest, **options):
@@ -47,7 +48,7 @@ class Counter:
         builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
 
     def of(self, call: Callable[[], object], arguments: Iterable[Tensor]) -> Traffic:
-        """What one call of an operator asks for."""
+        """The bytes that one call of an operator asks for."""
         self._read.clear(), self._written.clear(), self._alive.clear()
         results = call()
         results = results if isinstance(results, tuple) else (results,)
