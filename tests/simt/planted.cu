@@ -3,7 +3,8 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/linalg/dense.cuh"
+#include "cuda/linalg/product.cuh"
+#include "cuda/linalg/reduce.cuh"
 
 namespace fastkm {
 namespace {

@@ -4,7 +4,7 @@
 // takes them out again.
 #pragma once
 
-#include "cuda/writing/write.cuh"
+#include "cuda/posterior/conditioning.cuh"
 
 namespace fastkm {
 namespace {
@@ -103,7 +103,7 @@ __device__ void load_chunk(Conditioned& chunk, const PosteriorArgs<float>& args,
 __device__ void condition_all(Conditioned& chunk, const PosteriorArgs<float>& args, int64_t b) {
   for (int64_t first = 0; first < args.T_; first += kChunk) {
     load_chunk(chunk, args, b, first);
-    search<kCondition>(chunk);
+    condition(chunk);
     whiten(chunk);
     for (int n = threadIdx.x; n < chunk.count * chunk.width; n += kThreads)
       chunk.all_c[first * chunk.width + n] = chunk.c[n];

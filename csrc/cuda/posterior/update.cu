@@ -5,13 +5,15 @@
 //
 // One launch does both up to K = 128; where memories alone do not fill the chip, several blocks share one, each with
 // the factor phase for itself and some of the tiles. Beyond, the factor phase is a launch of its own.
-#include "cuda/linalg/dense.cuh"
+#include "cuda/linalg/cholesky.cuh"
+#include "cuda/linalg/product.cuh"
+#include "cuda/linalg/reduce.cuh"
+#include "cuda/linalg/symmetric.cuh"
+#include "cuda/posterior/chunk.cuh"
 
 namespace fastkm {
 namespace {
 
-constexpr int kChunk = 16;  // as on the CPU: small chunks round less
-static_assert(kChunk == kRoot && kChunk == kSlice, "a chunk is one diagonal block, and one slice of a product");
 constexpr int kLdWeights = kChunk + kStagePadding;
 constexpr int kFusedRows = 128;  // the most rows of a memory that is updated in one launch
 
@@ -50,8 +52,6 @@ struct Update : Block {
   bool seen[kChunk];
 };
 
-__host__ __device__ inline int64_t chunks_of(int64_t T) { return (T + kChunk - 1) / kChunk; }
-
 __host__ __device__ inline Factored of_memory(const Factored& all, int64_t b, int64_t T, int width) {
   return {all.gains + b * T * width, all.roots + b * chunks_of(T) * kChunk * kChunk, all.pivots + b * T};
 }
@@ -76,10 +76,6 @@ __host__ __device__ void lay_out(Update& block, Space& space, const PosteriorArg
   }
   if (plan.factor && plan.apply)
     block.own = {space.take(block.T * block.width), space.take(block.chunks * kChunk * kChunk), space.take(block.T)};
-}
-
-__device__ bool seen(const PosteriorArgs<float>& args, int64_t b, int64_t t) {
-  return !args.mask.data || *element(args.mask, b, t);
 }
 
 // What is known of a chunk's patterns; completed by hidden ones.

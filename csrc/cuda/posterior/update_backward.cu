@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     condition_all(chunk, args, b);
     for (int64_t first = (args.T_ - 1) / kChunk * kChunk; first >= 0 && args.T_ > 0; first -= kChunk) {
       restore_chunk(chunk, args, b, first);
-      search<kCondition>(chunk);
+      condition(chunk);
       condition_backward(chunk, grads, {}, b, first);
       const int count = chunk.count;
       for (int n = threadIdx.x; n < count * K; n += kThreads) {

@@ -1,7 +1,8 @@
 // What a read and its backward share on a GPU: the factor of a memory, and a tile of queries that never leaves K.
 #pragma once
 
-#include "cuda/linalg/dense.cuh"
+#include "cuda/linalg/product.cuh"
+#include "cuda/linalg/solve.cuh"
 
 namespace fastkm {
 namespace {

@@ -1,6 +1,7 @@
 // Backward of solve_addressing and read on a GPU: one factor serves the solves of both directions.
 //
 // Blocks that share a memory each sum over their own queries; the last one to finish adds the sums up in order.
+#include "cuda/linalg/reduce.cuh"
 #include "cuda/reading/read.cuh"
 
 namespace fastkm {

@@ -1,5 +1,5 @@
 // write on a GPU: one block a memory, from the first pattern to the last in one launch.
-#include "cuda/writing/search_afresh.cuh"
+#include "cuda/writing/search_refactored.cuh"
 
 namespace fastkm {
 namespace {

@@ -6,7 +6,7 @@
 // and the attempt in hand stands in row t, where the next one sees it as one more pattern.
 #pragma once
 
-#include "cuda/writing/write.cuh"
+#include "cuda/writing/search.cuh"
 
 namespace fastkm {
 namespace {
