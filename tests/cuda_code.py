@@ -19,7 +19,7 @@ from fastkm._runtime import schema
 EXTENSION = Path(schema.__file__).parents[1] / "_C.abi3.so"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/workspace.cuh
-ROUNDINGS = {"0": "ieee", "1": "tensor"}  # the first template argument of kernels that multiply with codes
+CORES = {"0": "ieee", "1": "tensor"}  # the enum among the template arguments of kernels that multiply with codes
 
 # Of one multiprocessor, as the CUDA programming guide has it for compute capability 8.0, 9.0 and 10.0 alike.
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
@@ -72,8 +72,8 @@ def name_of(symbol: str) -> str:
             name = symbol[found.end() : found.end() + int(digits)]
             if len(name) == int(digits) and re.fullmatch(r"[a-z_]+_kernel", name):
                 rest = symbol[found.end() + len(name) :]
-                arguments = re.findall(r"L([a-zA-Z]|NS0_8RoundingE)(\d+)E", rest.partition("EEv")[0] + "E")
-                words = [ROUNDINGS[n] if "Rounding" in kind else n for kind, n in arguments]
+                arguments = re.findall(r"L([a-zA-Z]|NS0_\d[A-Za-z]+E)(\d+)E", rest.partition("EEv")[0] + "E")
+                words = [CORES[n] if len(kind) > 1 else n for kind, n in arguments]
                 return f"{name}<{', '.join(words)}>" if words and rest.startswith("I") else name
     return symbol
 

@@ -1,33 +1,39 @@
-// kl_memory and logdet on a GPU: one block a memory, one launch.
+// kl_memory and logdet on a GPU: one thread block a memory, one launch.
+//
+// With U = L Lᵀ, U0 = L0 L0ᵀ and Δ = R − R0:
+//   (1)  ln|U| = 2 Σ ln L_ii
+//   (2)  KL = ½ [C tr(U0⁻¹ U) + tr(Δᵀ U0⁻¹ Δ) − K C + C (ln|U0| − ln|U|)]
+//   (3)  tr(U0⁻¹ U) = ‖L0⁻¹ L‖²      tr(Δᵀ U0⁻¹ Δ) = ‖L0⁻¹ Δ‖², on a tile of columns of Δ at a time
+// Sums over a whole matrix are in double: the result is their small difference.
+//
+// Bytes: every covariance and mean is read once, the least possible.
 #include "cuda/matrix_normal/divergence.cuh"
 
 namespace fastkm {
 namespace {
 
-// Sums over a whole matrix are taken in double: what is wanted is their small difference.
-__device__ double log_det(const Square& square, Block& block) {
+__device__ double log_det(const Factor& factor, ThreadBlock& thread_block) {
   double sum = 0;
-  for (int i = threadIdx.x; i < square.size; i += kThreads) sum += logf(square.data[int64_t(i) * (square.width + 1)]);
-  return 2 * block_sum(sum, block);
+  for (int i = threadIdx.x; i < factor.size; i += kThreads) sum += logf(factor.data[int64_t(i) * (factor.width + 1)]);
+  return 2 * block_sum(sum, thread_block);
 }
 
-__device__ double squared_norm(const float* m, int rows, int columns, int ld, Block& block) {
+__device__ double squared_norm(const float* m, int rows, int columns, int ld, ThreadBlock& thread_block) {
   double sum = 0;
   for (int64_t n = threadIdx.x; n < int64_t(rows) * columns; n += kThreads) {
     const double entry = m[n / columns * ld + n % columns];
     sum += entry * entry;
   }
-  return block_sum(sum, block);
+  return block_sum(sum, thread_block);
 }
 
-// Bytes: the covariance is read once, the least possible.
 __global__ void __launch_bounds__(kThreads, 2)
     logdet_kernel(MatrixNormalArgs<float> args, int64_t B, Workspace workspace) {
-  Distance& block = *reinterpret_cast<Distance*>(dynamic_shared());
-  start(block, workspace, args.K, kLogdet);
+  Divergence& divergence = *reinterpret_cast<Divergence*>(dynamic_shared());
+  set_buffers(divergence, workspace, args.K, kLogdet);
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
-    const int status = load_and_factor(block.cov, args.cov, b, block);
-    const double result = log_det(block.cov, block);
+    const int status = load_and_factor(divergence.cov, args.cov, b, divergence);
+    const double result = log_det(divergence.cov, divergence);
     if (threadIdx.x == 0) {
       args.info[b] = status;
       args.result[b] = static_cast<float>(result);
@@ -36,41 +42,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// ½ [C tr(U0⁻¹U) + tr(ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|)]; a trace is the squared norm of L0⁻¹L, or of L0⁻¹Δ.
-//
-// Bytes: both memories are read once, the least possible.
 __global__ void __launch_bounds__(kThreads, 2) kl_kernel(MatrixNormalArgs<float> args, int64_t B, Workspace workspace) {
-  Distance& block = *reinterpret_cast<Distance*>(dynamic_shared());
-  start(block, workspace, args.K, kKl);
-  const Square &cov = block.cov, &prior = block.prior;
+  Divergence& divergence = *reinterpret_cast<Divergence*>(dynamic_shared());
+  set_buffers(divergence, workspace, args.K, kKl);
+  const Factor &cov = divergence.cov, &prior = divergence.prior;
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
 #pragma unroll 1
     for (int of_prior = 0; of_prior < 2; ++of_prior) {
-      const Square& square = of_prior ? prior : cov;
-      const int status = load_and_factor(square, of_prior ? args.prior_cov : args.cov, b, block);
-      const double own = log_det(square, block);
+      const Factor& factor = of_prior ? prior : cov;
+      const int status = load_and_factor(factor, of_prior ? args.prior_cov : args.cov, b, divergence);
+      const double own = log_det(factor, divergence);
       if (threadIdx.x == 0) {
-        block.worst = of_prior ? max(status, block.worst) : status;
-        block.growth = of_prior ? own - block.growth : own;
+        divergence.worst = of_prior ? max(status, divergence.worst) : status;
+        divergence.log_ratio = of_prior ? own - divergence.log_ratio : own;
       }
     }
-
     for (int64_t n = threadIdx.x; n < int64_t(cov.size) * cov.width; n += kThreads)
       if (n % cov.width > n / cov.width) cov.data[n] = 0;
     __syncthreads();
-    solve_lower(prior, cov.data, cov.width, cov.size);
-    const double trace = squared_norm(cov.data, cov.size, cov.size, cov.width, block);
-
+    solve_lower(cov.data, cov.width, cov.size, prior);
+    const double trace = squared_norm(cov.data, cov.size, cov.size, cov.width, divergence);
     double distance = 0;
     for (int first = 0; first < args.C; first += kColumns) {
-      const int count = load_shift(block.tile, args, b, first);
-      solve_lower(prior, block.tile, kColumns, count);
-      distance += squared_norm(block.tile, cov.size, count, kColumns, block);
+      const int count = load_mean_difference(divergence.tile, args, b, first);
+      solve_lower(divergence.tile, kColumns, count, prior);
+      distance += squared_norm(divergence.tile, cov.size, count, kColumns, divergence);
     }
     if (threadIdx.x == 0) {
       const double columns = static_cast<double>(args.C), rows = static_cast<double>(args.K);
-      args.info[b] = block.worst;
-      args.result[b] = static_cast<float>(0.5 * (columns * (trace - rows + block.growth) + distance));
+      args.info[b] = divergence.worst;
+      args.result[b] = static_cast<float>(0.5 * (columns * (trace - rows + divergence.log_ratio) + distance));
     }
     __syncthreads();
   }
@@ -78,15 +79,12 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(MatrixNormalArgs<float>
 
 }  // namespace
 
-namespace cuda {
-
-const char* logdet(const MatrixNormalArgs<float>& args, int64_t B, Context& context) {
+const char* cuda::logdet(const MatrixNormalArgs<float>& args, int64_t B, Context& context) {
   return run(logdet_kernel, kLogdet, args.K, B, context, args);
 }
 
-const char* kl_memory(const MatrixNormalArgs<float>& args, int64_t B, Context& context) {
+const char* cuda::kl_memory(const MatrixNormalArgs<float>& args, int64_t B, Context& context) {
   return run(kl_kernel, kKl, args.K, B, context, args);
 }
 
-}  // namespace cuda
 }  // namespace fastkm

@@ -1,4 +1,4 @@
-// Patterns of a memory, a chunk at a time.
+// The patterns of a memory in chunks.
 #pragma once
 
 #include "cuda/linalg/codes.cuh"
@@ -6,12 +6,12 @@
 namespace fastkm {
 namespace {
 
-constexpr int kChunk = 16;  // as on the CPU: small chunks round less
-static_assert(kChunk == kRoot && kChunk == kSlice, "a chunk is one diagonal block, and one slice of a product");
+constexpr int kChunk = 16;  // patterns of a chunk, as on the CPU: small chunks round less
+static_assert(kChunk == kBlock && kChunk == kSlice, "a chunk is one block of a factorisation, and one slice");
 
-__host__ __device__ inline int64_t chunks_of(int64_t T) { return (T + kChunk - 1) / kChunk; }
+__host__ __device__ inline int64_t count_chunks(int64_t T) { return (T + kChunk - 1) / kChunk; }
 
-__device__ inline bool seen(const PosteriorArgs<float>& args, int64_t b, int64_t t) {
+__device__ inline bool is_unmasked(const PosteriorArgs<float>& args, int64_t b, int64_t t) {
   return !args.mask.data || *element(args.mask, b, t);
 }
 

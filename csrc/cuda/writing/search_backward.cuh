@@ -1,4 +1,12 @@
-// Back through the search.
+// The backward of the search of search.cuh.
+//
+// It goes from the last pattern of a chunk to the first and leaves the terms of the current pattern out of the sums.
+// The cotangents of A and U are sums of outer products over the patterns after it:
+//   (1)  Ā = −½ Σ (v wᵀ + w vᵀ)      Ū = ½ Σ (ā wᵀ + w āᵀ)
+// For pattern t, with x' and z' of a later pattern:
+//   (2)  c̄, w̄, s̄, x̄ through A' = A + λ (c wᵀ + w cᵀ) + d c cᵀ,  U' = U − s c cᵀ,  x' = x + (δ · z') c
+//   (3)  ā and w̄ through c = a / s and s = w · a + σ²;  w̄ += U ā
+//   (4)  v = A⁻¹ w̄;  x̄ += v
 #pragma once
 
 #include "cuda/posterior/conditioning_backward.cuh"
@@ -7,118 +15,137 @@
 namespace fastkm {
 namespace {
 
-struct Reverse : Conditioned {
-  float *x_bar, *v, *a_bar;  // rows [count, width] of the search: cotangent of x, A⁻¹ w̄, cotangent of a
-
-  // Of the afresh search: every attempt at a pattern, the cotangents of the one in hand and of G, its matrix and U.
-  Attempts attempts;
-  float *made, *made_numbers;                                // [attempts, 5, width]; [attempts, 3]
-  float *of_w, *of_a, *of_c, *of_r, *solved, *solved_x_bar;  // [width]
-  float *left, *right;                                       // [width], products
-  float *gram_bar, *solved_bar, *search_cov_bar;             // [width, width]
-  float of_along, of_d;
-
-  float inner_bar[kChunk][kChunk];
-  float ridge_bar;
+// The cotangents that both searches leave, and what they need for them.
+struct SearchGrads {
+  float *x, *a, *v;  // rows x̄, ā and v [kChunk, width]
+  float value_gram[kChunk][kChunk];
+  float ridge;
 };
 
-// Reverse of the search. The cotangents of its A and U are sums of outer products too,
-//   Ā = −½ Σ (v wᵀ + w vᵀ)      Ū = ½ Σ (ā wᵀ + w āᵀ),
-// of the patterns after the one in hand.
-__device__ void search_backward(Reverse& chunk) {
+// Buffers of the backward of search_refactored.cuh.
+struct RefactoredGrads {
+  float *saved_rows, *saved_scalars;  // w, c, r, a, g [num_solves, 5, width]; s, d, δ · z [num_solves, 3]
+  float *w, *a, *c, *r;               // [width], cotangents of the current solve
+  float d, delta_dot_z;
+  float *left, *right;       // [width], products
+  float *gram, *cov;         // Ḡ and Ū [width, width]
+  float *solved, *solved_x;  // [width], adjoint solution; cotangent of the solved x
+  float* solved_gram;        // [width, width], cotangent of the Gram matrix that was solved with
+};
+
+struct WriteBackward : ConditioningBackward {
+  Search search;
+  Refactored refactored;
+  SearchGrads grad;
+  RefactoredGrads solve_grad;
+};
+
+__device__ inline void clear_search_grads(WriteBackward& chunk) {
+  for (int n = threadIdx.x; n < kChunk * kChunk; n += kThreads) chunk.grad.value_gram[n / kChunk][n % kChunk] = 0;
+  fill_zero(chunk.grad.x, kChunk * chunk.width);
+}
+
+// (2), and (3) but for U ā. The dot products of later patterns j are in dot: v_j · w, v_j · c, ā_j · c, w_j · w (from t
+// on), w_j · c and x̄_j · c.
+__device__ __forceinline__ void changes_backward(WriteBackward& chunk, int t) {
+  const Search& search = chunk.search;
+  SearchGrads& grad = chunk.grad;
+  const int K = chunk.K, width = chunk.width, after = t + 1, later = chunk.count - after;
+  const float ridge = search.ridge, s = chunk.s[t], d = search.d[t];
+  const float *w = chunk.row(chunk.w, t), *c = chunk.row(chunk.c, t);
+  float (&dot)[6][2 * kChunk] = chunk.dot;
+  float gram_cw = 0, gram_cc = 0, cov_cc = 0, delta_c = 0;
+  for (int j = 0; j < later; ++j) {
+    gram_cw -= 0.5f * (dot[1][j] * dot[3][j + 1] + dot[4][j] * dot[0][j]);
+    gram_cc -= dot[1][j] * dot[4][j];
+    cov_cc += dot[2][j] * dot[4][j];
+    delta_c += search.delta_dot_z[t][after + j] * dot[5][j];
+  }
+  const float grad_s = -(2 * ridge * gram_cw + 2 * d * gram_cc - s * cov_cc + delta_c) / s;
+  for (int k = threadIdx.x; k < K; k += kThreads) {
+    float gram_w = 0, gram_c = 0, cov_c = 0;
+    for (int j = 0; j < later; ++j) {
+      const int at = (after + j) * width + k;
+      gram_w -= 0.5f * (grad.v[at] * dot[3][j + 1] + chunk.w[at] * dot[0][j]);
+      gram_c -= 0.5f * (grad.v[at] * dot[4][j] + chunk.w[at] * dot[1][j]);
+      cov_c += 0.5f * (grad.a[at] * dot[4][j] + chunk.w[at] * dot[2][j]);
+    }
+    float grad_c = 2 * ridge * gram_w + 2 * d * gram_c - s * cov_c;
+    float grad_w =
+        chunk.row(chunk.grad_w, t)[k] + 2 * ridge * gram_c - gram_cc * (chunk.row(search.x, t)[k] + 2 * ridge * w[k]);
+    chunk.row(grad.x, t)[k] -= gram_cc * w[k];
+    for (int j = 0; j < later; ++j) {
+      const int at = (after + j) * width + k;
+      const float delta_dot_z = search.delta_dot_z[t][after + j], x = search.x[at] - delta_dot_z * c[k];
+      search.x[at] = x;
+      grad_c += delta_dot_z * grad.x[at];
+      grad_w -= dot[5][j] * x;
+      grad.x[at] -= dot[5][j] * w[k];
+    }
+    chunk.row(grad.a, t)[k] = grad_c / s - cov_c + grad_s * w[k];
+    chunk.row(chunk.grad_w, t)[k] = grad_w + grad_s * s * c[k];
+  }
+  if (threadIdx.x < later) grad.value_gram[after + threadIdx.x][t] = dot[5][threadIdx.x];
+  if (threadIdx.x == 0) {
+    grad.value_gram[t][t] = gram_cc;
+    chunk.grad_noise[t] += grad_s;
+    grad.ridge += 2 * gram_cw - gram_cc * dot[3][0];
+  }
+  __syncthreads();
+}
+
+// The rest of (3), and (4).
+__device__ __forceinline__ void solves_backward(WriteBackward& chunk, int t) {
+  const Search& search = chunk.search;
+  SearchGrads& grad = chunk.grad;
   const int K = chunk.K, width = chunk.width;
-  const float ridge = chunk.ridge;
-  float (&of)[6][2 * kChunk] = chunk.dot;
-  for (int n = threadIdx.x; n < kChunk * kChunk; n += kThreads) chunk.inner_bar[n / kChunk][n % kChunk] = 0;
-  fill_zero(chunk.x_bar, kChunk * width);
-  fill_zero(chunk.v, kChunk * width);
-  fill_zero(chunk.a_bar, kChunk * width);
+  float (&dot)[6][2 * kChunk] = chunk.dot;
+  float* const grad_w = chunk.row(chunk.grad_w, t);
+  const float* const grad_a = chunk.row(grad.a, t);
+  dot_rows(search.product, chunk.cov, width, K, width, grad_a);
+  dot_rows(dot[0], chunk.c, width, t, width, grad_a);
+  __syncthreads();
+  for (int k = threadIdx.x; k < K; k += kThreads) grad_w[k] += subtract_earlier(chunk, t, k, search.product[k], dot[0]);
+  __syncthreads();
+  dot_rows(search.product, search.inverse, width, K, width, grad_w);
+  dot_rows(dot[0], search.p, width, t, width, grad_w);
+  dot_rows(dot[1], search.q, width, t, width, grad_w);
+  __syncthreads();
+  for (int k = threadIdx.x; k < K; k += kThreads) {
+    const float v = search.product[k] - inverse_terms(chunk, search, t, k, dot[0], dot[1]);
+    chunk.row(grad.v, t)[k] = v;
+    chunk.row(grad.x, t)[k] += v;
+  }
+  __syncthreads();
+}
+
+__device__ void search_backward(WriteBackward& chunk) {
+  SearchGrads& grad = chunk.grad;
+  const int width = chunk.width;
+  float (&dot)[6][2 * kChunk] = chunk.dot;
+  clear_search_grads(chunk);
+  fill_zero(grad.v, kChunk * width);
+  fill_zero(grad.a, kChunk * width);
   __syncthreads();
   for (int t = chunk.count - 1; t >= 0; --t) {
-    if (!chunk.seen[t]) continue;
+    if (!chunk.unmasked[t]) continue;
     const int after = t + 1, later = chunk.count - after;
     const float *w = chunk.row(chunk.w, t), *c = chunk.row(chunk.c, t);
-    multiply(chunk.row(chunk.v, after), width, later, width, w, of[0]);
-    multiply(chunk.row(chunk.v, after), width, later, width, c, of[1]);
-    multiply(chunk.row(chunk.a_bar, after), width, later, width, c, of[2]);
-    multiply(chunk.row(chunk.w, t), width, later + 1, width, w, of[3]);
-    multiply(chunk.row(chunk.w, after), width, later, width, c, of[4]);
-    multiply(chunk.row(chunk.x_bar, after), width, later, width, c, of[5]);
+    dot_rows(dot[0], chunk.row(grad.v, after), width, later, width, w);
+    dot_rows(dot[1], chunk.row(grad.v, after), width, later, width, c);
+    dot_rows(dot[2], chunk.row(grad.a, after), width, later, width, c);
+    dot_rows(dot[3], chunk.row(chunk.w, t), width, later + 1, width, w);
+    dot_rows(dot[4], chunk.row(chunk.w, after), width, later, width, c);
+    dot_rows(dot[5], chunk.row(grad.x, after), width, later, width, c);
     __syncthreads();
-
-    // Through A' = A + λ (c wᵀ + w cᵀ) + d c cᵀ, U' = U − s c cᵀ, and x' = x + along c of the patterns after.
-    const float s = chunk.s[t], d = chunk.d[t];
-    float gram_cw = 0, gram_cc = 0, cov_cc = 0, along_c = 0;
-    for (int j = 0; j < later; ++j) {
-      gram_cw -= 0.5f * (of[1][j] * of[3][j + 1] + of[4][j] * of[0][j]);
-      gram_cc -= of[1][j] * of[4][j];
-      cov_cc += of[2][j] * of[4][j];
-      along_c += chunk.along[t][after + j] * of[5][j];
-    }
-    const float s_bar = -(2 * ridge * gram_cw + 2 * d * gram_cc - s * cov_cc + along_c) / s;
-    for (int k = threadIdx.x; k < K; k += kThreads) {
-      float gram_w = 0, gram_c = 0, cov_c = 0;
-      for (int j = 0; j < later; ++j) {
-        const int at = (after + j) * width + k;
-        gram_w -= 0.5f * (chunk.v[at] * of[3][j + 1] + chunk.w[at] * of[0][j]);
-        gram_c -= 0.5f * (chunk.v[at] * of[4][j] + chunk.w[at] * of[1][j]);
-        cov_c += 0.5f * (chunk.a_bar[at] * of[4][j] + chunk.w[at] * of[2][j]);
-      }
-      float c_bar = 2 * ridge * gram_w + 2 * d * gram_c - s * cov_c;
-      float w_bar =
-          chunk.row(chunk.w_bar, t)[k] + 2 * ridge * gram_c - gram_cc * (chunk.row(chunk.x, t)[k] + 2 * ridge * w[k]);
-      chunk.row(chunk.x_bar, t)[k] -= gram_cc * w[k];
-      for (int j = 0; j < later; ++j) {
-        const int at = (after + j) * width + k;
-        const float along = chunk.along[t][after + j], x = chunk.x[at] - along * c[k];
-        chunk.x[at] = x;
-        c_bar += along * chunk.x_bar[at];
-        w_bar -= of[5][j] * x;
-        chunk.x_bar[at] -= of[5][j] * w[k];
-      }
-
-      // Through c = a/s and s = w·a + σ².
-      chunk.row(chunk.a_bar, t)[k] = c_bar / s - cov_c + s_bar * w[k];
-      chunk.row(chunk.w_bar, t)[k] = w_bar + s_bar * s * c[k];
-    }
-    if (threadIdx.x < later) chunk.inner_bar[after + threadIdx.x][t] = of[5][threadIdx.x];
-    if (threadIdx.x == 0) {
-      chunk.inner_bar[t][t] = gram_cc;
-      chunk.noise_bar[t] += s_bar;
-      chunk.ridge_bar += 2 * gram_cw - gram_cc * of[3][0];
-    }
-    __syncthreads();
-
-    // Through a = U w.
-    const float* const a_bar = chunk.row(chunk.a_bar, t);
-    multiply(chunk.cov, width, K, width, a_bar, chunk.product);
-    multiply(chunk.c, width, t, width, a_bar, of[0]);
-    __syncthreads();
-    for (int k = threadIdx.x; k < K; k += kThreads) {
-      float sum = chunk.product[k];
-      for (int j = 0; j < t; ++j) sum -= chunk.c[j * width + k] * (chunk.s[j] * of[0][j]);
-      chunk.row(chunk.w_bar, t)[k] += sum;
-    }
-    __syncthreads();
-
-    // Through w = A⁻¹ x.
-    const float* const w_bar = chunk.row(chunk.w_bar, t);
-    multiply(chunk.inverse, width, K, width, w_bar, chunk.product);
-    multiply(chunk.p, width, t, width, w_bar, of[0]);
-    multiply(chunk.q, width, t, width, w_bar, of[1]);
-    __syncthreads();
-    for (int k = threadIdx.x; k < K; k += kThreads) {
-      const float v = chunk.product[k] - inverse_terms(chunk, t, k, of[0], of[1]);
-      chunk.row(chunk.v, t)[k] = v;
-      chunk.row(chunk.x_bar, t)[k] += v;
-    }
-    __syncthreads();
+    changes_backward(chunk, t);
+    solves_backward(chunk, t);
   }
   for (int t = 0; t < chunk.count; ++t)
-    multiply(chunk.row(chunk.v, t), width, 1, width, chunk.row(chunk.w, t), chunk.dot[0] + t);
+    dot_rows(dot[0] + t, chunk.row(grad.v, t), width, 1, width, chunk.row(chunk.w, t));
   __syncthreads();
   if (threadIdx.x == 0)
-    for (int t = 0; t < chunk.count; ++t) chunk.ridge_bar -= chunk.dot[0][t];
+    for (int t = 0; t < chunk.count; ++t) grad.ridge -= dot[0][t];
   __syncthreads();
 }
 
