@@ -18,8 +18,8 @@ from fastkm._runtime import schema
 
 EXTENSION = Path(schema.__file__).parents[1] / "_C.abi3.so"
 TARGETS = ("sm_80", "sm_90", "sm_100")
-THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/dense.cuh
-ROUNDINGS = {"0": "ieee", "1": "tensor"}  # the first template argument of kernels that multiply with codes
+THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/workspace.cuh
+CORES = {"0": "ieee", "1": "tensor"}  # the enum among the template arguments of kernels that multiply with codes
 
 # Of one multiprocessor, as the CUDA programming guide has it for compute capability 8.0, 9.0 and 10.0 alike.
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
@@ -38,6 +38,7 @@ class Code(NamedTuple):
     tensor_cores: int
     wide_loads: int  # of 128 bits, from global memory or from where only the run tells
     float_atomics: int
+    instructions: int  # without the NOPs that fill the text up
 
 
 def tool(name: str) -> str | None:
@@ -71,30 +72,32 @@ def name_of(symbol: str) -> str:
             name = symbol[found.end() : found.end() + int(digits)]
             if len(name) == int(digits) and re.fullmatch(r"[a-z_]+_kernel", name):
                 rest = symbol[found.end() + len(name) :]
-                arguments = re.findall(r"L([a-zA-Z]|NS0_8RoundingE)(\d+)E", rest.partition("EEv")[0] + "E")
-                words = [ROUNDINGS[n] if "Rounding" in kind else n for kind, n in arguments]
+                arguments = re.findall(r"L([a-zA-Z]|NS0_\d[A-Za-z]+E)(\d+)E", rest.partition("EEv")[0] + "E")
+                words = [CORES[n] if len(kind) > 1 else n for kind, n in arguments]
                 return f"{name}<{', '.join(words)}>" if words and rest.startswith("I") else name
     return symbol
 
 
+def run(name: str, *options: object, folder: str = ".") -> str:
+    """What cuobjdump or nvdisasm prints."""
+    command = [str(tool(name)), *map(str, options)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
 @lru_cache
-def kernels(target: str) -> list[Code]:
-    """Every kernel of the extension for one target."""
+def kernels(target: str, library: Path = EXTENSION) -> list[Code]:
+    """Every kernel of a library for one target."""
     with tempfile.TemporaryDirectory() as folder:
+        run("cuobjdump", "-xelf", target + ".cubin", library.resolve(), folder=folder)
+        return sorted(code for cubin in Path(folder).glob("*.cubin") for code in kernels_of(cubin))
 
-        def run(name, *options):
-            command = [tool(name), *map(str, options)]
-            return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 
-        run("cuobjdump", "-xelf", target + ".cubin", EXTENSION)
-        found: list[Code] = []
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            usage = run("cuobjdump", "-res-usage", cubin)
-            registers = dict(re.findall(r"Function (\S+):\s*\n\s*REG:(\d+)", usage))
-            sections = re.split(r"^//-+ \.text\.(\S+) -+$", run("nvdisasm", "-c", cubin), flags=re.M)[1:]
-            texts = dict(zip(sections[::2], sections[1::2], strict=True))
-            found += [code_of(symbol, int(count), texts[symbol]) for symbol, count in registers.items()]
-        return sorted(found)
+def kernels_of(cubin: Path) -> list[Code]:
+    usage = run("cuobjdump", "-res-usage", cubin)
+    registers = dict(re.findall(r"Function (\S+):\s*\n\s*REG:(\d+)", usage))
+    sections = re.split(r"^//-+ \.text\.(\S+) -+$", run("nvdisasm", "-c", cubin), flags=re.M)[1:]
+    texts = dict(zip(sections[::2], sections[1::2], strict=True))
+    return [code_of(symbol, int(count), texts[symbol]) for symbol, count in registers.items()]
 
 
 def code_of(symbol: str, registers: int, text: str) -> Code:
@@ -107,4 +110,5 @@ def code_of(symbol: str, registers: int, text: str) -> Code:
         sum(n for name, n in count.items() if name.endswith("MMA")),
         sum(n.startswith(("LDG.", "LDGSTS.", "LD.")) and ".128" in n for n in instructions),
         sum(n.startswith(("RED", "ATOM")) and bool(re.search(r"\.(B?F16|F32|F64)", n)) for n in instructions),
+        len(instructions) - count["NOP"],
     )

@@ -58,6 +58,6 @@ def test_occupancy_is_that_of_the_programming_guide():
 
 def test_names_come_out_of_the_mangled_ones():
     unit = "_ZN6fastkm50_GLOBAL__N__7a475a57_17_posterior_cuda_cu_6f5bc9e6"
-    assert name_of(f"{unit}13update_kernelILNS0_8RoundingE1ELi128EEEvNS_13Pos") == "update_kernel<tensor, 128>"
+    assert name_of(f"{unit}13update_kernelILNS0_5CoresE1ELi128EEEvNS_13Pos") == "update_kernel<tensor, 128>"
     assert name_of(f"{unit}12write_kernelILb0EEEvNS_11WritingArgsIfEE") == "write_kernel<0>"
     assert name_of(f"{unit}22logdet_backward_kernelENS_16MatrixNormalArgsIfEE") == "logdet_backward_kernel"

@@ -171,7 +171,8 @@ def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
             most = shared[target, code.kernel.partition("<")[0]]
             busy = cuda_code.occupancy(target, code.registers, cuda_code.THREADS, most)
             counts = map(str, (code.registers, round(most / 1024), code.spills))
-            yield (f"`{code.kernel}`", "CUDA", target, "all", *counts, f"{busy:.0%}", *map(str, code[3:]))
+            seen = (code.tensor_cores, code.wide_loads, code.float_atomics)
+            yield (f"`{code.kernel}`", "CUDA", target, "all", *counts, f"{busy:.0%}", *map(str, seen))
 
 
 # ---- Triton --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
-// The CUDA kernels as the bindings see them. No torch and no CUDA here: a launcher takes the arguments of kernels.h,
-// with float32 memories on the device of the stream, and returns what went wrong in words, or null.
+// The launchers of the CUDA kernels. This header includes neither torch nor CUDA. A launcher takes the arguments of
+// kernel_args.h with float32 memories on the device of the stream, and returns an error in words, or null.
 #pragma once
 
 #include "kernel_args.h"
 
 namespace fastkm::cuda {
 
-// Where a launch runs, and where its workspace comes from: `floats` of device memory, on 16 bytes, that live until the
-// stream has passed.
+// The stream of a launch and the source of its workspace: `allocate` returns device memory, aligned to 16 bytes, that
+// lives until the stream has run the launch.
 struct Context {
   void* stream = nullptr;
   float* (*allocate)(Context&, int64_t floats) = nullptr;

@@ -1,9 +1,10 @@
-// Bugs of the kinds a GPU hides, one at a time, for the checkers to find: planted BUG, by its number on the command
-// line. 0 is the same code without one.
+// Small kernels with planted bugs of the kinds that a GPU hides. The number on the command line chooses one bug for the
+// checkers to find; 0 runs the same code without a bug.
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/linalg/dense.cuh"
+#include "cuda/linalg/product.cuh"
+#include "cuda/linalg/reduce.cuh"
 
 namespace fastkm {
 namespace {
@@ -24,7 +25,7 @@ enum Bug {
   kBugs
 };
 
-// Σ of a row, a block a row, by halves.
+// Σ of a row, one thread block a row, by halves.
 template <Bug kBug>
 __global__ void sum_rows(const float* rows, float* sums, int length) {
   float* const part = dynamic_shared();
@@ -42,28 +43,28 @@ __global__ void sum_rows(const float* rows, float* sums, int length) {
   if (threadIdx.x == 0) sums[blockIdx.x] = part[kBug == kSharedOutOfBounds ? kThreads + blockIdx.x : 0];
 }
 
-// Σ of everything: a block sums its part, the last one to finish sums the parts.
+// Σ of everything: a thread block sums its part, the last one to finish sums the parts.
 template <Bug kBug>
 __global__ void sum_all(const float* values, float* parts, unsigned* ticket, float* total, int length) {
-  Block& block = *reinterpret_cast<Block*>(dynamic_shared());
+  ThreadBlock& thread_block = *reinterpret_cast<ThreadBlock*>(dynamic_shared());
   float mine = 0;
   for (int i = blockIdx.x * kThreads + threadIdx.x; i < length; i += gridDim.x * kThreads) mine += values[i];
   for (int offset = 16; offset > 0; offset /= 2) {
     if (kBug == kBadMask && threadIdx.x % 32 >= 16) continue;
     mine += __shfl_xor_sync(~0u, mine, offset);
   }
-  if (threadIdx.x % 32 == 0) block.part[threadIdx.x / 32][0] = mine;
+  if (threadIdx.x % 32 == 0) thread_block.warp_part[threadIdx.x / 32][0] = mine;
   __syncthreads();
   if (threadIdx.x == 0) {
     float sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += block.part[warp][0];
+    for (int warp = 0; warp < kWarps; ++warp) sum += thread_block.warp_part[warp][0];
     parts[blockIdx.x] = sum;
     if (kBug == kRaceBetweenBlocks) *total = (blockIdx.x == 0 ? 0 : *total) + sum;
-    if (kBug == kMissingFence) block.last = atomicAdd(ticket, 1) == gridDim.x - 1;
+    if (kBug == kMissingFence) thread_block.last = atomicAdd(ticket, 1) == gridDim.x - 1;
   }
   __syncthreads();
   if (kBug == kRaceBetweenBlocks) return;
-  const bool last = kBug == kMissingFence ? block.last : last_to_arrive(ticket, gridDim.x, block);
+  const bool last = kBug == kMissingFence ? thread_block.last : last_to_arrive(ticket, gridDim.x, thread_block);
   if (last && threadIdx.x == 0) {
     float sum = 0;
     for (unsigned part = 0; part < gridDim.x; ++part) sum += parts[part];
@@ -71,14 +72,14 @@ __global__ void sum_all(const float* values, float* parts, unsigned* ticket, flo
   }
 }
 
-// C = A Bᵀ for [16, 128] results by one warp of eight rows each, a slice at a time through one stage.
+// C = A Bᵀ for a result [16, 128], a slice at a time through one stage.
 template <Bug kBug>
-__global__ void multiply(const float* a, const float* b, float* c, int length) {
-  Block& block = *reinterpret_cast<Block*>(dynamic_shared());
-  if (threadIdx.x == 0) block.precision = kTf32x3;
+__global__ void product_by_slices(const float* a, const float* b, float* c, int length) {
+  ThreadBlock& thread_block = *reinterpret_cast<ThreadBlock*>(dynamic_shared());
+  if (threadIdx.x == 0) thread_block.precision = kTf32x3;
   __syncthreads();
   constexpr int kLdA = SliceLoader<16>::kLd, kLdB = SliceLoader<128>::kLd;
-  float *stage_a = block.stage, *stage_b = block.stage + kSlice * kLdA;
+  float *stage_a = thread_block.stage, *stage_b = thread_block.stage + kSlice * kLdA;
   TensorTile<16, 128> tile;
   for (int k = 0; k < length; k += kSlice) {
     if (kBug != kStageReusedTooEarly) __syncthreads();
@@ -87,7 +88,7 @@ __global__ void multiply(const float* a, const float* b, float* c, int length) {
     for (int n = threadIdx.x; n < 128 * kSlice; n += kThreads)
       stage_b[n % kSlice * kLdB + n / kSlice] = b[n / kSlice * length + k + n % kSlice];
     __syncthreads();
-    tile.add(stage_a, kLdA, stage_b, kLdB, block);
+    tile.add(stage_a, kLdA, stage_b, kLdB, thread_block);
   }
   tile.store([&](int i, int j, const auto& values) {
     for (int n = 0; n < 2; ++n) c[(kBug == kSwappedFragments ? (i + 8) % 16 : i) * 128 + j + n] = values[n];
@@ -108,7 +109,7 @@ int run() {
   float *sums = new float[kRows], *parts = new float[kRows], total = 0;
   unsigned* const ticket = new unsigned(0);
   launch(sum_rows<kBug>, kRows, kThreads, kThreads * sizeof(float), nullptr, values, sums, kLength);
-  launch(sum_all<kBug>, kRows, kThreads, sizeof(Block), nullptr, values, parts, ticket, &total, kRows * kLength);
+  launch(sum_all<kBug>, kRows, kThreads, sizeof(ThreadBlock), nullptr, values, parts, ticket, &total, kRows * kLength);
   double all = 0;
   int failures = 0;
   for (int row = 0; row < kRows; ++row) {
@@ -121,7 +122,7 @@ int run() {
 
   const float *a = draw(16 * kInner), *b = draw(128 * kInner);
   float* const c = new float[16 * 128];
-  launch(multiply<kBug>, 1, kThreads, sizeof(Block), nullptr, a, b, c, kInner);
+  launch(product_by_slices<kBug>, 1, kThreads, sizeof(ThreadBlock), nullptr, a, b, c, kInner);
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 128; ++j) {
       double sum = 0;

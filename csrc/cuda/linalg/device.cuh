@@ -1,7 +1,7 @@
-// The only place where the build for a device and the build for the host differ.
+// Everything in which the build for a device and the build for the host differ.
 //
-// With FASTKM_SIMT the same sources are compiled by a C++ compiler against tests/simt/simt.h, which runs every CUDA
-// thread as a fiber. Each PTX instruction stands in one function here, with a model of it for the host.
+// With FASTKM_SIMT a C++ compiler compiles the same sources against tests/simt/simt.h, which runs every CUDA thread as
+// a fiber. Each PTX instruction is one function here, with a model of it for the host.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,16 @@
 #else
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define FASTKM_OUT_OF_LINE __noinline__          // keeps its registers to itself
-#define FASTKM_IN_PLACE const __grid_constant__  // a parameter that may be passed on without a copy on the stack
+#define FASTKM_OUT_OF_LINE __noinline__          // a call: the caller keeps its own registers
+#define FASTKM_IN_PLACE const __grid_constant__  // a reference to the parameter needs no copy on the stack
 #endif
 
 namespace fastkm {
 namespace {
 
-// What a launch has to know of a device.
+// What a launcher needs to know about a device.
 struct Device {
-  int64_t shared_bytes;  // the most one block may have
+  int64_t shared_bytes;  // the most that one thread block may have
   int multiprocessors;
 };
 
@@ -33,14 +33,14 @@ inline float* dynamic_shared() { return simt::shared_memory(); }
 
 inline Device current_device() { return {simt::shared_limit(), simt::multiprocessors()}; }
 
-// Blocks of a kernel that a multiprocessor holds at once. Nothing is known of registers here: one, as of every kernel
-// with more than 128 of them in 256 threads, which are most.
+// Thread blocks of a kernel that run on a multiprocessor at the same time. The host does not know register counts. It
+// assumes one: most kernels here use over 128 registers in each of 256 threads.
 template <class Kernel>
-int blocks_held(Kernel, int, int64_t) {
+int blocks_per_multiprocessor(Kernel, int, int64_t) {
   return 1;
 }
 
-// Run `blocks` blocks of the kernel; what went wrong, in words, or null.
+// Run `blocks` thread blocks of the kernel. Returns an error in words, or null.
 template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes, void*,
                    const Arguments&... arguments) {
@@ -89,10 +89,10 @@ cudaError_t allow_shared_memory(Kernel kernel, int64_t shared_bytes) {
   return cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes));
 }
 
-// As the driver counts them, from registers, threads and shared memory; one where it finds none, so that the launch
-// says what is wrong.
+// The driver counts them from registers, threads and shared memory. If it finds none the answer is one, so that the
+// launch runs and reports the error.
 template <class Kernel>
-int blocks_held(Kernel kernel, int threads, int64_t shared_bytes) {
+int blocks_per_multiprocessor(Kernel kernel, int threads, int64_t shared_bytes) {
   int blocks = 0;
   cudaError_t error = allow_shared_memory(kernel, shared_bytes);
   if (error == cudaSuccess)
@@ -126,10 +126,10 @@ __device__ inline uint32_t to_tf32(float x) {
   return bits;
 }
 
-// sum += a b for a [16, 8] and b [8, 8]: with group = lane / 4 and member = lane % 4 a lane holds
+// sum += a b for a [16, 8] and b [8, 8], by one warp. With group = lane / 4 and member = lane % 4 a lane holds
 //   a (group, member), (group + 8, member), (group, member + 4), (group + 8, member + 4)
 //   b (member, group), (member + 4, group)
-//   sum (group, 2 member), (group, 2 member + 1), and the same eight rows below.
+//   sum (group, 2 member), (group, 2 member + 1), and the same columns eight rows below.
 __device__ inline void mma_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -1,93 +1,102 @@
 // update_posterior on a GPU: a factor phase that does not depend on C, and an apply phase that streams tiles of C.
 //
-// Factor, chunk of 16 patterns by chunk:   V = W U   S = V Wᵀ + diag(σ²) = L Lᵀ   G = L⁻¹ V   U ← U − Gᵀ G
-// Apply, on a tile of columns of R that stays on chip through all chunks:   E = L⁻¹ (Z − W R)   R ← R + Gᵀ E
+// For each chunk of 16 patterns:
+//   Factor   V = W U      S = V Wᵀ + diag(σ²) = L Lᵀ      G = L⁻¹ V      U ← U − Gᵀ G
+//   Apply    E = L⁻¹ (Z − W R)      R ← R + Gᵀ E      on a tile of columns of R that stays on chip through all chunks
 //
-// One launch does both up to K = 128; where memories alone do not fill the chip, several blocks share one, each with
-// the factor phase for itself and some of the tiles. Beyond, the factor phase is a launch of its own.
-#include "cuda/linalg/dense.cuh"
+// Up to K = 128 one launch does both. Where the memories alone do not fill the chip, several thread blocks share a
+// memory: each computes the factor phase for itself and some of the tiles. Beyond, the factor phase is a launch of its
+// own.
+//
+// Bytes: the factor phase reads and writes U once and reads K numbers a pattern of W. The apply phase reads every entry
+// of R and Z once and writes the new mean once, the least possible; W and G are read once a tile, from the second tile
+// on from the cache.
+#include "cuda/linalg/cholesky.cuh"
+#include "cuda/linalg/product.cuh"
+#include "cuda/linalg/reduce.cuh"
+#include "cuda/linalg/symmetric.cuh"
+#include "cuda/posterior/chunk.cuh"
 
 namespace fastkm {
 namespace {
 
-constexpr int kChunk = 16;  // as on the CPU: small chunks round less
-static_assert(kChunk == kRoot && kChunk == kSlice, "a chunk is one diagonal block, and one slice of a product");
 constexpr int kLdWeights = kChunk + kStagePadding;
-constexpr int kFusedRows = 128;  // the most rows of a memory that is updated in one launch
+constexpr int kFusedRows = 128;  // the most rows of a memory that one launch updates
 
-// What the two phases of one memory share.
+// What the factor phase leaves for the apply phase.
 struct Factored {
-  float* gains;   // G [T, width]
-  float* roots;   // L⁻¹ of each chunk [chunks, 16, 16]
-  float* pivots;  // s [T]
+  float* gains;           // G [T, width]
+  float* inverse_blocks;  // L⁻¹ of each chunk [chunks, 16, 16]
+  float* pivots;          // s [T]
 };
 
-// How the work is laid out over blocks and launches.
+// How the work is spread over thread blocks and launches.
 struct Plan {
-  bool factor, apply;
-  int64_t blocks_each;  // that share the tiles of one memory
-  int64_t tiles;        // of columns
-  Factored factored;    // of all memories, where the phases are two launches
-  float* energies;      // ‖E_t‖² of each tile [B, tiles, T]
-  unsigned* tickets;    // [B]
+  bool factor, apply;         // the phases of this launch
+  int64_t blocks_per_memory;  // thread blocks that share the tiles of one memory
+  int64_t tiles;              // of columns
+  Factored factored;          // of all memories, where the phases are two launches
+  float* energies;            // ‖E_t‖² of each tile [B, tiles, T]
+  unsigned* tickets;          // [B]
   Workspace workspace;
 };
 
-struct Update : Block {
-  int K, C, width, rows, ld_gain;  // width, rows: K in whole vectors, in whole tiles
+struct Update : ThreadBlock {
+  int K, C, width, rows, ld_gain;  // width and rows are K in whole vectors and in whole tiles
   int64_t T, chunks;
-  Factored own;  // where the phases share a launch
-  Factored at;   // of the memory in hand
+  Factored own_factored;  // where the phases share a launch
+  Factored factored;      // of the current memory
   float* energies;
   float* cov;                  // U [width, width]
-  float *weights, *projected;  // W and V of a chunk [16, width]; G in the place of V
+  float *weights, *projected;  // W of a chunk; V, then G [16, width]
   float* tile;                 // R [rows, kColumns + padding]
-  float* by_row;               // Wᵀ of a chunk [rows, 16 + padding]
+  float* weights_transposed;   // Wᵀ of a chunk [rows, 16 + padding]
   float* gain;                 // G of a chunk [16, ld_gain]
-  float* error;                // E of a chunk [16, kColumns + padding]
+  float* whitened;             // Z, then E of a chunk [16, kColumns + padding]
   float noise[kChunk], slack[kChunk];
-  float predictive[kChunk][kChunk];  // S
-  bool seen[kChunk];
+  float innovation_cov[kChunk][kChunk];  // S
+  bool unmasked[kChunk];
 };
 
-__host__ __device__ inline int64_t chunks_of(int64_t T) { return (T + kChunk - 1) / kChunk; }
-
 __host__ __device__ inline Factored of_memory(const Factored& all, int64_t b, int64_t T, int width) {
-  return {all.gains + b * T * width, all.roots + b * chunks_of(T) * kChunk * kChunk, all.pivots + b * T};
+  return {all.gains + b * T * width, all.inverse_blocks + b * count_chunks(T) * kChunk * kChunk, all.pivots + b * T};
 }
 
-// Where the buffers of a block are; most used first.
+// The buffers of a thread block, most used first.
 template <int kColumns>
-__host__ __device__ void lay_out(Update& block, Space& space, const PosteriorArgs<float>& args, const Plan& plan) {
-  block.K = static_cast<int>(args.K), block.C = static_cast<int>(args.C);
-  block.width = round_up(block.K, 4), block.rows = round_up(block.K, 32);
-  block.ld_gain = block.rows + kStagePadding;
-  block.T = args.T_, block.chunks = chunks_of(args.T_);
+__host__ __device__ void lay_out(Update& update, Arena& arena, const PosteriorArgs<float>& args, const Plan& plan) {
+  update.K = static_cast<int>(args.K);
+  update.C = static_cast<int>(args.C);
+  update.width = round_up(update.K, 4);
+  update.rows = round_up(update.K, 32);
+  update.ld_gain = update.rows + kStagePadding;
+  update.T = args.T_;
+  update.chunks = count_chunks(args.T_);
   constexpr int kLd = kColumns + kStagePadding;
   if (plan.apply) {
-    block.error = space.take(kChunk * kLd);
-    block.tile = space.take(int64_t(block.rows) * kLd);
-    block.by_row = space.take(int64_t(block.rows) * kLdWeights);
-    block.gain = space.take(int64_t(kChunk) * block.ld_gain);
+    update.whitened = arena.allocate(kChunk * kLd);
+    update.tile = arena.allocate(int64_t(update.rows) * kLd);
+    update.weights_transposed = arena.allocate(int64_t(update.rows) * kLdWeights);
+    update.gain = arena.allocate(int64_t(kChunk) * update.ld_gain);
   }
   if (plan.factor) {
-    block.weights = space.take(kChunk * block.width), block.projected = space.take(kChunk * block.width);
-    block.cov = space.take(int64_t(block.width) * block.width);
+    update.weights = arena.allocate(kChunk * update.width);
+    update.projected = arena.allocate(kChunk * update.width);
+    update.cov = arena.allocate(int64_t(update.width) * update.width);
   }
-  if (plan.factor && plan.apply)
-    block.own = {space.take(block.T * block.width), space.take(block.chunks * kChunk * kChunk), space.take(block.T)};
+  if (plan.factor && plan.apply) {
+    update.own_factored.gains = arena.allocate(update.T * update.width);
+    update.own_factored.inverse_blocks = arena.allocate(update.chunks * kChunk * kChunk);
+    update.own_factored.pivots = arena.allocate(update.T);
+  }
 }
 
-__device__ bool seen(const PosteriorArgs<float>& args, int64_t b, int64_t t) {
-  return !args.mask.data || *element(args.mask, b, t);
-}
-
-// What is known of a chunk's patterns; completed by hidden ones.
-__device__ int load_chunk(Update& block, const PosteriorArgs<float>& args, int64_t b, int64_t first) {
-  const int count = static_cast<int>(min(int64_t(kChunk), block.T - first)), t = threadIdx.x;
+// Load the noise and mask of a chunk. Patterns past the last one count as masked. Returns how many there are.
+__device__ int load_chunk(Update& update, const PosteriorArgs<float>& args, int64_t b, int64_t first) {
+  const int count = static_cast<int>(min(int64_t(kChunk), update.T - first)), t = threadIdx.x;
   if (t < kChunk) {
-    block.noise[t] = t < count ? *element(args.noise_var, b, first + t) : 1.f;
-    block.seen[t] = t < count && seen(args, b, first + t);
+    update.noise[t] = t < count ? *element(args.noise_var, b, first + t) : 1.f;
+    update.unmasked[t] = t < count && is_unmasked(args, b, first + t);
   }
   __syncthreads();
   return count;
@@ -95,196 +104,202 @@ __device__ int load_chunk(Update& block, const PosteriorArgs<float>& args, int64
 
 // ---- factor --------------------------------------------------------------------------------------------------------
 
-// Bytes: U is read once and written once; of W, K numbers a pattern are read. U itself stays on chip while it fits.
-__device__ void factor(Update& block, const PosteriorArgs<float>& args, int64_t b, bool reports) {
-  const Factored& out = block.at;
-  const int K = block.K, width = block.width;
-  load_rows(block.cov, K, K, width, width, side_of(args.cov, b));
+// V = W U, whose padding is that of U, then S and its factor. W of a masked pattern counts as zero: it may hold NaN.
+__device__ __forceinline__ void factor_chunk(Update& update, const Codes& all_weights, int64_t first, int count) {
+  const int K = update.K, width = update.width, across = width / 4;
+  for (int n = threadIdx.x; n < kChunk * across; n += kThreads) {
+    const int t = n / across, k = n % across * 4;
+    const int room = update.unmasked[t] ? K - k : 0;
+    reinterpret_cast<float4*>(update.weights)[n] = all_weights.load_four(first + t, k, all_weights.inner, room);
+  }
   __syncthreads();
-  check_symmetry(block.cov, K, width, block);
+  const Operand weights{update.weights, width, 1}, projected{update.projected, width, 1};
+  product<kCudaCores, 16, 128>(StoreRows{update.projected, width, width}, {kChunk, width, K}, weights,
+                               Operand{update.cov, width, 1}, update);
+  product<kCudaCores, 16, 128>(StoreRows{update.innovation_cov[0], kChunk, kChunk}, {kChunk, kChunk, K}, projected,
+                               weights, update);
+  if (threadIdx.x < kChunk) {
+    float& variance = update.innovation_cov[threadIdx.x][threadIdx.x];
+    variance += update.noise[threadIdx.x];
+    update.slack[threadIdx.x] = 4 * static_cast<float>(K + count) * kEpsilon * fabsf(variance);
+  }
+  if (threadIdx.x == 0) update.positive = true;
+  __syncthreads();
+  if (threadIdx.x < 32)
+    factor_block(update, update.innovation_cov[0], kChunk, count, PivotFloors{update.noise, update.slack});
+  __syncthreads();
+}
+
+// The factor phase of one memory. Several thread blocks may compute it; the one that `reports` stores U and the status.
+__device__ void factor_memory(Update& update, const PosteriorArgs<float>& args, int64_t b, bool reports) {
+  const Factored& out = update.factored;
+  const int K = update.K, width = update.width;
+  load_rows(update.cov, K, K, width, width, operand_of(args.cov, b));
+  __syncthreads();
+  check_symmetry(update.cov, K, width, update);
   const Codes all_weights = codes_of(args.weights, args.weights_type, b);
-  for (int64_t first = 0; first < block.T; first += kChunk) {
-    // A hidden pattern has no weights, whatever stands there, even NaN.
-    const int count = load_chunk(block, args, b, first);
-    const int across = width / 4;
-    for (int n = threadIdx.x; n < kChunk * across; n += kThreads) {
-      const int t = n / across, k = n % across * 4;
-      const int room = block.seen[t] ? K - k : 0;
-      reinterpret_cast<float4*>(block.weights)[n] = all_weights.four(first + t, k, all_weights.inner, room);
-    }
-    __syncthreads();
-
-    // V = W U, of which the padding is that of U, and S.
-    const Side weights{block.weights, width, 1}, projected{block.projected, width, 1};
-    product<kExact, 16, 128>(
-        kChunk, width, K, weights, Side{block.cov, width, 1}, block, false,
-        [&](int i, int j, const auto& sums) { put(block.projected + i * width + j, sums, width - j); });
-    product<kExact, 16, 128>(kChunk, kChunk, K, projected, weights, block, false,
-                             [&](int i, int j, const auto& sums) { put(block.predictive[i] + j, sums, kChunk - j); });
-    if (threadIdx.x < kChunk) {
-      float& variance = block.predictive[threadIdx.x][threadIdx.x];
-      variance += block.noise[threadIdx.x];
-      block.slack[threadIdx.x] = 4 * static_cast<float>(K + count) * kEpsilon * fabsf(variance);
-    }
-    if (threadIdx.x == 0) block.positive = true;
-    __syncthreads();
-    if (threadIdx.x < 32) factor_root(block.predictive[0], kChunk, count, block, block.noise, block.slack);
-    __syncthreads();
-
-    // G in the place of V, and what the apply phase needs.
+  for (int64_t first = 0; first < update.T; first += kChunk) {
+    const int count = load_chunk(update, args, b, first);
+    factor_chunk(update, all_weights, first, count);
     const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk;
-    float* const root = out.roots + first * kChunk;
-    root[threadIdx.x] = j <= i ? block.root[i][j] : 0;
+    float* const inverse = out.inverse_blocks + first * kChunk;
+    inverse[threadIdx.x] = j <= i ? update.inverse_factor[i][j] : 0;
     if (i == j && i < count) {
-      const float pivot = block.lower[i][i], noise = block.noise[i];
-      out.pivots[first + i] = block.seen[i] ? fmaxf(pivot * pivot, noise) : noise;
+      const float pivot = update.factor[i][i], noise = update.noise[i];
+      out.pivots[first + i] = update.unmasked[i] ? fmaxf(pivot * pivot, noise) : noise;
     }
-    if (threadIdx.x == 0 && !block.positive && block.status == kGood) block.status = kNotPositiveDefinite;
+    if (threadIdx.x == 0 && !update.positive && update.status == kGood) update.status = kNotPositiveDefinite;
     __syncthreads();
-    apply_root<false>(root, kChunk, block.projected, width, width);
-    for (int n = threadIdx.x; n < count * width; n += kThreads) out.gains[first * width + n] = block.projected[n];
-    add_outer(block.cov, width, -1, kChunk, block.projected, block.projected);
+
+    // G in the place of V, and U ← U − Gᵀ G
+    apply_inverse_block<false>(update.projected, width, kChunk, width, inverse);
+    for (int n = threadIdx.x; n < count * width; n += kThreads) out.gains[first * width + n] = update.projected[n];
+    add_outer(update.cov, width, -1, kChunk, update.projected, update.projected);
     __syncthreads();
   }
   if (!reports) return;
-  store_rows(args.new_cov, b, K, K, block.cov, width);
-  if (threadIdx.x == 0) args.info[b] = block.status;
+  store_rows(args.new_cov, b, K, K, update.cov, width);
+  if (threadIdx.x == 0) args.info[b] = update.status;
 }
 
 // ---- apply ---------------------------------------------------------------------------------------------------------
 
-// One tile of columns through all chunks. W comes transposed, so that sums over K run over its rows and those of R.
-//
-// Bytes: of R and Z each entry is read once and of the new mean each is written once, the least possible; W and G are
-// read once a tile, from the second tile on from the cache.
-template <Rounding kRounding, int kColumns>
-__device__ void apply(Update& block, const PosteriorArgs<float>& args, int64_t b, int tile) {
-  const Factored& from = block.at;
+// Columns [column0, column0 + columns) of Z, and Wᵀ and G of a chunk. W is transposed so that sums over K run over its
+// rows and those of R. No barrier.
+template <int kColumns>
+__device__ __forceinline__ void load_apply_chunk(Update& update, const Codes& all_weights, const Codes& all_values,
+                                                 int64_t first, int count, int column0, int columns) {
   constexpr int kLd = kColumns + kStagePadding, kAcross = kColumns / 4;
-  using Whitening = typename TileOf<kRounding, 16, kColumns>::Type;
-  using Moving = typename TileOf<kRounding, 32, kColumns>::Type;
-  const int K = block.K, column0 = tile * kColumns, columns = min(kColumns, block.C - column0);
+  const int K = update.K, across_rows = update.rows / 4;
+  for (int n = threadIdx.x; n < kChunk * across_rows; n += kThreads) {
+    const int t = n % kChunk, k = n / kChunk * 4;
+    const float4 w = all_weights.load_four(first + t, k, all_weights.inner, update.unmasked[t] ? K - k : 0);
+    float* const to = update.weights_transposed + k * kLdWeights + t;
+    to[0] = w.x;
+    to[kLdWeights] = w.y;
+    to[2 * kLdWeights] = w.z;
+    to[3 * kLdWeights] = w.w;
+  }
+  for (int n = threadIdx.x; n < kChunk * across_rows; n += kThreads) {
+    const int t = n / across_rows, k = n % across_rows * 4;
+    const float* const from = update.factored.gains + (first + t) * update.width + k;
+    *reinterpret_cast<float4*>(update.gain + t * update.ld_gain + k) =
+        load_four(from, 1, t < count ? update.width - k : 0);
+  }
+  for (int n = threadIdx.x; n < kChunk * kAcross; n += kThreads) {
+    const int t = n / kAcross, column = n % kAcross * 4;
+    const int room = update.unmasked[t] ? columns - column : 0;
+    *reinterpret_cast<float4*>(update.whitened + t * kLd + column) =
+        all_values.load_four(first + t, column0 + column, all_values.inner, room);
+  }
+}
+
+// The apply phase of one tile of columns.
+template <Cores kCores, int kColumns>
+__device__ void apply_to_tile(Update& update, const PosteriorArgs<float>& args, int64_t b, int tile) {
+  constexpr int kLd = kColumns + kStagePadding, kAcross = kColumns / 4;
+  using WhiteningTile = typename TileOf<kCores, 16, kColumns>::Type;
+  using MeanTile = typename TileOf<kCores, 32, kColumns>::Type;
+  const int K = update.K, column0 = tile * kColumns, columns = min(kColumns, update.C - column0);
   const Codes all_weights = codes_of(args.weights, args.weights_type, b);
   const Codes all_values = codes_of(args.values, args.values_type, b);
-  const Side mean = side_of(args.mean, b);
-  for (int n = threadIdx.x; n < block.rows * kAcross; n += kThreads) {
+  const Operand mean = operand_of(args.mean, b);
+  for (int n = threadIdx.x; n < update.rows * kAcross; n += kThreads) {
     const int row = n / kAcross, column = n % kAcross * 4;
     const int room = row < K ? columns - column : 0;
-    *reinterpret_cast<float4*>(block.tile + row * kLd + column) = mean.four(row, column0 + column, mean.inner, room);
+    *reinterpret_cast<float4*>(update.tile + row * kLd + column) =
+        mean.load_four(row, column0 + column, mean.inner, room);
   }
-  for (int64_t first = 0; first < block.T; first += kChunk) {
-    const int count = load_chunk(block, args, b, first);
-    for (int n = threadIdx.x; n < kChunk * (block.rows / 4); n += kThreads) {
-      const int t = n % kChunk, k = n / kChunk * 4;
-      const int room = block.seen[t] ? K - k : 0;
-      const float4 w = all_weights.four(first + t, k, all_weights.inner, room);
-      float* const to = block.by_row + k * kLdWeights + t;
-      to[0] = w.x, to[kLdWeights] = w.y, to[2 * kLdWeights] = w.z, to[3 * kLdWeights] = w.w;
-    }
-    for (int n = threadIdx.x; n < kChunk * (block.rows / 4); n += kThreads) {
-      const int t = n / (block.rows / 4), k = n % (block.rows / 4) * 4;
-      *reinterpret_cast<float4*>(block.gain + t * block.ld_gain + k) =
-          four(from.gains + (first + t) * block.width + k, 1, t < count ? block.width - k : 0);
-    }
-    for (int n = threadIdx.x; n < kChunk * kAcross; n += kThreads) {
-      const int t = n / kAcross, column = n % kAcross * 4;
-      const int room = block.seen[t] ? columns - column : 0;
-      *reinterpret_cast<float4*>(block.error + t * kLd + column) =
-          all_values.four(first + t, column0 + column, all_values.inner, room);
-    }
+  for (int64_t first = 0; first < update.T; first += kChunk) {
+    const int count = load_chunk(update, args, b, first);
+    load_apply_chunk<kColumns>(update, all_weights, all_values, first, count, column0, columns);
     __syncthreads();
 
     // E = L⁻¹ (Z − W R)
-    Whitening whitening;
-    for (int k = 0; k < block.rows; k += kSlice)
-      whitening.add(block.by_row + k * kLdWeights, kLdWeights, block.tile + k * kLd, kLd, block);
-    whitening.store([&](int t, int column, const auto& sums) {
-      float* const at = block.error + t * kLd + column;
-      put_sum(at, at, 1, -1, sums, kColumns);
-    });
+    WhiteningTile whitening;
+    for (int k = 0; k < update.rows; k += kSlice)
+      whitening.add(update.weights_transposed + k * kLdWeights, kLdWeights, update.tile + k * kLd, kLd, update);
+    whitening.store(AddRows{update.whitened, kLd, kColumns, -1});
     __syncthreads();
-    apply_root<false>(from.roots + first * kChunk, kChunk, block.error, kLd, kColumns);
+    apply_inverse_block<false>(update.whitened, kLd, kChunk, kColumns, update.factored.inverse_blocks + first * kChunk);
     for (int t = threadIdx.x / 32; t < count; t += kWarps) {
-      const float energy = warp_squares(block.error + t * kLd, columns);
-      if (threadIdx.x % 32 == 0) block.energies[tile * block.T + first + t] = energy;
+      const float energy = squared_norm_by_warp(update.whitened + t * kLd, columns);
+      if (threadIdx.x % 32 == 0) update.energies[tile * update.T + first + t] = energy;
     }
 
     // R ← R + Gᵀ E
-    for (int row0 = 0; row0 < block.rows; row0 += 32) {
-      Moving moving;
-      moving.add(block.gain + row0, block.ld_gain, block.error, kLd, block);
-      moving.store([&](int row, int column, const auto& sums) {
-        float* const at = block.tile + (row0 + row) * kLd + column;
-        put_sum(at, at, 1, 1, sums, kColumns);
-      });
+    for (int row0 = 0; row0 < update.rows; row0 += 32) {
+      MeanTile change;
+      change.add(update.gain + row0, update.ld_gain, update.whitened, kLd, update);
+      change.store(AddRows{update.tile + row0 * kLd, kLd, kColumns, 1});
     }
     __syncthreads();
   }
   for (int n = threadIdx.x; n < K * kAcross; n += kThreads) {
     const int row = n / kAcross, column = n % kAcross * 4;
     float entries[4];
-    get(block.tile + row * kLd + column, 1, entries, 4);
-    put(element(args.new_mean, b, row, column0 + column), entries, columns - column);
+    load_columns(update.tile + row * kLd + column, 1, entries, 4);
+    store_columns(element(args.new_mean, b, row, column0 + column), entries, columns - column);
   }
   __syncthreads();
 }
 
-// What an update reports of each pattern, from its energy in every tile.
-__device__ void report(Update& block, const PosteriorArgs<float>& args, int64_t b, int64_t tiles) {
+// Store s and KL of each pattern and the log-evidence, from the energies of all tiles.
+__device__ void store_reports(Update& update, const PosteriorArgs<float>& args, int64_t b, int64_t tiles) {
   constexpr float kTwoPi = 6.283185307179586f;
-  const float C = static_cast<float>(block.C);
+  const float C = static_cast<float>(update.C);
   double log_evidence = 0;
-  for (int64_t t = threadIdx.x; t < block.T; t += kThreads) {
+  for (int64_t t = threadIdx.x; t < update.T; t += kThreads) {
     float energy = 0;
-    for (int64_t tile = 0; tile < tiles; ++tile) energy += block.energies[tile * block.T + t];
-    const float s = block.at.pivots[t], noise = *element(args.noise_var, b, t), beta = 1 - noise / s;
+    for (int64_t tile = 0; tile < tiles; ++tile) energy += update.energies[tile * update.T + t];
+    const float s = update.factored.pivots[t], noise = *element(args.noise_var, b, t), beta = 1 - noise / s;
     *element(args.innovation_var, b, t) = s;
     // KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s
     *element(args.kl, b, t) = 0.5f * (C * (logf(s / noise) - beta) + beta * energy);
-    if (seen(args, b, t)) log_evidence -= 0.5f * (C * logf(kTwoPi * s) + energy);
+    if (is_unmasked(args, b, t)) log_evidence -= 0.5f * (C * logf(kTwoPi * s) + energy);
   }
-  log_evidence = block_sum(log_evidence, block);
+  log_evidence = block_sum(log_evidence, update);
   if (threadIdx.x == 0) args.log_evidence[b] = static_cast<float>(log_evidence);
   __syncthreads();
 }
 
-template <Rounding kRounding, int kColumns>
+template <Cores kCores, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1) update_kernel(PosteriorArgs<float> args, int64_t B, Plan plan) {
-  Update& block = *reinterpret_cast<Update*>(dynamic_shared());
+  Update& update = *reinterpret_cast<Update*>(dynamic_shared());
   if (threadIdx.x == 0) {
-    Space space = space_of_block<Update>(plan.workspace);
-    lay_out<kColumns>(block, space, args, plan);
-    block.precision = args.precision;
+    Arena arena = arena_behind<Update>(plan.workspace);
+    lay_out<kColumns>(update, arena, args, plan);
+    update.precision = args.precision;
   }
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < B * plan.blocks_each; item += gridDim.x) {
-    const int64_t b = item / plan.blocks_each, share = item % plan.blocks_each;
+  for (int64_t task = blockIdx.x; task < B * plan.blocks_per_memory; task += gridDim.x) {
+    const int64_t b = task / plan.blocks_per_memory, share = task % plan.blocks_per_memory;
     if (threadIdx.x == 0) {
-      const bool alone = plan.factor && plan.apply;
-      block.at = alone ? block.own : of_memory(plan.factored, b, block.T, block.width);
-      block.energies = plan.energies + b * plan.tiles * block.T;
+      const bool fused = plan.factor && plan.apply;
+      update.factored = fused ? update.own_factored : of_memory(plan.factored, b, update.T, update.width);
+      update.energies = plan.energies + b * plan.tiles * update.T;
     }
     __syncthreads();
-    if (plan.factor) factor(block, args, b, share == 0);
+    if (plan.factor) factor_memory(update, args, b, share == 0);
     __syncthreads();
     if (!plan.apply) continue;
-    for (int64_t tile = share; tile < plan.tiles; tile += plan.blocks_each)
-      apply<kRounding, kColumns>(block, args, b, static_cast<int>(tile));
-    if (last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_each), block))
-      report(block, args, b, plan.tiles);
+    for (int64_t tile = share; tile < plan.tiles; tile += plan.blocks_per_memory)
+      apply_to_tile<kCores, kColumns>(update, args, b, static_cast<int>(tile));
+    if (last_to_arrive(plan.tickets + b, static_cast<unsigned>(plan.blocks_per_memory), update))
+      store_reports(update, args, b, plan.tiles);
     __syncthreads();
   }
 }
 
-template <Rounding kRounding, int kColumns>
+template <Cores kCores, int kColumns>
 const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, Plan plan,
                   cuda::Context& context) {
-  plan.workspace =
-      measure<Update>(device, [&](Update& head, Space& space) { lay_out<kColumns>(head, space, args, plan); });
-  const auto kernel = update_kernel<kRounding, kColumns>;
+  const auto layout = [&](Update& head, Arena& arena) { lay_out<kColumns>(head, arena, args, plan); };
+  plan.workspace = measure_workspace<Update>(device, layout);
+  const auto kernel = update_kernel<kCores, kColumns>;
   const int64_t resident = resident_blocks(device, kernel, plan.workspace);
-  plan.blocks_each = plan.apply ? min(plan.tiles, max(int64_t(1), resident / B)) : 1;
-  const int64_t blocks = min(B * plan.blocks_each, resident);
+  plan.blocks_per_memory = plan.apply ? min(plan.tiles, max(int64_t(1), resident / B)) : 1;
+  const int64_t blocks = min(B * plan.blocks_per_memory, resident);
   if (plan.workspace.block_floats > 0)
     plan.workspace.data = context.allocate(context, blocks * plan.workspace.block_floats);
   return launch(kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
@@ -294,8 +309,8 @@ template <int kColumns>
 const char* start(const Device& device, const PosteriorArgs<float>& args, int64_t B, const Plan& plan,
                   cuda::Context& context) {
   const bool exact = !plan.apply || args.precision == kIeee;
-  return exact ? start<kExact, kColumns>(device, args, B, plan, context)
-               : start<kTensor, kColumns>(device, args, B, plan, context);
+  return exact ? start<kCudaCores, kColumns>(device, args, B, plan, context)
+               : start<kTensorCores, kColumns>(device, args, B, plan, context);
 }
 
 }  // namespace
@@ -306,7 +321,7 @@ const char* cuda::update_posterior(const PosteriorArgs<float>& args, int64_t B, 
   const int width = round_up(static_cast<int>(args.K), 4);
   const bool fused = args.K <= kFusedRows;
 
-  // Narrow tiles where wide ones would leave multiprocessors idle, or would not fit on chip.
+  // Tiles are narrow where wide ones would leave multiprocessors idle or would not fit on chip.
   const int64_t wide_tiles = (args.C + 127) / 128;
   const bool narrow = args.K > 256 || B * wide_tiles < device.multiprocessors;
   Plan plan{};
@@ -317,7 +332,7 @@ const char* cuda::update_posterior(const PosteriorArgs<float>& args, int64_t B, 
     return error;
   if (!fused) {
     plan.factored = {context.allocate(context, max(int64_t(1), B * args.T_ * width)),
-                     context.allocate(context, max(int64_t(1), B * chunks_of(args.T_) * kChunk * kChunk)),
+                     context.allocate(context, max(int64_t(1), B * count_chunks(args.T_) * kChunk * kChunk)),
                      context.allocate(context, max(int64_t(1), B * args.T_))};
     plan.factor = true;
     if (const char* error = start<64>(device, args, B, plan, context)) return error;
