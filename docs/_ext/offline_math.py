@@ -13,6 +13,9 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
+# What docutils does not know, in words that it does.
+SUBSTITUTES = {r"\mathrel{+}=": r"\text{ += }", r"\mathrel{-}=": r"\text{ −= }"}
+
 
 class LabelledMath(MathDomain):
     """The label of an equation is its number."""
@@ -24,8 +27,11 @@ class LabelledMath(MathDomain):
 
 
 def mathml(node: nodes.Element, block: bool) -> str:
+    tex = node.astext()
+    for unknown, known in SUBSTITUTES.items():
+        tex = tex.replace(unknown, known)
     try:
-        return "".join(line.strip() for line in tex2mathml(node.astext(), as_block=block).splitlines())
+        return "".join(line.strip() for line in tex2mathml(tex, as_block=block).splitlines())
     except Exception as error:
         logger.warning("this equation cannot be drawn: %s", error, location=node)
         return ""

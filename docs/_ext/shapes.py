@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 
 BESIDE = re.compile(r"^\s+(\w+): [^#]+?,?\s+# (.+)$")
 ARGUMENT = re.compile(r"^(\s+)(\w+): (.*)$")
+SHAPE = re.compile(r"^(\[[^\]]*\])")
 
 
 def comments(thing: object) -> dict[str, str]:
@@ -27,10 +28,15 @@ def show_shapes(app, what, name, thing, options, lines: list[str]) -> None:
         shapes = comments(thing)
         for i, line in enumerate(lines):
             if (found := ARGUMENT.match(line)) and found[2] in shapes:
-                lines[i] = f"{found[1]}{found[2]} ({shapes[found[2]]}): {found[3]}"
+                lines[i] = f"{found[1]}{found[2]} ({shown(shapes[found[2]])}): {found[3]}"
     elif what == "class" and hasattr(thing, "_fields"):
         shapes = comments(thing)
-        lines += ["", *(f"* ``{field}``: {shapes.get(field, '')}" for field in thing._fields), ""]
+        lines += ["", *(f"* ``{field}``: {shown(shapes.get(field, ''))}" for field in thing._fields), ""]
+
+
+def shown(comment: str) -> str:
+    """A comment as text, the shape that it begins with as code."""
+    return SHAPE.sub(r"``\1``", comment)
 
 
 def skip_fields(app, what, name, thing, skip, options) -> bool | None:
