@@ -2,12 +2,14 @@
 
 import sys
 from importlib.metadata import version as version_of
+from importlib.resources import files
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fastkm"
 author = "the fastkm authors"
+copyright = author
 release = version = version_of("fastkm")
 
 extensions = [
@@ -15,7 +17,8 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
-    "offline_math",  # docs/_ext: equations as MathML, which browsers draw themselves
+    "sphinx.ext.mathjax",
+    "equation_labels",  # docs/_ext: equations are numbered by their labels
     "shapes",  # docs/_ext: shapes of arguments and fields, taken from the comments beside them
 ]
 source_suffix = {".md": "markdown"}
@@ -38,7 +41,9 @@ copybutton_prompt_text = "$ "
 
 html_theme = "furo"
 html_title = "fastkm"
-html_static_path = ["_static"]
+# MathJax from an installed package, one file with its glyphs inside: pages draw their equations without the network.
+html_static_path = ["_static", str(files("mathjax") / "static" / "mathjax" / "es5" / "tex-svg.js")]
+mathjax_path = "tex-svg.js"
 html_css_files = ["fastkm.css"]
 html_copy_source = False
 html_show_sphinx = False
