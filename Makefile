@@ -72,7 +72,9 @@ docs: setup $(VENV)/.docs ## the documentation, into docs/_build/html; a warning
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'fastkm: open docs/_build/html/index.html'
 
-readme: bench ## fill the tables of README.md from the code and a run of the benchmark
+readme: bench ## measure what the front page and docs/results/benchmark.md show, and write them; 10 minutes
+	$(BIN)/python -m benchmarks.suite --families update_posterior write read --presets M --batch 16 \
+		--dtypes float32 --sections groups --output results/front
 	$(BIN)/python tools/update_readme.py
 
 clean: ## remove what was built; the next target builds it again

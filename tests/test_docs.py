@@ -80,7 +80,18 @@ def test_python_of_the_readme_is_equivalent_to_the_functions_beside_it():
 
 def test_every_block_has_a_language_that_is_run_or_only_shown():
     run = {"python", "console", "sh", "cpp", "cuda"}
-    shown = {"", "text", "{math}", "{toctree}", "{image}", "{literalinclude}", "{include}", "{eval-rst}", "{admonition}"}
+    shown = {
+        "",
+        "text",
+        "{math}",
+        "{toctree}",
+        "{image}",
+        "{literalinclude}",
+        "{include}",
+        "{eval-rst}",
+        "{admonition}",
+    }
+    shown.add("{code-block}")  # test_toy_operation runs these
     for page in PAGES:
         languages = {language for language, _ in FENCE.findall(page.read_text())}
         assert languages <= run | shown, name_of(page)
@@ -151,25 +162,23 @@ def labels(svg: str) -> list[str]:
     return re.findall(r"<!-- (.*?) -->", svg)
 
 
-def test_a_front_line_takes_the_best_form_and_the_loop(generator):
-    record = {"operation": "write", "gradient": False, "preset": "M", "batch": 16, "error": 1.0, "allowed": 4.0}
-    kept = {"records": [{**record, "backend": "reference", "ms": 60.0}, {**record, "backend": "native", "ms": 2.0}]}
-    kept["forms"] = []
-    assert generator.front_line(kept, "write", False) == ("write", 60.0, None, 2.0, 0.25)
-    kept["forms"] = [{"operation": "write", "gradient": False, "queries": 32, "ms": 10.0}]
-    assert generator.front_line(kept, "write", False).best == 10.0
-    kept["records"].append({**record, "backend": "literal loop", "ms": 50.0})
-    assert generator.front_line(kept, "write", False)[1:3] == (50.0, 10.0)
+def test_a_front_line_of_the_short_benchmark(generator):
+    record = {"operation": "write", "gradient": True, "preset": "M", "batch": 16, "error": 1.0, "allowed": 4.0}
+    records = [{**record, "backend": "reference", "ms": 60.0}, {**record, "backend": "native", "ms": 2.0}]
+    assert generator.line_of_records(records)[:6] == ("write + gradient", 60.0, None, "", 2.0, 0.25)
+    records.append({**record, "backend": "literal loop", "ms": 90.0})
+    assert generator.line_of_records(records)[1:4] == (90.0, 60.0, "reference")
 
 
-def test_the_best_form_of_a_noisy_group_is_not_told(generator):
-    forms = [{"candidate": c, "kind": k, "seconds": {"median": s}} for c, k, s in
-             (("native", "native", 1), ("loop", "loop", 9), ("block", "eager", 5), ("compiled", "compiled", 4))]  # fmt: skip
-    group = {"operation": "write", "gradient": True, "preset": {"name": "M"}, "batch": 16, "dtype": "float32"}
-    group |= {"queries": 32, "void": False, "candidates": forms}
-    assert generator.best_form(group)["name"] == "compiled"
-    assert generator.best_form({**group, "void": True}) is None
-    assert generator.best_form({**group, "batch": 1}) is None
+def test_a_front_line_of_the_full_benchmark_takes_the_best_form_of_a_quiet_group(generator):
+    found = (("native", "native", 1), ("a loop", "loop", 9), ("block", "eager", 5), ("compiled", "compiled", 4))
+    told = {"error": 1.0, "allowed": 2.0}
+    timed = [{"candidate": c, "kind": k, "seconds": {"median": s / 1000}, **told} for c, k, s in found]
+    group = {"operation": "write", "gradient": False, "preset": {"name": "M"}, "batch": 16, "dtype": "float32"}
+    group |= {"queries": 32, "void": False, "candidates": [*timed, {"candidate": "peer", "kind": "peer"}]}
+    assert generator.line_of_group(group)[:6] == ("write", 9.0, 4.0, "compiled", 1.0, 0.5)
+    assert generator.line_of_group({**group, "void": True}) is None
+    assert generator.line_of_group({**group, "batch": 1}) is None
 
 
 # ---- links and size ------------------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastkm.cli.console import extra, markdown_table
+from fastkm.cli.console import markdown_table
 from fastkm.cli.doctor import capability_table
+from fastkm.testing.extras import import_extra
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"  # what the commands write; not kept
@@ -20,7 +21,7 @@ DOCS = ROOT / "docs"
 BENCHMARK = DOCS / "results" / "benchmark.json"  # what is kept of it
 FIGURE = DOCS / "images" / "speed.svg"
 
-PRESET, BATCH = "M", 16  # of the front page
+PRESET, BATCH, QUERIES = "M", 16, 32  # of the front page
 FRONT = tuple(
     (operation, gradient) for gradient in (False, True) for operation in ("update_posterior", "write", "read")
 )
@@ -34,13 +35,13 @@ FRONT_HEADERS = ("", "PyTorch loop", "PyTorch, best form", "fastkm", "times fast
 
 
 def collect() -> dict[str, Any]:
-    """What the pages need of results/bench.json and, where there is one, of results/full/suite.json."""
+    """What the pages need of results/bench.json and, for the front page, of results/front/suite.json."""
     report = json.loads((RESULTS / "bench.json").read_text())
     title = (RESULTS / "bench.md").read_text().partition("\n")[0]
-    kept = {"machine": report["machine"], "title": title, "records": [bench_record(r) for r in report["records"]]}
-    suite = RESULTS / "full" / "suite.json"
+    suite = RESULTS / "front" / "suite.json"
     groups = json.loads(suite.read_text())["groups"] if suite.exists() else []
-    return kept | {"forms": [form for group in groups if (form := best_form(group))]}
+    records = [bench_record(r) for r in report["records"]]
+    return {"machine": report["machine"], "title": title, "records": records, "front": front(records, groups)}
 
 
 def bench_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -53,50 +54,68 @@ def bench_record(record: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def best_form(group: dict[str, Any]) -> dict[str, Any] | None:
-    """The fastest verified form in PyTorch of a group of the full benchmark that was quiet enough to tell."""
-    shown = (group["preset"]["name"], group["batch"], group["dtype"]) == (PRESET, BATCH, "float32")
-    timed = [c for c in group["candidates"] if c["kind"] in ("reference", "eager", "compiled") and "seconds" in c]
-    if group["void"] or not shown or not timed:
+class Line(NamedTuple):
+    """A line of the front page, from one run of one command; times in ms."""
+
+    name: str
+    loop: float
+    best: float | None  # None: this command has no form in PyTorch but the loop
+    form: str  # which form is the best
+    own: float
+    error: float  # of the native kernel, over what is allowed
+    command: str
+
+
+def front(records: list[dict[str, Any]], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for each case: from the full benchmark if its group was quiet enough to tell, else from the short one."""
+    lines = []
+    for operation, gradient in FRONT:
+        case = {"operation": operation, "gradient": gradient}
+        full = [line for group in groups if matches(group, case) and (line := line_of_group(group))]
+        short = line_of_records([r for r in records if matches(r, case | {"preset": PRESET, "batch": BATCH})])
+        lines.append((full[0] if full else short)._asdict())
+    return lines
+
+
+def line_of_group(group: dict[str, Any]) -> Line | None:
+    wanted = (group["preset"]["name"], group["batch"], group["dtype"], group["queries"])
+    if group["void"] or wanted != (PRESET, BATCH, "float32", QUERIES):
         return None
-    best = min(timed, key=lambda c: c["seconds"]["median"])
-    about = {key: group[key] for key in ("operation", "gradient", "queries")}
-    return about | {"name": best["candidate"], "ms": 1e3 * best["seconds"]["median"]}
+    timed = [c for c in group["candidates"] if "seconds" in c]
+    loop, own = ([c for c in timed if c["kind"] == kind] for kind in ("loop", OWN))
+    forms = [c for c in timed if c["kind"] in (REFERENCE, "eager", "compiled")]
+    if not (loop and own and forms):
+        return None
+    best = min(forms, key=lambda c: c["seconds"]["median"])
+    loop_ms, best_ms, own_ms = (1e3 * c["seconds"]["median"] for c in (loop[0], best, own[0]))
+    error = own[0]["error"] / own[0]["allowed"]
+    return Line(line_name(group), loop_ms, best_ms, best["candidate"], own_ms, error, "make bench-full")
+
+
+def line_of_records(records: list[dict[str, Any]]) -> Line:
+    by_backend = {r["backend"]: r for r in records}
+    reference, own = by_backend[REFERENCE]["ms"], by_backend[OWN]
+    error = own["error"] / own["allowed"]
+    if LOOP in by_backend:
+        loop, best, form = by_backend[LOOP]["ms"], reference, REFERENCE
+    else:  # the reference is the loop
+        loop, best, form = reference, None, ""
+    return Line(line_name(own), loop, best, form, own["ms"], error, "make bench")
+
+
+def line_name(record: dict[str, Any]) -> str:
+    return record["operation"].removesuffix("_posterior") + (" + gradient" if record["gradient"] else "")
+
+
+def matches(record: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    return all(record[key] == value for key, value in wanted.items())
 
 
 # ---- the front page ------------------------------------------------------------------------------------------------
 
 
-class Line(NamedTuple):
-    """A line of the front page; times in ms."""
-
-    name: str
-    loop: float
-    best: float | None  # None: no form in PyTorch but the loop was timed
-    own: float
-    error: float  # of the native kernel, over what is allowed
-
-
 def front_lines(kept: dict[str, Any]) -> list[Line]:
-    return [front_line(kept, operation, gradient) for operation, gradient in FRONT]
-
-
-def front_line(kept: dict[str, Any], operation: str, gradient: bool) -> Line:
-    case = {"operation": operation, "gradient": gradient}
-    mine = [r for r in kept["records"] if matches(r, case | {"preset": PRESET, "batch": BATCH})]
-    by_backend = {r["backend"]: r for r in mine}
-    reference, own = by_backend[REFERENCE]["ms"], by_backend[OWN]
-    forms = [f["ms"] for f in kept["forms"] if matches(f, case | {"queries": 32})]
-    if LOOP in by_backend:
-        loop, best = by_backend[LOOP]["ms"], min([reference, *forms])
-    else:  # the reference is the loop
-        loop, best = reference, min(forms, default=None)
-    name = operation.removesuffix("_posterior") + (" + gradient" if gradient else "")
-    return Line(name, loop, best, own["ms"], own["error"] / own["allowed"])
-
-
-def matches(record: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    return all(record[key] == value for key, value in wanted.items())
+    return [Line(**line) for line in kept["front"]]
 
 
 def front_table(kept: dict[str, Any]) -> str:
@@ -107,9 +126,15 @@ def front_table(kept: dict[str, Any]) -> str:
         best = milliseconds(line.best) if line.best else "–"
         times = (milliseconds(line.loop), best, f"**{milliseconds(line.own)}**")
         rows.append((line.name, *times, " / ".join(faster), f"{line.error:.2f}"))
-    facts = kept["machine"]
-    where = f"B = {BATCH}, float32, preset {PRESET} (K = 64, C = 200, T = 64), {facts['threads']} threads, level "
-    return f"{where}{facts['instruction level']}, torch {facts['torch']}.\n\n{markdown_table(FRONT_HEADERS, rows)}"
+    facts, lines = kept["machine"], front_lines(kept)
+    commands = " and ".join(f"`{name}`" for name in sorted({line.command for line in lines}))
+    where = (
+        f"Printed by {commands}: B = {BATCH}, float32, preset {PRESET} (K = 64, C = 200, T = 64), "
+        f"{facts['threads']} threads, level {facts['instruction level']}, torch {facts['torch']}."
+    )
+    missing = ", ".join(line.name for line in lines if line.best is None)
+    note = f"\n\nNo form in PyTorch but the loop was timed of: {missing}. `make bench-full` times leaner ones."
+    return f"{where}\n\n{markdown_table(FRONT_HEADERS, rows)}{note if missing else ''}"
 
 
 def milliseconds(value: float) -> str:
@@ -118,8 +143,8 @@ def milliseconds(value: float) -> str:
 
 def draw(kept: dict[str, Any], path: Path) -> None:
     """Times on the left, on a logarithmic axis; errors against what is allowed on the right."""
-    extra("matplotlib").use("Agg")
-    pyplot = extra("matplotlib.pyplot")
+    import_extra("matplotlib").use("Agg")
+    pyplot = import_extra("matplotlib.pyplot")
     pyplot.rcParams |= {"svg.hashsalt": "fastkm", "font.size": 10}
     lines = front_lines(kept)
     figure, (left, right) = pyplot.subplots(
@@ -221,7 +246,7 @@ def main(arguments: list[str]) -> None:
         update(DOCS / "results" / "generative-model.md", study=study_section())
         return
     if "--pages" not in arguments:
-        BENCHMARK.write_text(json.dumps(collect(), indent=1, default=str) + "\n")
+        BENCHMARK.write_text(json.dumps(collect(), indent=1, default=str, ensure_ascii=False) + "\n")
     write_pages()
 
 
