@@ -41,7 +41,7 @@ def draw(picture: str, energy: torch.Tensor) -> None:  # [Q, n]
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axis.plot(range(1, energy.shape[1] + 1), energy.T, color="tab:blue", alpha=0.35)
+    axis.plot(range(1, energy.shape[1] + 1), energy.T.numpy(), color="tab:blue", alpha=0.35)
     axis.set(xlabel="iteration", ylabel="energy (nats)", title=f"{energy.shape[0]} damaged patterns being read")
     figure.savefig(picture, dpi=110)
 

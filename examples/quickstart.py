@@ -25,9 +25,7 @@ def main(picture: str | None = None) -> dict[str, float]:
     recalled = fastkm.read(written.state.mean, cues, ridge=0.01).values  # [1, T, 784]
 
     errors = {"cue": error(cues, digits), "recalled": error(recalled, digits)}
-    print(
-        f"root mean square error of the cues {errors['cue']:.3f}, of what the memory returns {errors['recalled']:.3f}"
-    )
+    print(f"root mean square error: cues {errors['cue']:.3f}, recalled {errors['recalled']:.3f}")
     if picture:
         draw(picture, digits[0], cues[0], recalled[0])
     return errors
@@ -44,7 +42,7 @@ def draw(picture: str, *rows: torch.Tensor) -> None:
     for axis_row, row, name in zip(axes, rows, ("written", "cue", "recalled"), strict=True):
         axis_row[0].set_ylabel(name)
         for axis, image in zip(axis_row, row[::2], strict=True):
-            axis.imshow(image.view(28, 28), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(image.view(28, 28).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     figure.savefig(picture, dpi=110)
 

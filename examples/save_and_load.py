@@ -39,7 +39,7 @@ def draw(picture: str, kl: torch.Tensor) -> None:  # [T]
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    axis.bar(range(1, T + 1), kl)
+    axis.bar(range(1, T + 1), kl.numpy())
     axis.axvline(STOP + 0.5, color="gray", linestyle="--", label="saved and loaded here")
     axis.set(xlabel="pattern", ylabel="nats", title="What each pattern teaches the memory")
     axis.legend()

@@ -44,6 +44,7 @@ def main(picture: str | None = None) -> dict[str, float]:
 def draw(picture: str, x, y, grid, guess, spread) -> None:
     from matplotlib import pyplot
 
+    x, y, grid, guess, spread = (values.numpy() for values in (x, y, grid, guess, spread))
     figure, axis = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     axis.plot(x, y, "k.", label="data")
     axis.plot(grid, guess, label="mean")

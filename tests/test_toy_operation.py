@@ -15,7 +15,7 @@ from fastkm._runtime import schema
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "development" / "adding-a-kernel.md"
 BLOCK = re.compile(
-    r"^```\{code-block\} \w+\n:caption: (new file|add to) ([^\n,]+)(?:, ([^\n]+))?\n\n(.*?)^```$", re.M | re.S
+    r"^```\{code-block\} \w+\n:caption: (new file|add to) `([^\n`]+)`(?:, ([^\n]+))?\n\n(.*?)^```$", re.M | re.S
 )
 
 # What an addition is put in front of: the first match in its file, or the end of the file.
