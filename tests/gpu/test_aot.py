@@ -68,7 +68,7 @@ def test_many_queries_of_one_memory_fill_a_chip(request):
 
 @pytest.mark.parametrize("operation", ["write", "write_backward", "update_posterior_backward", "read_backward"])
 def test_these_take_one_program_a_memory(request, operation):
-    """And leave a chip empty when there are few memories, which docs/results/kernels.md says."""
+    """And leave a chip empty when there are few memories, which docs/kernels.md says."""
     assert set(programs_of(request, operation, "L", Q=32)) == {1}
 
 
