@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format readme clean distclean
+.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -50,7 +50,7 @@ study: setup ## train the generative model on DATA='mnist PATH ...' and print ev
 gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhere what can be done without one
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs nvcc, minutes
+kernels: setup ## what every GPU kernel compiles to, into docs/results/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py
 
 test: setup ## the tests, and those of the GPU kernels once for each way of running them without a GPU
@@ -68,11 +68,17 @@ format: setup ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format
 	$(if $(FORMATTED),$(BIN)/clang-format -i $(FORMATTED))
 
-readme: bench ## fill the tables of README.md from the code and a run of the benchmark
+docs: setup $(VENV)/.docs ## the documentation, into docs/_build/html; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'fastkm: open docs/_build/html/index.html'
+
+readme: bench ## measure what the front page and docs/results/benchmark.md show, and write them; 10 minutes
+	$(BIN)/python -m benchmarks.suite --families update_posterior write read --presets M --batch 16 \
+		--dtypes float32 --sections groups --output results/front
 	$(BIN)/python tools/update_readme.py
 
 clean: ## remove what was built; the next target builds it again
-	rm -rf build dist *.egg-info fastkm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf build dist docs/_build *.egg-info fastkm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	rm -f $(VENV)/.installed
 
@@ -94,6 +100,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0  # says 3.12 but runs on 3.11; its needs are ours
 	@$(BIN)/python -m fastkm doctor
+	@touch $@
+
+# What the documentation is built with; the package itself is there.
+$(VENV)/.docs: $(VENV)/.installed
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt
+	@$(PIP) -r $@.txt
 	@touch $@
 
 # Packages to compare with, without what they depend on: nothing may replace the torch that is measured. One that cannot

@@ -1,4 +1,4 @@
-"""Fill the tables of docs/kernels.md: what the machine code of every GPU kernel shows. Run by `make kernels`.
+"""Fill the tables of docs/results/kernels.md: what the machine code of every GPU kernel shows. Run by `make kernels`.
 
 Nothing is launched. The CUDA kernels are looked at in the extension as it was built; their launchers run against
 ``record_launches.cpp``, which writes launches down. The Triton kernels are compiled for each target as their launchers
@@ -29,7 +29,7 @@ from fastkm.cli.console import markdown_table  # noqa: E402
 from fastkm.testing.presets import PRESETS, Preset  # noqa: E402
 from fastkm.testing.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
 
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "results" / "kernels.md"
 PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are told for this one
 TF32 = 2
 # Most shared memory a block may have, and multiprocessors: A100, H100, B200.
