@@ -53,10 +53,11 @@ def test_parts_add_up_and_reach_every_parameter():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_parts_are_the_equations():
+@pytest.mark.parametrize("num_reads", [1, 3])
+def test_parts_are_the_equations(num_reads):
     model, x = build(), patterns(B, T)
     torch.manual_seed(3)
-    loss = model.loss(x)
+    loss = model.loss(x, num_reads=num_reads)
     memory = model.memory
     codes = model.encoder(x.flatten(0, 1)).unflatten(0, (B, T))
     state = memory.write(codes).state
@@ -69,7 +70,7 @@ def test_parts_are_the_equations():
 
     prior = Normal(torch.zeros_like(weights), 1.0)
     kl = torch.distributions.kl_divergence(Normal(weights, memory.weight_var.sqrt()), prior).sum(-1)
-    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / T, nats(codes).mean())
+    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / (T * num_reads), nats(codes).mean())
     torch.testing.assert_close(loss[1:], wanted)
 
 
