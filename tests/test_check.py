@@ -430,6 +430,19 @@ def test_covariance_of_a_long_write_is_taken_again(backend, dtype):
         p = p._replace(state=call("write", p, backend).state)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}], ids=str)
+def test_a_gram_matrix_that_is_singular_in_its_dtype(options, operation, backend, dtype):
+    """Two equal rows and a ridge that vanishes beside them: the second pivot is zero, exactly."""
+    if operation not in ("solve_addressing", "read", "write") or (options and operation != "write"):
+        return
+    p = problem(3, 1, 1, 2, 4, dtype)
+    mean, ridge = p.state.mean.clone(), p.ridge.clone()
+    mean[1], ridge[1] = 1, 1e-30
+    p = p._replace(state=p.state._replace(mean=mean), ridge=ridge)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite in memory \[1\]$"):
+        call(operation, p, backend, **options)
+
+
 def test_mean_that_is_not_a_number(operation, backend, dtype):
     p = problem(4, 3, 3, K, C, dtype)
     mean = p.state.mean.clone()

@@ -192,6 +192,15 @@ def test_what_a_hook_raises_is_raised_once(plain):
     assert len(packed) == 1
 
 
+@pytest.mark.parametrize("operation", ["read", "solve_addressing"])
+@pytest.mark.parametrize("method", METHODS)
+def test_many_queries(operation, method):
+    """More than a tile of them, and the last tile not full."""
+    p = problem(2, 0, 150, 5, 6)
+    options = {"method": method}
+    assert_same(gradients(operation, p, "native", **options), gradients(operation, p, "reference", **options))
+
+
 # ------------------------------------------------------------------------------------------------------- hostile memory
 
 

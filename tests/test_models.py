@@ -83,6 +83,13 @@ def test_a_masked_pattern_is_as_if_it_were_not_there():
     torch.testing.assert_close(model.loss(x, mask), model.loss(x[:, :-2]))
 
 
+def test_an_episode_without_patterns_costs_what_its_memory_costs():
+    """All of them masked: nothing is read, and its memory is the prior."""
+    model, x = build(), patterns(B, T)
+    loss = model.loss(x, torch.zeros(B, T, dtype=torch.bool))
+    torch.testing.assert_close(torch.stack(loss), torch.zeros(5, dtype=x.dtype))
+
+
 @pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 def test_backends_agree():
     losses = []
@@ -178,6 +185,19 @@ def test_the_energy_never_rises():
     torch.testing.assert_close(read.patterns, cue)
     assert resting.any(), "the encoder does get it wrong"
     assert (read.num_iters < n).equal(resting)
+
+
+def test_a_step_that_leaves_the_energy_as_it_is_is_taken():
+    """A decoder that answers the same to every code, and cues that are its answer: nothing moves at all."""
+    model, n = build(), 4
+    with torch.no_grad():
+        model.decoder.linear.weight.zero_()
+    x = model.decoder.linear.bias.detach().view(1, 1, *SHAPE).expand(B, T, *SHAPE)
+    state = model.write(patterns(B, T)).state
+    read = model.attractor_read(x, n, state=state)
+    assert (read.energy == read.energy[..., :1]).all()
+    assert (read.num_iters == n).all()
+    assert (model.attractor_read(x, n, 0.0, state=state).num_iters == 2).all(), "but with a tolerance it has arrived"
 
 
 def test_a_query_stops_alone():

@@ -177,6 +177,13 @@ def test_without_tolerance_every_iteration_runs(tol):
     assert result.energy.shape == (2, 5, 4)
 
 
+def test_a_query_at_rest_has_arrived():
+    """A codec that always answers the same: the third read-out is the second, and the last with a tolerance of 0."""
+    p = problem(2, 1, 3, 4, 5)
+    assert (attract(p, clean=torch.ones_like, num_iters=6, tol=0.0).num_iters == 3).all()
+    assert (attract(p, clean=torch.ones_like, num_iters=6).num_iters == 6).all()
+
+
 def test_clean_runs_between_reads_only():
     seen = []
 
