@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format readme clean distclean
+.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test mutants lint format readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -56,6 +56,9 @@ kernels: setup ## what every GPU kernel compiles to, into docs/kernels.md; needs
 test: setup ## the tests, and those of the GPU kernels once for each way of running them without a GPU
 	$(BIN)/python -m pytest $(ARGS)
 	for rung in $(RUNGS); do $(BIN)/python -m pytest --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
+
+mutants: setup ## plant small faults one by one, each of which the tests must catch; an hour, and less when repeated
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

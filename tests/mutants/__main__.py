@@ -144,10 +144,9 @@ def run_whole(survivors: list[Fault], trees: dict[str, list[Tree]], results: Res
             options = [x for x in arguments if x.startswith("--")]
             unfit = tree.test([*options, *together.failed], first=False).failed if together.failed else ()
             suspects = [test for test in together.failed if test not in unfit]
-            say(
-                f"fails: {', '.join(suspects) or 'nothing'}"
-                + (f"; without a fault too: {', '.join(unfit)}" * bool(unfit))
-            )
+            say(f"fails: {', '.join(suspects) or 'nothing'}")
+            if unfit:
+                say(f"fails without a fault too: {', '.join(unfit)}")
             for fault in left:
                 if suspects and not (results.get(fault) or {}).get("caught_by"):
                     outcome = run_alone(fault, tree, tuple(suspects))

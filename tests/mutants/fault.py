@@ -1,5 +1,6 @@
 """What a fault is, and where in the tree it stands."""
 
+import itertools
 import re
 import zlib
 from collections.abc import Callable
@@ -20,9 +21,9 @@ PLACES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 class Fault(NamedTuple):
     """One small mistake: where ``before`` stands, ``after`` is written.
 
-    Whitespace does not count when ``before`` is looked for, so that a reformatted line is still found. In C++ ``before``
-    is a statement, with its semicolon, or an expression that could stand in parentheses where it is: it becomes one
-    branch of a switch.
+    Whitespace does not count when ``before`` is looked for, so that a reformatted line is still found. In C++
+    ``before`` is a statement, with its semicolon, or an expression that could stand in parentheses where it is: it
+    becomes one branch of a switch.
     """
 
     id: str
@@ -146,6 +147,6 @@ def overlapping(faults: list[Fault], root: Path = ROOT) -> list[str]:
     places = sorted((find(fault, root=root), fault.id) for fault in faults)
     return [
         f"{one} and {other}"
-        for (a, one), (b, other) in zip(places, places[1:], strict=False)
+        for (a, one), (b, other) in itertools.pairwise(places)
         if a.path == b.path and b.start < a.end
     ]

@@ -187,7 +187,8 @@ POSTERIOR = [
     fault(
         "update-covariance-grows",
         "the covariance gains what it should lose",
-        before="product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);",
+        before="product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain),"
+        " chunk.gain);",
         after="product_lower<Into::kAdd>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);",
         tests=(UPDATE,),
     ),
@@ -324,7 +325,7 @@ READING = [
         "the second tile of queries overwrites the gradient of the first",
         before="product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);",
         after="product<Into::kSet>(gradient.mean, count, transposed(weights), grad_values);",
-        tests=("tests/test_gradients.py",),
+        tests=(GRADIENT,),
     ),
     fault(
         "read-backward-gram-once",

@@ -1,4 +1,4 @@
-"""Faults in the kernels for GPUs, which run without one: the CUDA kernels on the host, the Triton kernels interpreted."""
+"""Faults in the kernels for GPUs; without one the CUDA kernels run on the host and the Triton ones interpreted."""
 
 from functools import partial
 
