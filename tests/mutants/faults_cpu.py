@@ -216,9 +216,9 @@ POSTERIOR = [
     ),
     fault(
         "update-backward-masked-values",
-        "cotangents of masked patterns are not cleared",
-        before="!args.seen(b, t)",
-        within="if (!args.seen(b, t)) __builtin_memset(cotangents.at(b, t)",
+        "the backward reads the values of a masked pattern",
+        before="!args.seen(b, first + t)",
+        within="if (!args.seen(b, first + t)) for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;",
         after="false",
         tests=("tests/test_gradients.py::test_masked_patterns_get_no_gradient_whatever_they_hold", GRADIENT),
     ),

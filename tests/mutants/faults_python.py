@@ -61,7 +61,7 @@ RUNTIME = [
         "a backend is taken for a dtype it does not compute in",
         before="dtype not in capability.devices[device]",
         after="device not in capability.devices",
-        tests=(BACKEND, "tests/test_gpu_command.py"),
+        tests=(BACKEND,),
     ),
     fault(
         "two-dtypes-in-a-float64-call",
@@ -459,7 +459,7 @@ ENGINE = [
         "the check of a kernel allows errors a thousand times as large",
         before="factor * (own[name] + roundings * torch.finfo(dtype).eps)",
         after="1000 * factor * (own[name] + roundings * torch.finfo(dtype).eps)",
-        tests=("tests/test_cli.py", "tests/test_benchmarks.py"),
+        tests=("tests/test_cli.py::test_a_wrong_kernel_is_found",),
     ),
 ]
 
