@@ -14,16 +14,16 @@ from queue import SimpleQueue
 
 from mutants.catalogue import FAULTS
 from mutants.fault import PLACES, ROOT, Fault, find, overlapping
-from mutants.trees import BUILD, LIBRARY, Outcome, Tree, digest, tracked
+from mutants.trees import BUILD, LIBRARY, Tree, digest, tracked
 
 RESULTS = BUILD / "results.json"
 MOST_SURVIVORS = 2
-# What runs everything, for each place a fault can stand in.
-WHOLE = {
-    "python": [()],
-    "cpu": [()],
-    "cuda": [("--kernels=simt", "tests/gpu", "tests/simt")],
-    "triton": [("--kernels=interpreter", "tests/gpu"), ("--kernels=ttsem", "tests/gpu")],
+# What runs everything, for each place a fault can stand in: options and folders of pytest.
+WHOLE: dict[str, list[tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "python": [((), ("tests",))],
+    "cpu": [((), ("tests",))],
+    "cuda": [(("--kernels=simt",), ("tests/gpu", "tests/simt"))],
+    "triton": [(("--kernels=interpreter",), ("tests/gpu",)), (("--kernels=ttsem",), ("tests/gpu",))],
 }
 
 
@@ -97,17 +97,6 @@ def check_unchanged(faults: list[Fault], trees: dict[str, list[Tree]], red: bool
             say(f"without a fault the other named tests of {place} pass, in {outcome.seconds:.0f} s")
 
 
-def run_alone(fault: Fault, tree: Tree, tests: tuple[str, ...]) -> Outcome:
-    arguments = [*fault.options, *tests]
-    if fault.compiled:
-        return tree.test(arguments, on=[fault])
-    tree.plant(fault)
-    try:
-        return tree.test(arguments)
-    finally:
-        tree.restore(fault)
-
-
 def run_named(faults: list[Fault], trees: dict[str, list[Tree]], results: Results, jobs: int) -> None:
     """Each fault alone against the tests it names."""
     free: SimpleQueue[int] = SimpleQueue()
@@ -118,7 +107,7 @@ def run_named(faults: list[Fault], trees: dict[str, list[Tree]], results: Result
         i = free.get()
         try:
             of_place = trees[fault.place]
-            outcome = run_alone(fault, of_place[i % len(of_place)], fault.tests)
+            outcome = of_place[i % len(of_place)].test([*fault.options, *fault.tests], [fault])
         finally:
             free.put(i)
         by = "" if outcome.passed else outcome.failed[0]
@@ -131,32 +120,31 @@ def run_named(faults: list[Fault], trees: dict[str, list[Tree]], results: Result
 
 def run_whole(survivors: list[Fault], trees: dict[str, list[Tree]], results: Results) -> None:
     """All that is left at once against the whole suite, and each alone against what fails there."""
-    for place in ("python", "cpu", "cuda", "triton"):
+    for place in PLACES:
         left = [fault for fault in survivors if fault.place == place]
-        if not left:
-            continue
-        tree = trees[place][0]
-        say(f"the whole suite on {len(left)} faults in {place} at once: {', '.join(fault.id for fault in left)}")
-        for arguments in WHOLE[place]:
+        for options, folders in WHOLE[place] if left else ():
+            say(f"the whole suite {' '.join(options)} on {', '.join(fault.id for fault in left)} at once")
+            tree = trees[place][0]
+            suspects = find_suspects(tree, left, options, folders)
             for fault in left:
-                if not fault.compiled:
-                    tree.plant(fault)
-            together = tree.test(arguments, on=[f for f in left if f.compiled], first=False)
-            for fault in left:
-                if not fault.compiled:
-                    tree.restore(fault)
-            options = [x for x in arguments if x.startswith("--")]
-            unfit = tree.test([*options, *together.failed], first=False).failed if together.failed else ()
-            suspects = [test for test in together.failed if test not in unfit]
-            say(f"fails: {', '.join(suspects) or 'nothing'}")
-            if unfit:
-                say(f"fails without a fault too: {', '.join(unfit)}")
-            for fault in left:
-                if suspects and not (results.get(fault) or {}).get("caught_by"):
-                    outcome = run_alone(fault, tree, tuple(suspects))
-                    if not outcome.passed:
-                        results.put(fault, outcome.failed[0], outcome.seconds, named=False)
-                        say(f"{fault.id}: caught by {outcome.failed[0]}")
+                outcome = tree.test([*options, *suspects], [fault]) if suspects else None
+                if outcome and not outcome.passed:
+                    results.put(fault, outcome.failed[0], outcome.seconds, named=False)
+                    say(f"{fault.id}: caught by {outcome.failed[0]}")
+            left = [fault for fault in left if not results.get(fault)["caught_by"]]
+            if not left:
+                break
+
+
+def find_suspects(tree: Tree, faults: list[Fault], options: tuple[str, ...], folders: tuple[str, ...]) -> list[str]:
+    """The tests that fail with all these faults and pass without one; all tests, where a crash hides which they are."""
+    together = tree.test([*options, *folders], faults, first=False)
+    if not all("::" in test for test in together.failed):
+        return list(folders)
+    unfit = tree.test([*options, *together.failed], first=False).failed if together.failed else ()
+    if unfit:
+        say(f"fails without a fault too: {', '.join(unfit)}")
+    return [test for test in together.failed if test not in unfit]
 
 
 # ---- the report ----------------------------------------------------------------------------------------------------

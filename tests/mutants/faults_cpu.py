@@ -296,7 +296,7 @@ READING = [
         "a thread whose tiles belong to two memories answers all from the first",
         before="smaller(end, (b + 1) * tiles)",
         after="end",
-        tests=("tests/test_purity.py::test_the_number_of_threads_changes_no_bit", "tests/test_reading.py"),
+        tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
     ),
     fault(
         "read-squared-gram-forgotten",
@@ -339,7 +339,7 @@ READING = [
         "a memory without a factor gets a finite gradient",
         before="if (args.info[b] != kGood) poison(memory.factor);",
         after=";",
-        tests=("tests/test_gradients.py::test_a_backward_operator_refuses_what_does_not_fit",),
+        tests=("tests/test_gradients.py::test_without_a_factor_there_is_no_gradient",),
     ),
 ]
 
@@ -532,7 +532,7 @@ BINDINGS = [
         "where threads share a memory, queries that do not fill a tile are not answered",
         before="B * ((args.Q + kQueryTile - 1) / kQueryTile)",
         after="B * (args.Q / kQueryTile)",
-        tests=("tests/test_purity.py::test_the_number_of_threads_changes_no_bit",),
+        tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
     ),
     fault(
         "cotangent-of-kl-for-variance",
