@@ -16,6 +16,7 @@ WRITE_PRESETS = "tests/test_writing.py::test_presets_in_float32"
 KL = "tests/test_matrix_normal.py::test_kl_memory_is_that_of_matrix_normals_and_of_dense_gaussians"
 LOGDET = "tests/test_matrix_normal.py::test_logdet"
 GRADIENT = "tests/test_gradients.py::test_equals_the_reference"
+LEVELS = "tests/test_registration.py::test_every_instruction_set_is_as_good_as_the_reference"
 COVARIANCE = "tests/test_check.py::test_covariance_that_is_none"
 
 LINALG = [
@@ -473,7 +474,7 @@ MATRIX_NORMAL = [
         "a column of the last vector counts twice",
         before="W - (C - whole)",
         after="W - (C - whole) - 1",
-        tests=(KL,),
+        tests=(KL, LEVELS),
     ),
     fault(
         "kl-rows-beyond-the-last",
@@ -514,9 +515,9 @@ BINDINGS = [
         tests=("tests/test_check.py::test_noise_of_every_pattern_must_be_positive_and_finite",),
     ),
     fault(
-        "infinite-noise-admitted",
-        "an infinite variance passes the operator",
-        before="*numbers.at(b, t) <= std::numeric_limits<T>::max()",
+        "zero-noise-admitted",
+        "a variance of zero passes the operator",
+        before="*numbers.at(b, t) >= std::numeric_limits<T>::min()",
         after="true",
         tests=("tests/test_check.py::test_variance_must_be_positive_and_finite",),
     ),
