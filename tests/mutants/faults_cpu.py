@@ -40,8 +40,8 @@ LINALG = [
     fault(
         "product-repeats-a-run",
         "the second run of a long sum reads the columns of the first",
-        before="a.data + first * a.column",
-        after="a.data",
+        before="a.columns_from(first)",
+        after="a",
         tests=(READ_PRESETS, WRITE_PRESETS),
     ),
     fault(
@@ -70,7 +70,7 @@ LINALG = [
         "norms-without-their-tail",
         "the squared norms of rows leave out the columns that do not fill a vector",
         before="sum[lane] = last * last;",
-        after="sum[lane] = Vec<T>{};",
+        after="sum[lane] = Vec<Real>{};",
         tests=(UPDATE,),
     ),
     fault(
@@ -83,7 +83,7 @@ LINALG = [
     fault(
         "solve-without-what-is-above",
         "a tile of a solve does not meet the tiles above it",
-        before="tile.add_product(i, f.lower.row(i), f.lower.ld, 1, x, ldx);",
+        before="tile.add_product(i, operand(f.lower).rows_from(i), x);",
         after=";",
         tests=(UPDATE,),
     ),
@@ -112,21 +112,21 @@ LINALG = [
     fault(
         "symmetrise-halves-nothing",
         "a matrix and its transpose are added and not halved, in rows that do not fill a vector",
-        before="T(0.5) * (a.row(i)[j] + a.row(j)[i])",
+        before="Real(0.5) * (a.row(i)[j] + a.row(j)[i])",
         after="(a.row(i)[j] + a.row(j)[i])",
         tests=(GRADIENT,),
     ),
     fault(
         "asymmetry-slack",
         "a thousandfold slack for asymmetric covariances",
-        before="std::sqrt(std::numeric_limits<T>::epsilon()) * __builtin_bit_cast(T, scale)",
-        after="1000 * std::sqrt(std::numeric_limits<T>::epsilon()) * __builtin_bit_cast(T, scale)",
+        before="std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
+        after="1000 * std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
         tests=("tests/test_check.py",),
     ),
     fault(
         "infinite-covariance-passes",
         "a covariance with an entry that is not finite is not found by the check of symmetry",
-        before="if (most - most != 0) return kNotPositiveDefinite;",
+        before="if (largest - largest != 0) return kNotPositiveDefinite;",
         after=";",
         tests=(COVARIANCE,),
     ),
@@ -143,8 +143,8 @@ POSTERIOR = [
     fault(
         "indefinite-slack-update",
         "a thousandfold slack for indefinite covariances",
-        before="4 * static_cast<T>(K + count)",
-        after="4000 * static_cast<T>(K + count)",
+        before="4 * static_cast<Real>(K + count)",
+        after="4000 * static_cast<Real>(K + count)",
         tests=("tests/test_check.py",),
     ),
     fault(
@@ -157,8 +157,8 @@ POSTERIOR = [
     fault(
         "update-evidence-of-masked",
         "masked patterns count in the log evidence",
-        before="seen",
-        within="if (seen) log_evidence",
+        before="unmasked",
+        within="if (unmasked) log_evidence",
         after="true",
         tests=(UPDATE,),
     ),
@@ -180,8 +180,8 @@ POSTERIOR = [
     fault(
         "masked-pattern-read",
         "a masked pattern is loaded as it is",
-        before="!args.seen(b, first + t)",
-        within="if (!args.seen(b, first + t)) __builtin_memset(to.row(t)",
+        before="!args.unmasked(b, first + t)",
+        within="if (!args.unmasked(b, first + t)) __builtin_memset(to.row(t)",
         after="false",
         tests=("tests/test_posterior.py::test_what_a_masked_pattern_holds_is_never_read", UPDATE),
     ),
@@ -205,7 +205,7 @@ POSTERIOR = [
         "the gradient of the KL by the noise leaves out the energy",
         before="energy / s",
         within="1 / noise) - energy / s",
-        after="T(0)",
+        after="Real(0)",
         tests=(GRADIENT,),
     ),
     fault(
@@ -218,8 +218,8 @@ POSTERIOR = [
     fault(
         "update-backward-masked-values",
         "the backward reads the values of a masked pattern",
-        before="!args.seen(b, first + t)",
-        within="if (!args.seen(b, first + t)) for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;",
+        before="!args.unmasked(b, first + t)",
+        within="if (!args.unmasked(b, first + t)) for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;",
         after="false",
         tests=("tests/test_gradients.py::test_masked_patterns_get_no_gradient_whatever_they_hold", GRADIENT),
     ),
@@ -227,7 +227,7 @@ POSTERIOR = [
         "update-backward-asymmetric",
         "the cotangent of the covariance is not made symmetric between chunks",
         before="symmetrise(grad.cov);",
-        within="left(V_bar), chunk.weights, upcoming); symmetrise(grad.cov);",
+        within="operand(V_bar), chunk.weights, prefetch); symmetrise(grad.cov);",
         after=";",
         tests=(GRADIENT,),
     ),
@@ -281,8 +281,8 @@ READING = [
     fault(
         "read-strides-swapped",
         "rows and columns of strided queries are exchanged",
-        before="Left<T>{queries.at(b), queries.stride[1], queries.stride[2]}",
-        after="Left<T>{queries.at(b), queries.stride[2], queries.stride[1]}",
+        before="Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]}",
+        after="Operand<Real>{queries.at(b), queries.stride[2], queries.stride[1]}",
         tests=(READ,),
     ),
     fault(
@@ -338,7 +338,7 @@ READING = [
     fault(
         "read-backward-no-poison",
         "a memory without a factor gets a finite gradient",
-        before="if (args.info[b] != kGood) poison(memory.factor);",
+        before="if (args.info[b] != kGood) poison_factor(memory.factor);",
         after=";",
         tests=("tests/test_gradients.py::test_without_a_factor_there_is_no_gradient",),
     ),
@@ -363,7 +363,7 @@ WRITING = [
         "write-skips-the-next-pattern",
         "the inner products of the next pattern are not brought up to date",
         before="t + 1",
-        within="for (int64_t later = t + 1; later < space.cross.rows; ++later) { T* x = space.cross.row(later);",
+        within="for (int64_t later = t + 1; later < space.cross.rows; ++later) { Real* x = space.cross.row(later);",
         after="t + 2",
         tests=(WRITE,),
     ),
@@ -384,7 +384,7 @@ WRITING = [
     fault(
         "write-masked-variance",
         "a masked pattern's variance is that of the search, which skipped it",
-        before="args.seen(b, first + t) ? search.s[from + t] : noise",
+        before="args.unmasked(b, first + t) ? search.s[from + t] : noise",
         after="search.s[from + t]",
         tests=(WRITE,),
     ),
@@ -412,8 +412,8 @@ WRITING = [
     fault(
         "write-indefinite-unnoticed",
         "a write does not notice a variance below the noise",
-        before="chunk.good &= admit(s, Floors<T>{&noise, &slack}, 0);",
-        after="admit(s, Floors<T>{&noise, &slack}, 0);",
+        before="chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
+        after="check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
         tests=("tests/test_check.py",),
     ),
     fault(
@@ -441,7 +441,7 @@ WRITING = [
     fault(
         "write-backward-squared-gram",
         "one of the two Gram matrices of a squared solve gets no gradient",
-        before="add_symmetric_outer(gram_bar, T(-1), gram_v, made.w);",
+        before="add_symmetric_outer(gram_bar, Real(-1), gram_v, made.w);",
         after=";",
         tests=(GRADIENT,),
     ),
@@ -479,22 +479,22 @@ MATRIX_NORMAL = [
     fault(
         "kl-rows-beyond-the-last",
         "rows of a tile beyond the last row count",
-        before="sum += r < count ? x * x : Vec<T>{};",
+        before="sum += r < count ? x * x : Vec<Real>{};",
         after="sum += x * x;",
         tests=(KL,),
     ),
     fault(
         "kl-backward-prior-mean",
         "the prior's mean gets the gradient of the mean",
-        before="scale(shift, T(-1));",
+        before="scale(shift, Real(-1));",
         after=";",
         tests=("tests/test_gradients.py::test_finite_differences", GRADIENT),
     ),
     fault(
         "kl-backward-wrong-factor",
         "the covariance's gradient is solved with the prior's factor twice",
-        before="solve_rows(cov, gap, arena);",
-        after="solve_rows(prior_cov, gap, arena);",
+        before="solve_covariance(cov, gap, arena);",
+        after="solve_covariance(prior_cov, gap, arena);",
         tests=(GRADIENT,),
     ),
     fault(
@@ -517,7 +517,14 @@ BINDINGS = [
     fault(
         "zero-noise-admitted",
         "a variance of zero passes the operator",
-        before="*numbers.at(b, t) >= std::numeric_limits<T>::min()",
+        before="*numbers.at(b, t) >= std::numeric_limits<Real>::min()",
+        after="true",
+        tests=("tests/test_check.py::test_variance_must_be_positive_and_finite",),
+    ),
+    fault(
+        "infinite-noise-admitted",
+        "an infinite variance passes the operator",
+        before="*numbers.at(b, t) <= std::numeric_limits<Real>::max()",
         after="true",
         tests=("tests/test_check.py::test_variance_must_be_positive_and_finite",),
     ),
@@ -538,8 +545,8 @@ BINDINGS = [
     fault(
         "cotangent-of-kl-for-variance",
         "the cotangent of the innovation variance is read from that of the KL",
-        before='cotangent_of<T>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean)',
-        after='cotangent_of<T>(grad_kl, "grad_innovation_var", {B, T_}, mean)',
+        before='cotangent_of<Real>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean)',
+        after='cotangent_of<Real>(grad_kl, "grad_innovation_var", {B, T_}, mean)',
         tests=(GRADIENT,),
     ),
 ]

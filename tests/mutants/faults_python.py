@@ -38,14 +38,15 @@ RUNTIME = [
     fault(
         "saved-input-for-output",
         "the backward of a write gets the new covariance in the place of the weights it found",
-        before="keep=slice(2, 3)",
-        after="keep=slice(1, 2)",
+        before="WEIGHTS = slice(2, 3)",
+        after="WEIGHTS = slice(1, 2)",
         tests=("tests/test_gradients.py::test_equals_the_reference",),
     ),
     fault(
         "bad-status-not-raised-plainly",
         "a plain call hands back what a failed factorisation left",
-        before="if any(outputs[-1].tolist()):",
+        before="if any(info.tolist()):",
+        within="info = outputs[-1] if any(info.tolist()):",
         after="if False:",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
     ),
@@ -128,12 +129,25 @@ RUNTIME = [
         tests=(f"{TRANSFORMS}::test_a_codec_runs_under_autocast",),
     ),
     fault(
-        "write-status-of-the-reference-lost",
-        "a write by the reference hands back what a failed factorisation left",
-        before='guards.factored(outputs[-1], "state.cov")',
-        within='SQUARED_GRAM[method], mask, rounding) guards.factored(outputs[-1], "state.cov")',
+        "bad-status-of-a-checked-call-lost",
+        "a call that is not plain hands back what a failed factorisation left",
+        before="raise_failures(outputs[-1], operation.factored)",
         after="pass",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
+    ),
+    fault(
+        "refused-call-computed-anyway",
+        "an option that is a tensor is taken for what it is not",
+        before="if options != operation.num_options:",
+        after="if False:",
+        tests=(f"{CHECK}::test_counts", CHECK),
+    ),
+    fault(
+        "no-grad-not-asked",
+        "a plain call records a gradient where none is recorded",
+        before="wants_gradient and torch.is_grad_enabled()",
+        after="wants_gradient",
+        tests=("tests/test_gradients.py::test_nothing_is_entered_or_saved_where_no_gradient_is_wanted",),
     ),
 ]
 
@@ -457,8 +471,8 @@ ENGINE = [
     fault(
         "check-forgives-a-thousandfold",
         "the check of a kernel allows errors a thousand times as large",
-        before="factor * (own[name] + roundings * torch.finfo(dtype).eps)",
-        after="1000 * factor * (own[name] + roundings * torch.finfo(dtype).eps)",
+        before="allowance.factor * (rounding[name]",
+        after="1000 * allowance.factor * (rounding[name]",
         tests=("tests/test_cli.py::test_a_wrong_kernel_is_found",),
     ),
 ]
