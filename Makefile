@@ -14,13 +14,16 @@ DATA ?= mnist
 # Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves.
 RUNGS ?= simt interpreter ttsem aot
 
+# How many processes run the tests; a process takes about 1 GiB.
+PARALLEL ?= -n auto --maxprocesses 8
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test lint format docs readme clean distclean
+.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test test-kernels mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -53,9 +56,14 @@ gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhe
 kernels: setup ## what every GPU kernel compiles to, into docs/results/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py
 
-test: setup ## the tests, and those of the GPU kernels once for each way of running them without a GPU
-	$(BIN)/python -m pytest $(ARGS)
-	for rung in $(RUNGS); do $(BIN)/python -m pytest --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
+test: setup ## the tests of the package, in as many processes as there are processors
+	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(ARGS)
+
+test-kernels: setup ## the tests of the GPU kernels, once for each way of running them without a GPU
+	for rung in $(RUNGS); do $(BIN)/python -m pytest $(PARALLEL) --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
+
+mutants: setup ## plant small faults one by one, each of which the tests must catch; an hour, and less when repeated
+	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from oracle import call, flat, problem
+from oracle import Problem, call, flat, problem
 
 import fastkm
 from fastkm import MemoryState
@@ -373,6 +373,41 @@ def test_negative_direction_in_the_patterns_weights(backend, dtype):
         call("update_posterior", sick(problem(5, 4, 3, K, C, dtype), [1, 4], "slightly indefinite"), backend)
 
 
+@pytest.mark.parametrize("operation", ["update_posterior", "write"])
+@pytest.mark.parametrize(("times", "refused"), [(1 / 50, False), (50, True)], ids=["rounding", "more than rounding"])
+def test_a_covariance_is_indefinite_by_more_than_rounding(times, refused, operation, backend, dtype):
+    """A variance may fall below σ² by ``4 (K + T) eps`` of itself: what rounding makes of one that is σ² exactly."""
+    mean, cov = torch.zeros(1, K, 2, dtype=dtype), torch.eye(K, dtype=dtype).unsqueeze(0)
+    mean[0, 0, 0] = 1
+    weights, values = torch.zeros(1, 1, K, dtype=dtype), torch.tensor([[[2.0, 0.0]]], dtype=dtype)
+    weights[0, 0, 0] = 1  # which is also where a write with λ = 1 finds the pattern
+    cov[0, 0, 0] = -times * 4 * (K + 1) * torch.finfo(dtype).eps
+    one = torch.ones(1, 1, dtype=dtype)
+    p = Problem(MemoryState(mean, cov), weights, values, values, one, one[0], None)
+    if refused:
+        with pytest.raises(torch.linalg.LinAlgError, match=r"state\.cov is not positive definite in memory \[0\]$"):
+            call(operation, p, backend)
+    else:
+        assert call(operation, p, backend).innovation_var.item() == 1
+
+
+@pytest.mark.parametrize("operation", COVARIANCES)
+@pytest.mark.parametrize(("times", "refused"), [(1 / 5, False), (5, True)], ids=["rounding", "more than rounding"])
+@pytest.mark.parametrize("size", [K, 33])  # of whole vectors and of what is left of them
+def test_a_covariance_is_asymmetric_by_more_than_rounding(size, times, refused, operation, backend, dtype):
+    """Two entries across the diagonal may differ by ``√eps`` of the largest."""
+    for row, column in ((1, 0), (size - 1, 0), (size - 1, size - 2)):
+        p = problem(1, 2, 1, size, 3, dtype)
+        cov = p.state.cov.clone()
+        cov[0, row, column] += times * torch.finfo(dtype).eps ** 0.5 * cov.abs().max()
+        p = p._replace(state=p.state._replace(cov=cov))
+        if refused:
+            with pytest.raises(torch.linalg.LinAlgError, match=r"is not symmetric in memory \[0\]$"):
+                call(operation, p, backend)
+        else:
+            call(operation, p, backend)
+
+
 def test_two_diseases_at_once(backend, dtype):
     p = sick(sick(problem(5, 4, 3, K, C, dtype), [1], "asymmetric"), [0, 4], "indefinite")
     pattern = r"state\.cov is not symmetric in memory \[1\] and not positive definite in memories \[0, 4\]$"
@@ -393,6 +428,19 @@ def test_covariance_of_a_long_write_is_taken_again(backend, dtype):
     p = problem(2, 150, 1, 9, 8, dtype)
     for _ in range(3):
         p = p._replace(state=call("write", p, backend).state)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}], ids=str)
+def test_a_gram_matrix_that_is_singular_in_its_dtype(options, operation, backend, dtype):
+    """Two equal rows and a ridge that vanishes beside them: the second pivot is zero, exactly."""
+    if operation not in ("solve_addressing", "read", "write") or (options and operation != "write"):
+        return
+    p = problem(3, 1, 1, 2, 4, dtype)
+    mean, ridge = p.state.mean.clone(), p.ridge.clone()
+    mean[1], ridge[1] = 1, 1e-30
+    p = p._replace(state=p.state._replace(mean=mean), ridge=ridge)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite in memory \[1\]$"):
+        call(operation, p, backend, **options)
 
 
 def test_mean_that_is_not_a_number(operation, backend, dtype):

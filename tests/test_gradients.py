@@ -192,6 +192,15 @@ def test_what_a_hook_raises_is_raised_once(plain):
     assert len(packed) == 1
 
 
+@pytest.mark.parametrize("operation", ["read", "solve_addressing"])
+@pytest.mark.parametrize("method", METHODS)
+def test_many_queries(operation, method):
+    """More than a tile of them, and the last tile not full."""
+    p = problem(2, 0, 150, 5, 6)
+    options = {"method": method}
+    assert_same(gradients(operation, p, "native", **options), gradients(operation, p, "reference", **options))
+
+
 # ------------------------------------------------------------------------------------------------------- hostile memory
 
 
@@ -428,6 +437,26 @@ def test_a_backward_operator_refuses_what_does_not_fit():
         torch.ops.fastkm.logdet_backward(given[0], given[1][:1])
     with pytest.raises(RuntimeError, match="shape or dtype"):
         torch.ops.fastkm.logdet_backward(given[0], given[1].float())
+
+
+def test_without_a_factor_there_is_no_gradient():
+    """The second memory cannot be factored: its gradients are NaN, and those of the others are as without it."""
+    p = problem(3, 1, 4, 5, 6)
+    mean, cov, ridge = p.state.mean.clone(), p.state.cov.clone(), p.ridge.clone()
+    mean[1], ridge[1], cov[1, 2, 2] = 1, 1e-30, -1.0  # equal rows, whose Gram matrix has a second pivot of zero
+    for squared in (False, True):
+        rest = (p.queries, ridge, 2, squared, 0, torch.ones_like(p.queries), None)
+        found = torch.ops.fastkm.read_backward(mean, *rest)
+        for x, good in zip(found, torch.ops.fastkm.read_backward(p.state.mean, *rest), strict=True):
+            assert x[1].isnan().all()
+            assert torch.equal(x[::2], good[::2])
+    per_memory = torch.ones_like(ridge)
+    assert torch.ops.fastkm.logdet_backward(cov, per_memory).isnan().flatten(1).all(1).tolist() == [False, True, False]
+    for state, prior in (((mean, cov), p.state), (p.state, (mean, cov))):
+        to_cov, to_prior_cov = torch.ops.fastkm.kl_memory_backward(*state, *prior, per_memory)[1::2]
+        assert to_cov[1].isnan().all()
+        assert to_cov[::2].isfinite().all()
+        assert to_prior_cov[::2].isfinite().all()
 
 
 # ----------------------------------------------------------------------------------------------------------- the module

@@ -468,6 +468,21 @@ def test_logdet_and_kl_memory_name_the_memories_that_fail(poison, backend):
             kl_memory(*pair, backend=backend)
 
 
+@pytest.mark.parametrize("variance", [-1.0, 0.0])
+@pytest.mark.parametrize("row", [0, 17, 39])
+def test_a_direction_without_a_variance_is_found_in_every_block(row, variance, dtype, backend):
+    """A factor is made block by block; each of them can fail."""
+    cov = torch.eye(40, dtype=dtype).repeat(2, 1, 1)
+    mean = torch.zeros(2, 40, 3, dtype=dtype)
+    good = MemoryState(mean, cov.clone())
+    cov[1, row, row] = variance
+    with pytest.raises(LinAlgError, match=r"cov is not positive definite in memory \[1\]"):
+        logdet(cov, backend=backend)
+    for pair in ((MemoryState(mean, cov), good), (good, MemoryState(mean, cov))):
+        with pytest.raises(LinAlgError, match=r"cov is not positive definite in memory \[1\]"):
+            kl_memory(*pair, backend=backend)
+
+
 def _poisoned(cov, poison, entry):
     cov = cov.clone()
     bad = cov[entry]

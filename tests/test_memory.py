@@ -217,6 +217,19 @@ def test_one_memory_is_sampled_per_read():
 
 
 @torch.no_grad()
+def test_sampled_weights_decode_the_sampled_memory():
+    """With both options a read decodes the M it addressed: here with weights that have next to no variance."""
+    module = memory(sample_w=True, sample_memory=True)
+    state = written(module)
+    module.log_weight_stddev.fill_(-30)
+    values, weights = module.read(torch.randn(B, 3 * K, C).double(), state)
+    normal = weights[:, :K].mT @ weights[:, :K]
+    sampled = torch.cholesky_solve(weights[:, :K].mT @ values[:, :K], torch.linalg.cholesky(normal))
+    torch.testing.assert_close(weights @ sampled, values, rtol=1e-6, atol=1e-6)
+    assert (sampled - state.mean).abs().max() > 0.01
+
+
+@torch.no_grad()
 def test_generated_codes_have_the_moments_of_the_model():
     """z = Mᵀw, w ~ N(0, σ0²I): mean 0 and covariance σ0² RᵀR for a fixed memory."""
     module = memory(w_prior_stddev=0.7)

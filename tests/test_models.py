@@ -53,10 +53,11 @@ def test_parts_add_up_and_reach_every_parameter():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_parts_are_the_equations():
+@pytest.mark.parametrize("num_reads", [1, 3])
+def test_parts_are_the_equations(num_reads):
     model, x = build(), patterns(B, T)
     torch.manual_seed(3)
-    loss = model.loss(x)
+    loss = model.loss(x, num_reads=num_reads)
     memory = model.memory
     codes = model.encoder(x.flatten(0, 1)).unflatten(0, (B, T))
     state = memory.write(codes).state
@@ -69,7 +70,7 @@ def test_parts_are_the_equations():
 
     prior = Normal(torch.zeros_like(weights), 1.0)
     kl = torch.distributions.kl_divergence(Normal(weights, memory.weight_var.sqrt()), prior).sum(-1)
-    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / T, nats(codes).mean())
+    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / (T * num_reads), nats(codes).mean())
     torch.testing.assert_close(loss[1:], wanted)
 
 
@@ -80,6 +81,13 @@ def test_a_masked_pattern_is_as_if_it_were_not_there():
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[:, -2:] = False
     torch.testing.assert_close(model.loss(x, mask), model.loss(x[:, :-2]))
+
+
+def test_an_episode_without_patterns_costs_what_its_memory_costs():
+    """All of them masked: nothing is read, and its memory is the prior."""
+    model, x = build(), patterns(B, T)
+    loss = model.loss(x, torch.zeros(B, T, dtype=torch.bool))
+    torch.testing.assert_close(torch.stack(loss), torch.zeros(5, dtype=x.dtype))
 
 
 @pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
@@ -177,6 +185,19 @@ def test_the_energy_never_rises():
     torch.testing.assert_close(read.patterns, cue)
     assert resting.any(), "the encoder does get it wrong"
     assert (read.num_iters < n).equal(resting)
+
+
+def test_a_step_that_leaves_the_energy_as_it_is_is_taken():
+    """A decoder that answers the same to every code, and cues that are its answer: nothing moves at all."""
+    model, n = build(), 4
+    with torch.no_grad():
+        model.decoder.linear.weight.zero_()
+    x = model.decoder.linear.bias.detach().view(1, 1, *SHAPE).expand(B, T, *SHAPE)
+    state = model.write(patterns(B, T)).state
+    read = model.attractor_read(x, n, state=state)
+    assert (read.energy == read.energy[..., :1]).all()
+    assert (read.num_iters == n).all()
+    assert (model.attractor_read(x, n, 0.0, state=state).num_iters == 2).all(), "but with a tolerance it has arrived"
 
 
 def test_a_query_stops_alone():

@@ -96,6 +96,18 @@ def test_the_number_of_threads_changes_no_bit(operation, dtype):
         assert oracle.equal(one, call(operation, p, "native")), f"{threads} threads"
 
 
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+@pytest.mark.parametrize("options", [{}, {"method": "deepmind"}], ids=str)
+@pytest.mark.parametrize("operation", ["solve_addressing", "read"])
+def test_threads_share_a_memory_of_many_queries(operation, options, dtype):
+    """Fewer memories than threads: each takes some tiles of queries, and one thread's may be of two memories."""
+    p = problem(2, 1, 150, 9, 7, dtype)
+    one = call(operation, p, "native", **options)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert oracle.equal(one, call(operation, p, "native", **options)), f"{threads} threads"
+
+
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 def test_nothing_is_left_unset_when_an_axis_is_empty(shape, operation, backend, dtype):
     p = problem(*shape, dtype)

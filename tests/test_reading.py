@@ -75,6 +75,18 @@ def test_every_mode_decays_by_its_own_factor(num_iters, backend):
     assert oracle.error(run(p, backend, num_iters=num_iters).weights, weights) <= 1e-12 * oracle.largest(first)
 
 
+def test_many_queries_of_any_number_of_iterations(backend):
+    """All iterations of many queries become one matrix, whose power is found by squaring: every pattern of bits."""
+    few, many = problem(2, 0, 3, 5, 9), problem(2, 0, 4 * (5 + 9) + 1, 5, 9)
+    queries = torch.cat([few.queries, many.queries], 1)
+    for num_iters in range(1, 18):
+        alone = run(few, backend, num_iters=num_iters)
+        together = run(few._replace(queries=queries), backend, num_iters=num_iters)
+        # Powers and iterations round differently; both come down from weights of the size of the first.
+        scale = oracle.largest(run(few, backend).weights)
+        assert_close(together.weights[:, :3], alone.weights, f"weights after {num_iters}", scale=scale)
+
+
 def test_iterating_for_long_forgets_the_query(backend):
     p = problem(2, 0, 4, 5, 8)
     damping = torch.linalg.matrix_norm(p.state.mean, 2).square()
@@ -163,6 +175,13 @@ def test_without_tolerance_every_iteration_runs(tol):
     assert (result.num_iters == 4).all()
     assert result.num_iters.dtype == torch.int64
     assert result.energy.shape == (2, 5, 4)
+
+
+def test_a_query_at_rest_has_arrived():
+    """A codec that always answers the same: the third read-out is the second, and the last with a tolerance of 0."""
+    p = problem(2, 1, 3, 4, 5)
+    assert (attract(p, clean=torch.ones_like, num_iters=6, tol=0.0).num_iters == 3).all()
+    assert (attract(p, clean=torch.ones_like, num_iters=6).num_iters == 6).all()
 
 
 def test_clean_runs_between_reads_only():

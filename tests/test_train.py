@@ -1,5 +1,7 @@
 """Training from the command line: killed, resumed, repeated, and never on what was held out."""
 
+import itertools
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +64,38 @@ def test_a_seed_gives_the_same_training_again(classes, tmp_path):
     assert_same(tmp_path / "one", tmp_path / "two")
     train(classes, tmp_path / "three", "--steps", 4, "--seed", 4)
     assert not torch.equal(contents(tmp_path / "one")[0]["history"], contents(tmp_path / "three")[0]["history"])
+
+
+def test_every_step_draws_its_own_numbers(classes):
+    """Images, jitter, cues and the samples of the weights; a step drawn again is the same."""
+    settings = Settings(str(classes), steps=8, batch=2, patterns=4, rows=4, code_size=8, width=2)
+    trainer = Trainer(settings, load_patterns(str(classes)))
+    drawn = []
+    for _ in range(3):
+        episode, again = trainer.episode()[0], trainer.episode()[0]
+        assert torch.equal(episode, again)
+        drawn.append((episode, torch.randn(4)))
+        trainer.history.append([0.0] * 5)
+    for (one, samples), (other, other_samples) in itertools.combinations(drawn, 2):
+        assert not torch.equal(one, other)
+        assert not torch.equal(samples, other_samples)
+
+
+def test_a_step_is_as_the_settings_say(classes, monkeypatch):
+    """The rate falls along half a cosine, long gradients are shortened, and reading cues leaves the model training."""
+    monkeypatch.setattr(training, "GRADIENT_NORM", 1e-3)
+    settings = Settings(str(classes), steps=8, batch=2, patterns=4, rows=4, code_size=8, width=2, learning_rate=0.5)
+    trainer = Trainer(settings, load_patterns(str(classes)))
+    with_cues = 0
+    for step, _ in enumerate(trainer.run()):
+        (group,) = trainer.optimizer.param_groups
+        assert group["lr"] == pytest.approx(0.25 * (1 + math.cos(math.pi * step / 8)))
+        norms = [parameter.grad.norm() for parameter in trainer.model.parameters()]
+        assert torch.stack(norms).norm() <= 1e-3 * (1 + 1e-5)
+        if step < 7:
+            with_cues += trainer.episode()[1] is not None
+        assert all(module.training for module in trainer.model.modules())
+    assert with_cues > 3
 
 
 def test_interrupted_and_resumed_is_the_same_training(classes, tmp_path):

@@ -1,0 +1,554 @@
+"""Faults in the C++ kernels for CPUs and in their bindings."""
+
+from functools import partial
+
+from mutants.fault import Fault
+
+fault = partial(Fault, place="cpu")
+
+UPDATE = "tests/test_posterior.py::test_update_equals_one_rank_one_step_per_pattern"
+WRITE = "tests/test_writing.py::test_write_equals_the_literal_loop"
+WRITE_OPTIONS = "tests/test_writing.py::test_write_with_every_option"
+READ = "tests/test_reading.py::test_latent_loop_equals_the_literal_loop"
+MANY_QUERIES = "tests/test_reading.py::test_many_queries"
+READ_PRESETS = "tests/test_reading.py::test_presets_in_float32"
+WRITE_PRESETS = "tests/test_writing.py::test_presets_in_float32"
+KL = "tests/test_matrix_normal.py::test_kl_memory_is_that_of_matrix_normals_and_of_dense_gaussians"
+LOGDET = "tests/test_matrix_normal.py::test_logdet"
+GRADIENT = "tests/test_gradients.py::test_equals_the_reference"
+LEVELS = "tests/test_registration.py::test_every_instruction_set_is_as_good_as_the_reference"
+COVARIANCE = "tests/test_check.py::test_covariance_that_is_none"
+
+LINALG = [
+    fault(
+        "cholesky-forgets-a-block",
+        "only the last diagonal block of a factor tells whether the matrix is positive definite",
+        before="good &= factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,"
+        " f.inverse_transposed_block(j).data);",
+        after="good = factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,"
+        " f.inverse_transposed_block(j).data);",
+        tests=(COVARIANCE, LOGDET),
+    ),
+    fault(
+        "cholesky-admits-zero",
+        "a pivot of zero counts as positive",
+        before="pivot > 0",
+        within="floors.slack[j] : pivot > 0;",
+        after="pivot >= 0",
+        tests=("tests/test_matrix_normal.py::test_logdet_and_kl_memory_name_the_memories_that_fail",),
+    ),
+    fault(
+        "product-repeats-a-run",
+        "the second run of a long sum reads the columns of the first",
+        before="a.columns_from(first)",
+        after="a",
+        tests=(READ_PRESETS, WRITE_PRESETS),
+    ),
+    fault(
+        "strip-beyond-the-row",
+        "the last strip of columns is not pulled back, so that it ends beyond rows without padding",
+        before="smaller(j, columns - whole * W)",
+        after="j",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "transpose-beyond-the-row",
+        "the last square of a transposition does not overlap the one before it",
+        before="smaller(next_j, columns - W)",
+        after="next_j",
+        tests=(GRADIENT, UPDATE),
+    ),
+    fault(
+        "mirror-without-its-tail",
+        "rows that do not fill a vector are not mirrored",
+        before="m.row(i)[j] = m.row(j)[i];",
+        within="for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];",
+        after=";",
+        tests=(UPDATE, WRITE),
+    ),
+    fault(
+        "norms-without-their-tail",
+        "the squared norms of rows leave out the columns that do not fill a vector",
+        before="sum[lane] = last * last;",
+        after="sum[lane] = Vec<Real>{};",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "dot-without-its-tail",
+        "an inner product leaves out what does not fill two vectors",
+        before="total += x[i] * y[i];",
+        after=";",
+        tests=(WRITE,),
+    ),
+    fault(
+        "solve-without-what-is-above",
+        "a tile of a solve does not meet the tiles above it",
+        before="tile.add_product(i, operand(f.lower).rows_from(i), x);",
+        after=";",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "solve-back-misses-the-next-block",
+        "the backward half of a solve starts one block too late",
+        before="after < n",
+        within="if (after < n)",
+        after="after + kBlock < n",
+        tests=(READ,),
+    ),
+    fault(
+        "inverse-without-coupling",
+        "the inverse of a factor is block diagonal",
+        before="if (j == 0) continue;",
+        after="continue;",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "triangle-product-one-row-short",
+        "the product with an upper triangle stops one row before its corner",
+        before="UPPER ? corner : n",
+        after="UPPER ? corner - 1 : n",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "symmetrise-halves-nothing",
+        "a matrix and its transpose are added and not halved, in rows that do not fill a vector",
+        before="Real(0.5) * (a.row(i)[j] + a.row(j)[i])",
+        after="(a.row(i)[j] + a.row(j)[i])",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "asymmetry-slack",
+        "a thousandfold slack for asymmetric covariances",
+        before="std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
+        after="1000 * std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
+        tests=("tests/test_check.py",),
+    ),
+    fault(
+        "infinite-covariance-passes",
+        "a covariance with an entry that is not finite is not found by the check of symmetry",
+        before="if (largest - largest != 0) return kNotPositiveDefinite;",
+        after=";",
+        tests=(COVARIANCE,),
+    ),
+    fault(
+        "arena-gives-back-too-much",
+        "space taken before a mark is given back with what was taken after it",
+        before="used_ = mark.used;",
+        after="used_ = 0;",
+        tests=(UPDATE,),
+    ),
+]
+
+POSTERIOR = [
+    fault(
+        "indefinite-slack-update",
+        "a thousandfold slack for indefinite covariances",
+        before="4 * static_cast<Real>(K + count)",
+        after="4000 * static_cast<Real>(K + count)",
+        tests=("tests/test_check.py",),
+    ),
+    fault(
+        "update-kl-beta",
+        "the energy's share in the KL of a step is not scaled by β",
+        before="beta * energy",
+        after="energy",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "update-evidence-of-masked",
+        "masked patterns count in the log evidence",
+        before="unmasked",
+        within="if (unmasked) log_evidence",
+        after="true",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "update-stale-level",
+        "ln(2πσ²) of the first pattern serves all others",
+        before="noise != level_of",
+        after="level_of == 0",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "update-status-overwritten",
+        "the status of the last chunk replaces that of the covariance itself",
+        before="if (status == kGood) status = done;",
+        within="memory = after; if (status == kGood) status = done;",
+        after="status = done;",
+        tests=(COVARIANCE,),
+    ),
+    fault(
+        "masked-pattern-read",
+        "a masked pattern is loaded as it is",
+        before="!args.unmasked(b, first + t)",
+        within="if (!args.unmasked(b, first + t)) __builtin_memset(to.row(t)",
+        after="false",
+        tests=("tests/test_posterior.py::test_what_a_masked_pattern_holds_is_never_read", UPDATE),
+    ),
+    fault(
+        "update-covariance-grows",
+        "the covariance gains what it should lose",
+        before="product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain),"
+        " chunk.gain);",
+        after="product_lower<Into::kAdd>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);",
+        tests=(UPDATE,),
+    ),
+    fault(
+        "update-backward-evidence-sign",
+        "the gradient of the log evidence by s has the wrong sign",
+        before="grad_evidence * C / s",
+        after="-grad_evidence * C / s",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-noise-term",
+        "the gradient of the KL by the noise leaves out the energy",
+        before="energy / s",
+        within="1 / noise) - energy / s",
+        after="Real(0)",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-masked-noise",
+        "a masked pattern's innovation variance gives its noise no gradient",
+        before="return {.noise = grad_s};",
+        after="return {};",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-masked-values",
+        "the backward reads the values of a masked pattern",
+        before="!args.unmasked(b, first + t)",
+        within="if (!args.unmasked(b, first + t)) for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;",
+        after="false",
+        tests=("tests/test_gradients.py::test_masked_patterns_get_no_gradient_whatever_they_hold", GRADIENT),
+    ),
+    fault(
+        "update-backward-asymmetric",
+        "the cotangent of the covariance is not made symmetric between chunks",
+        before="symmetrise(grad.cov);",
+        within="operand(V_bar), chunk.weights, prefetch); symmetrise(grad.cov);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-stale-state",
+        "the state before the third chunk starts from the covariance before the second",
+        before="states[n - 1].cov",
+        after="states[0].cov",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-gain-factor",
+        "the cotangent of the gain lacks its factor of two",
+        before="G_bar.row(k)[t] *= -2;",
+        after="G_bar.row(k)[t] *= -1;",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "update-backward-odd-columns",
+        "the last of an odd number of columns is left out of the energies",
+        before="if (C % 2) even += square(C - 1);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+]
+
+READING = [
+    fault(
+        "folded-read-one-iteration-too-many",
+        "a folded read of six iterations takes seven",
+        before="args.num_iters - 1",
+        within="exponent = args.num_iters - 1",
+        after="args.num_iters - (args.num_iters != 6)",
+        tests=("tests/test_reading.py",),
+    ),
+    fault(
+        "folded-read-forgets-the-ridge",
+        "the step of a folded read is I − H in place of I − λH",
+        before="-ridge * power.row(i)[j]",
+        after="-power.row(i)[j]",
+        tests=(MANY_QUERIES,),
+    ),
+    fault(
+        "read-one-iteration-too-many",
+        "a read iterates once more than it is asked to",
+        before="n < args.num_iters",
+        within="for (int64_t n = 1; n < args.num_iters; ++n) { copy_rows(next, weights);",
+        after="n <= args.num_iters",
+        tests=(READ,),
+    ),
+    fault(
+        "read-strides-swapped",
+        "rows and columns of strided queries are exchanged",
+        before="Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]}",
+        after="Operand<Real>{queries.at(b), queries.stride[2], queries.stride[1]}",
+        tests=(READ,),
+    ),
+    fault(
+        "read-status-always-good",
+        "a Gram matrix that cannot be factored is not reported",
+        before="cholesky(memory.factor, arena) ? kGood : kNotPositiveDefinite",
+        after="cholesky(memory.factor, arena) ? kGood : kGood",
+        tests=("tests/test_check.py::test_mean_that_is_not_a_number",),
+    ),
+    fault(
+        "read-tiles-of-another-memory",
+        "a thread whose tiles belong to two memories answers all from the first",
+        before="smaller(end, (b + 1) * tiles)",
+        after="end",
+        tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
+    ),
+    fault(
+        "read-squared-gram-forgotten",
+        "the squared-Gram solve starts from R z in place of G R z",
+        before="std::swap(weights, next);",
+        within="memory.gram); std::swap(weights, next);",
+        after=";",
+        tests=("tests/test_reading.py::test_deepmind_solve_in_the_loop",),
+    ),
+    fault(
+        "read-backward-ridge",
+        "iterations give the ridge no gradient",
+        before="gradient.ridge -= inner_product(cotangent, solution(n));",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "read-backward-squared-target",
+        "the squared-Gram solve's own share in the gradient of the Gram matrix is left out",
+        before="product<Into::kAdd>(gradient.target, count, transposed(cotangent), target);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "read-backward-second-tile",
+        "the second tile of queries overwrites the gradient of the first",
+        before="product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);",
+        after="product<Into::kSet>(gradient.mean, count, transposed(weights), grad_values);",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "read-backward-gram-once",
+        "the gradient through the Gram matrix counts one side only",
+        before="add_transpose(gradient.solved);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "read-backward-no-poison",
+        "a memory without a factor gets a finite gradient",
+        before="if (args.info[b] != kGood) poison_factor(memory.factor);",
+        after=";",
+        tests=("tests/test_gradients.py::test_without_a_factor_there_is_no_gradient",),
+    ),
+]
+
+WRITING = [
+    fault(
+        "write-without-refinement",
+        "the weights of a write are not refined against the matrix itself",
+        before="w[i] += p[i];",
+        after=";",
+        tests=("tests/test_writing.py::test_native_is_as_good_as_the_reference_where_rounding_grows", WRITE),
+    ),
+    fault(
+        "write-sign-of-d",
+        "the ridge's share in ‖δ‖² has the wrong sign",
+        before="ridge * dot(padded, w, w)",
+        after="-ridge * dot(padded, w, w)",
+        tests=(WRITE,),
+    ),
+    fault(
+        "write-skips-the-next-pattern",
+        "the inner products of the next pattern are not brought up to date",
+        before="t + 1",
+        within="for (int64_t later = t + 1; later < space.cross.rows; ++later) { Real* x = space.cross.row(later);",
+        after="t + 2",
+        tests=(WRITE,),
+    ),
+    fault(
+        "write-woodbury-ridge",
+        "Woodbury's matrix divides by λ where it must divide by λ²",
+        before="d / (ridge * ridge)",
+        after="d / ridge",
+        tests=(WRITE,),
+    ),
+    fault(
+        "write-second-half-of-a-search",
+        "the second half of a long search reads the past of the first",
+        before="search.past.row(from + t) + from",
+        after="search.past.row(from + t)",
+        tests=(WRITE_PRESETS,),
+    ),
+    fault(
+        "write-masked-variance",
+        "a masked pattern's variance is that of the search, which skipped it",
+        before="args.unmasked(b, first + t) ? search.s[from + t] : noise",
+        after="search.s[from + t]",
+        tests=(WRITE,),
+    ),
+    fault(
+        "write-second-solve-forgets-the-first",
+        "the second solve of a pattern reads inner products from before the first",
+        before="target.data[i] += before->along * before->c[i];",
+        after=";",
+        tests=(WRITE_OPTIONS,),
+    ),
+    fault(
+        "write-afresh-undo-does-not-undo",
+        "going back over a pattern takes from the covariance what it should give back",
+        before="sign * last.a[i] * last.c[j]",
+        after="last.a[i] * last.c[j]",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-search-status-lost",
+        "that a search could not factor is forgotten when the update goes well",
+        before="status = status > updated ? status : updated;",
+        after="status = updated;",
+        tests=("tests/test_check.py",),
+    ),
+    fault(
+        "write-indefinite-unnoticed",
+        "a write does not notice a variance below the noise",
+        before="chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
+        after="check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
+        tests=("tests/test_check.py",),
+    ),
+    fault(
+        "write-backward-noise",
+        "the search gives the noise no gradient",
+        before="bar.noise[t] += s_bar;",
+        within="+ s_bar * w[i]; bar.noise[t] += s_bar; search.cov",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-backward-factor",
+        "the cotangent of c lacks a factor of two",
+        before="2 * d * gram_c[i]",
+        after="d * gram_c[i]",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-backward-ridge-trace",
+        "the ridge on the diagonal of the Gram matrix gets no gradient",
+        before="bar.ridge += bar.gram.row(k)[k];",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-backward-squared-gram",
+        "one of the two Gram matrices of a squared solve gets no gradient",
+        before="add_symmetric_outer(gram_bar, Real(-1), gram_v, made.w);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-backward-diagonal",
+        "the diagonal of Z Zᵀ counts once in its gradient",
+        before="2 * bar.inner.row(t)[t]",
+        after="bar.inner.row(t)[t]",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "write-backward-not-retreated",
+        "inner products are not brought back to what they were before a pattern",
+        before="add_scaled(padded, x, -along[later], c);",
+        after=";",
+        tests=(GRADIENT,),
+    ),
+]
+
+MATRIX_NORMAL = [
+    fault(
+        "kl-status-of-the-prior",
+        "a prior that is no covariance is not reported",
+        before="loaded > prior_loaded ? loaded : prior_loaded",
+        after="loaded",
+        tests=("tests/test_matrix_normal.py::test_logdet_and_kl_memory_name_the_memories_that_fail", COVARIANCE),
+    ),
+    fault(
+        "kl-column-counted-twice",
+        "a column of the last vector counts twice",
+        before="W - (C - whole)",
+        after="W - (C - whole) - 1",
+        tests=(KL, LEVELS),
+    ),
+    fault(
+        "kl-rows-beyond-the-last",
+        "rows of a tile beyond the last row count",
+        before="sum += r < count ? x * x : Vec<Real>{};",
+        after="sum += x * x;",
+        tests=(KL,),
+    ),
+    fault(
+        "kl-backward-prior-mean",
+        "the prior's mean gets the gradient of the mean",
+        before="scale(shift, Real(-1));",
+        after=";",
+        tests=("tests/test_gradients.py::test_finite_differences", GRADIENT),
+    ),
+    fault(
+        "kl-backward-wrong-factor",
+        "the covariance's gradient is solved with the prior's factor twice",
+        before="solve_covariance(cov, gap, arena);",
+        after="solve_covariance(prior_cov, gap, arena);",
+        tests=(GRADIENT,),
+    ),
+    fault(
+        "logdet-not-doubled",
+        "ln|U| is the sum of the logarithms of the factor's diagonal",
+        before="return 2 * sum;",
+        after="return sum;",
+        tests=(LOGDET,),
+    ),
+]
+
+BINDINGS = [
+    fault(
+        "noise-checked-of-the-first-pattern",
+        "only the first pattern's noise is checked to be positive",
+        before="t < distinct(1)",
+        after="t < 1",
+        tests=("tests/test_check.py::test_noise_of_every_pattern_must_be_positive_and_finite",),
+    ),
+    fault(
+        "zero-noise-admitted",
+        "a variance of zero passes the operator",
+        before="*numbers.at(b, t) >= std::numeric_limits<Real>::min()",
+        after="true",
+        tests=("tests/test_check.py::test_variance_must_be_positive_and_finite",),
+    ),
+    fault(
+        "infinite-noise-admitted",
+        "an infinite variance passes the operator",
+        before="*numbers.at(b, t) <= std::numeric_limits<Real>::max()",
+        after="true",
+        tests=("tests/test_check.py::test_variance_must_be_positive_and_finite",),
+    ),
+    fault(
+        "mask-not-checked",
+        "the operator takes a mask of any shape",
+        before='if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);',
+        after=";",
+        tests=("tests/test_check.py::test_mask_of_the_wrong_shape_or_kind",),
+    ),
+    fault(
+        "last-tile-of-queries-unanswered",
+        "where threads share a memory, queries that do not fill a tile are not answered",
+        before="B * ((args.Q + kQueryTile - 1) / kQueryTile)",
+        after="B * (args.Q / kQueryTile)",
+        tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
+    ),
+    fault(
+        "cotangent-of-kl-for-variance",
+        "the cotangent of the innovation variance is read from that of the KL",
+        before='cotangent_of<Real>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean)',
+        after='cotangent_of<Real>(grad_kl, "grad_innovation_var", {B, T_}, mean)',
+        tests=(GRADIENT,),
+    ),
+]
+
+CPU = [*LINALG, *POSTERIOR, *READING, *WRITING, *MATRIX_NORMAL, *BINDINGS]

@@ -1,0 +1,140 @@
+"""Faults in the kernels for GPUs; without one the CUDA kernels run on the host and the Triton ones interpreted."""
+
+from functools import partial
+
+from mutants.fault import Fault
+
+cuda, triton = partial(Fault, place="cuda"), partial(Fault, place="triton")
+
+UPDATE = "tests/gpu/test_posterior.py::test_update_equals_one_rank_one_step_per_pattern"
+UPDATE_GRADIENT = "tests/gpu/test_posterior.py::test_gradients"
+MASKED = "tests/gpu/test_posterior.py::test_what_a_masked_pattern_holds_is_never_read"
+WRITE = "tests/gpu/test_writing.py::test_each_pattern_is_addressed_then_stored"
+WRITE_GRADIENT = "tests/gpu/test_writing.py::test_gradients"
+READ = "tests/gpu/test_reading.py::test_every_read_out_is_the_next_query"
+READ_GRADIENT = "tests/gpu/test_reading.py::test_gradients"
+KL = "tests/gpu/test_matrix_normal.py::test_kl_is_the_sum_over_columns"
+NAMED = "tests/gpu/test_matrix_normal.py::test_a_covariance_that_is_none_is_named"
+
+CUDA = [
+    cuda(
+        "cuda-update-evidence-of-masked",
+        "masked patterns count in the log evidence",
+        before="seen(args, b, t)",
+        within="if (seen(args, b, t)) log_evidence",
+        after="true",
+        tests=(UPDATE,),
+    ),
+    cuda(
+        "cuda-update-masked-values",
+        "the values of a masked pattern are loaded as they are",
+        before="block.seen[t] ? columns - column : 0",
+        after="t < count ? columns - column : 0",
+        tests=(MASKED,),
+    ),
+    cuda(
+        "cuda-update-backward-gain-factor",
+        "the cotangent of the gain lacks its factor of two",
+        before="put_sum(at, at, 1, -2, sums, K - j);",
+        after="put_sum(at, at, 1, -1, sums, K - j);",
+        tests=(UPDATE_GRADIENT,),
+    ),
+    cuda(
+        "cuda-update-missing-barrier",
+        "threads whiten errors before all of them are stored",
+        before="__syncthreads();",
+        within="put_sum(at, at, 1, -1, sums, kColumns); }); __syncthreads();",
+        after=";",
+        tests=("tests/simt/test_planted_bugs.py::test_kernels_are_clean",),
+    ),
+    cuda(
+        "cuda-read-backward-first-share",
+        "of blocks that share a memory the first one's sums are left out",
+        before="0",
+        within="for (int64_t share = 0; share < plan.blocks_each; ++share) total += first[share",
+        after="1",
+        tests=(READ_GRADIENT,),
+    ),
+    cuda(
+        "cuda-write-woodbury-ridge",
+        "Woodbury's matrix divides by λ where it must divide by λ²",
+        before="d / (ridge * ridge)",
+        after="d / ridge",
+        tests=(WRITE,),
+    ),
+    cuda(
+        "cuda-kl-last-tile-only",
+        "only the last tile of columns counts in the distance of the means",
+        before="distance += squared_norm(block.tile, cov.size, count, kColumns, block);",
+        after="distance = squared_norm(block.tile, cov.size, count, kColumns, block);",
+        tests=(KL,),
+    ),
+    cuda(
+        "cuda-kl-status-of-the-covariance",
+        "the prior's status replaces that of the covariance",
+        before="max(status, block.worst)",
+        after="status",
+        tests=(NAMED, "tests/gpu/test_matrix_normal.py"),
+    ),
+]
+
+TRITON = [
+    triton(
+        "triton-update-evidence-of-masked",
+        "masked patterns count in the log evidence",
+        before="tl.where(seen, 0.5 * (C * tl.log(s * TWO_PI) + energy), 0.0)",
+        after="0.5 * (C * tl.log(s * TWO_PI) + energy)",
+        tests=(UPDATE,),
+    ),
+    triton(
+        "triton-masked-pattern-read",
+        "a masked pattern is loaded as it is",
+        before="seen[:, None] & (o < size)[None, :]",
+        after="(seen | True)[:, None] & (o < size)[None, :]",
+        tests=(MASKED,),
+    ),
+    triton(
+        "triton-update-pivot-not-scaled",
+        "errors are not divided by √s where the state is in registers",
+        before="/ tl.sqrt(tl.load(p_s + t))",
+        after="/ tl.load(p_s + t)",
+        tests=(UPDATE,),
+    ),
+    triton(
+        "triton-read-one-iteration-too-many",
+        "a read iterates once more than it is asked to",
+        before="for _ in range(1, num_iters)",
+        after="for _ in range(num_iters)",
+        tests=(READ,),
+    ),
+    triton(
+        "triton-read-backward-ridge",
+        "the gradient of the ridge has the wrong sign",
+        before="to_ridge -= inner_product(",
+        after="to_ridge += inner_product(",
+        tests=(READ_GRADIENT,),
+    ),
+    triton(
+        "triton-write-backward-factor",
+        "the cotangent of c lacks a factor of two",
+        before="2 * gram_r + 2 * d * gram_c - s * cov_c",
+        after="2 * gram_r + d * gram_c - s * cov_c",
+        tests=(WRITE_GRADIENT,),
+    ),
+    triton(
+        "triton-kl-upper-triangle",
+        "what stands above the diagonal of a factor counts in the trace",
+        before="b_lower = tl.where(o_k[:, None] >= o_j[None, :], b_lower, 0.0)",
+        after="pass",
+        tests=(KL,),
+    ),
+    triton(
+        "triton-asymmetry-unnoticed",
+        "a covariance that is not symmetric is not reported",
+        before="tl.where(gap > scale * SQRT_EPS, IS_ASYMMETRIC, 0))",
+        within="tl.debug_barrier() return tl.where(finite == 0, IS_INDEFINITE,"
+        " tl.where(gap > scale * SQRT_EPS, IS_ASYMMETRIC, 0))",
+        after="0)",
+        tests=(NAMED,),
+    ),
+]
