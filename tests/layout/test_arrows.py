@@ -48,8 +48,10 @@ IMPORTS = {
     "cli": FLOOR | FAMILIES | {"nn", "models", "__init__", "testing"},
     "__main__": {"cli", "testing", "__init__"},
 }
-# A definition may be written with another family's definition: a write is made of a solve and an update.
+# A definition may be written with another family's definition: a write is made of a solve and an update, and the energy
+# of an attractor read, which every backend computes in PyTorch, holds the divergence of the weights.
 REFERENCES = {
+    "reading/attractor": {"matrix_normal/reference"},
     "writing/reference": {"addressing/reference", "posterior/reference"},
     "reading/reference": {"addressing/reference"},
 }

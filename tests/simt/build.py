@@ -4,6 +4,7 @@
 lets ``torch.ops.fastkm`` call it for CPU tensors, so that the public functions run CUDA code.
 """
 
+import fcntl
 import subprocess
 import sys
 import warnings
@@ -54,10 +55,12 @@ def build(sanitizer: str = "plain", target: str = "library", sources: list[Path]
         lines += [f"  libraries = -L{include.with_name('lib')} -ltorch_cpu -lc10"]
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"{name}.ninja"
-    script.write_text("\n".join(lines) + "\n")
     ninja = Path(sys.executable).with_name("ninja")
     command = [ninja if ninja.exists() else "ninja", "-C", folder, "-f", script.name, "-j", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    with open(folder / "lock", "w") as lock:  # two processes of one test run may want the same build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script.write_text("\n".join(lines) + "\n")
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the host build of the CUDA kernels failed:\n{done.stdout}{done.stderr}")
     return folder / name
