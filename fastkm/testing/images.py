@@ -84,9 +84,8 @@ def read_pngs(path: Path) -> tuple[list[str], Tensor, str]:
         names = sorted(pngs)
         if len(names) < LEAST_IMAGES:
             raise UserError(f"--data must hold at least {LEAST_IMAGES} PNGs; {path} holds {len(names)}")
-        chosen = (
-            torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:MOST_IMAGES].sort().values.tolist()
-        )
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))
+        chosen = order[:MOST_IMAGES].sort().values.tolist()
         pixels = torch.stack([_decode_png(names[i], pngs[names[i]]()) for i in chosen])
     some = "" if len(chosen) == len(names) else f"{len(chosen):,} of "
     source = f"{some}{len(names):,} PNGs in {path.name}, resized to {SIDE}×{SIDE}"
