@@ -255,7 +255,7 @@ def test_energy_is_the_expectation_it_claims_to_be(weight_var):
 
 def test_addressing_minimises_the_energy_of_a_certain_memory():
     """For U = 0 no other weights have a lower energy."""
-    from fastkm.reading.reference import pattern_energy
+    from fastkm.reading.attractor import pattern_energy
 
     p = problem(2, 1, 3, 6, 8)
     noise, none = p.noise_var[:, 0], torch.zeros_like(p.state.cov)

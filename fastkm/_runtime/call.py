@@ -3,7 +3,7 @@
 Most calls are plain: tensors on the CPU, outside every transform, autocast and compilation, for the native backend. A
 plain call goes to the compiled operator without a check in Python. The operator refuses everything that the checks
 refuse before it touches memory, but not in words; so when it has refused, the checks run and say what is wrong. This
-saves the time of the checks and of the dispatch: 23 µs of 29 for the smallest ``solve_addressing``.
+saves the time of the checks and of the dispatch, 23 µs of 29 for the smallest ``solve_addressing``.
 
 Every other call is checked first, takes the backend that :func:`fastkm._runtime.dispatch.resolve` names, and has its
 status examined. Either way an operation is computed at most once, and no error leads to another backend.
@@ -24,6 +24,8 @@ from fastkm._runtime.operation import Operation
 from fastkm._runtime.status import factorisation_error, raise_failures
 from fastkm._runtime.torch_private import disable_current_modes, is_any_autocast_enabled, is_transformed
 from fastkm.state import MemoryState
+
+TENSORS = (Tensor, Parameter)
 
 # make_result(ReadResult, (values, weights)) is ReadResult(values, weights) in half the time.
 make_result = tuple.__new__
@@ -48,9 +50,13 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     num_options = 0
     for value in arguments:
         kind = type(value)
-        if kind is Tensor or kind is Parameter:
+        if kind is Tensor:
             if value.requires_grad:
                 wants_gradient = True
+        elif kind is float and inputs:
+            value = number_as_tensor(value, inputs[0].dtype)
+            if value is None:
+                return _call_checked(operation, backend, *arguments)
         elif kind is str and len(inputs) in operation.words:
             value = operation.words[len(inputs)].get(value)
             if value is None:
@@ -58,17 +64,16 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
             num_options += 1
         elif kind is int and len(inputs) in operation.counts:
             num_options += 1
-        elif (kind is float or kind is int) and inputs:
-            value = number_as_tensor(value, inputs[0].dtype)
-            if value is None:
-                return _call_checked(operation, backend, *arguments)
         elif kind is MemoryState:
             mean, value = value
-            if type(mean) is not Tensor or type(value) is not Tensor:
+            if type(mean) not in TENSORS or type(value) not in TENSORS:
                 return _call_checked(operation, backend, *arguments)
             if mean.requires_grad or value.requires_grad:
                 wants_gradient = True
             inputs.append(mean)
+        elif kind is Parameter:
+            if value.requires_grad:
+                wants_gradient = True
         elif value is not None or not inputs:
             return _call_checked(operation, backend, *arguments)
         inputs.append(value)

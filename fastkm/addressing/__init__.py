@@ -1,4 +1,4 @@
-"""Addressing: the weights over a memory"s rows that explain a query."""
+"""Addressing: the weights over a memory's rows that explain a query."""
 
 from fastkm.addressing.api import solve_addressing
 

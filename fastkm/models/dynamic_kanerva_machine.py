@@ -74,7 +74,7 @@ class DynamicKanervaMachine(nn.Module):
         if not isinstance(patterns, Tensor):
             raise TypeError(f"patterns must be a tensor of shape [B, T, *pattern], got {type(patterns).__name__}")
         if patterns.dim() < 3 or not patterns.is_floating_point():
-            got = f"{str(patterns.dtype).removeprefix('torch.')} of shape {list(patterns.shape)}"
+            got = f"{guards.dtype_name(patterns.dtype)} of shape {list(patterns.shape)}"
             raise ValueError(f"patterns must be floating point of shape [B, T, *pattern], got {got}")
         codes = self.encoder(patterns.flatten(0, 1))
         wanted = (patterns.shape[0] * patterns.shape[1], self.memory.code_size)
@@ -200,7 +200,7 @@ class DynamicKanervaMachine(nn.Module):
 
     @torch.no_grad()
     def generate(self, num_samples: int, num_iters: int = 1, *, state: MemoryState) -> Tensor:
-        """Patterns ``[B, num_samples, *pattern]`` that the memory dreams up, as the decoder's means.
+        """Patterns ``[B, num_samples, *pattern]`` drawn from the memory, as the decoder's means.
 
         The first iteration decodes ``Rᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further ones reads the
         pattern again, which pulls it towards what is stored.
@@ -234,7 +234,7 @@ class DynamicKanervaMachine(nn.Module):
         return self._negative_log_likelihood(episode, sampled @ state.mean), self.memory.kl_weights(weights)
 
     def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
-        # Solving afresh at every turn of a read is nothing beside the encoder and the decoder.
+        # The memory is factored again in every iteration of a read: little beside the encoder and the decoder.
         return solve_addressing(state.mean, codes, self.memory.ridge, backend=self.memory.backend)
 
     def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ class KanervaMemory(nn.Module):
         clean: Callable[[Tensor], Tensor] | None = None,
         num_iters: int = 1,
     ) -> Tensor:
-        """Codes ``[B, num_samples, C]`` that the memory dreams up.
+        """Codes ``[B, num_samples, C]`` drawn from the memory.
 
         The first is ``z_1 = Mᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further iterations reads it again,
         through the codec if there is one: ``z_{i+1} = Mᵀ μ(clean(z_i))``. Without a codec, iterating only shrinks z.

@@ -1,4 +1,4 @@
-"""The loop of an attractor read. It is plain PyTorch on every backend; what a backend brings are two solves."""
+"""The loop of an attractor read. It is plain PyTorch on every backend; a backend brings its own two solves."""
 
 import math
 from collections.abc import Callable
