@@ -1,17 +1,19 @@
 """ttsem, as the tests use it: every kernel is read once, and programs that draw tickets are ordered by them.
 
 A launch is executed from the IR that Triton's frontend makes of a kernel (TTIR). Reading that IR takes far longer than
-executing it on a few numbers, so what was read is kept. ttsem looks for races between programs as if nothing ordered
-them; here an integer ticket does, drawn by an atomic addition that both acquires and releases.
+executing it on a few numbers, so what was read is kept. ttsem takes programs as unordered when it looks for races. Here
+an integer ticket orders them, if it is drawn by an atomic addition that both acquires and releases.
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 
 from ttsem import harness, mlir, pidraces, sanitize
 
 ACQUIRE_RELEASE, WHOLE_DEVICE = r"\bsem = 4\b", r"\bscope = 1\b"  # as MLIR's generic form prints them
-_find_any_race, _parse = pidraces.find_race, mlir.parse
+_find_any_race, _parse, _specialize = pidraces.find_race, mlir.parse, harness._specialize
 _lowered: dict[tuple, str] = {}
 
 
@@ -25,12 +27,28 @@ def install(monkeypatch) -> None:
 
 def lowered(record, stage: str, target) -> str:
     """The IR of a launch after a stage of the compiler, in MLIR's generic form."""
-    options, signature, constexprs, attributes = harness._specialize(record.fn, record.args, record.kwargs, target)
-    key = (record.fn, stage, str(target), str(signature), str(constexprs), str(attributes), str(options))
+    options, signature, constexprs, attributes = _specialize(record.fn, record.args, record.kwargs, target)
+    hints = None if stage == "ttir" else str(attributes)
+    key = (record.fn, stage, str(target), str(signature), str(constexprs), hints, str(options))
     if key not in _lowered:
         mlir.enable_generic_printing()
-        _lowered[key] = harness._stage_text(record, stage, target)
+        with without_alignment() if stage == "ttir" else contextlib.nullcontext():
+            _lowered[key] = harness._stage_text(record, stage, target)
     return _lowered[key]
+
+
+@contextlib.contextmanager
+def without_alignment() -> Iterator[None]:
+    """TTIR is made without the alignment of arguments, which later passes use: it is the same for more shapes."""
+
+    def specialize(*arguments):
+        return *_specialize(*arguments)[:3], {}
+
+    harness._specialize = specialize
+    try:
+        yield
+    finally:
+        harness._specialize = _specialize
 
 
 parsed = functools.lru_cache(maxsize=64)(_parse)

@@ -8,7 +8,7 @@ from fastkm._linalg.triton import condition_backward, ridge, ridge_backward, rid
 from fastkm._linalg.triton.launch import evaluate_layout, row_stride
 from fastkm._linalg.triton.tiles import Matrix
 from fastkm.matrix_normal import triton as matrix_normal
-from fastkm.writing.triton import backward, forward
+from fastkm.writing.triton import forward, tape
 
 K, C, T, BLOCKS, ITERS = 40, 70, 17, 2, 3
 LD = row_stride(K)
@@ -24,7 +24,7 @@ LAYOUTS = [
     (matrix_normal.kl_memory_backward_layout, (K, C, LD)),
     (forward.write_layout, (K, C, T, LD, True)),
     (forward.write_layout, (K, C, T, LD, False)),
-    (backward.search_backward_layout, (K, C, T, LD, ITERS)),
+    (tape.search_backward_layout, (K, C, T, LD, ITERS)),
 ]
 
 

@@ -3,6 +3,7 @@
 import functools
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -87,7 +88,7 @@ def _size(layout, *sizes: int) -> int:
     return getattr(end, "value", end)  # of a constexpr
 
 
-def evaluate_layout(layout, *sizes: int) -> tuple:
+def evaluate_layout(layout, *sizes: int) -> Any:
     """The parts of a workspace at address 0."""
     return _as_python(layout)(0, *sizes)
 
