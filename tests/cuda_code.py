@@ -1,6 +1,6 @@
-"""What the machine code of the CUDA kernels shows, as it stands in the extension that was built.
+"""Read the machine code of the CUDA kernels from a built extension.
 
-Nothing is compiled or run: ``cuobjdump`` takes the code of one target out of the library and ``nvdisasm`` prints it.
+Nothing is compiled or run: ``cuobjdump`` extracts the code of one target from the library and ``nvdisasm`` prints it.
 Both come with Triton's wheel.
 """
 
@@ -21,24 +21,24 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/workspace.cuh
 CORES = {"0": "ieee", "1": "tensor"}  # the enum among the template arguments of kernels that multiply with codes
 
-# Of one multiprocessor, as the CUDA programming guide has it for compute capability 8.0, 9.0 and 10.0 alike.
+# Of one multiprocessor, by the CUDA programming guide; equal for compute capability 8.0, 9.0 and 10.0.
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
-RESERVED = 1024  # bytes of shared memory that each block costs beside its own
+RESERVED = 1024  # bytes of shared memory that the system takes for each thread block
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.M)
 
 
 class Code(NamedTuple):
-    """One kernel for one target; instructions are counted in its text, not in a run."""
+    """One kernel for one target. Instructions are counted in its text, not in a run."""
 
     kernel: str
     registers: int  # of a thread
     spills: int  # loads and stores of local memory
     tensor_cores: int
-    wide_loads: int  # of 128 bits, from global memory or from where only the run tells
+    wide_loads: int  # of 128 bits, from global memory or a space known only at run time
     float_atomics: int
-    instructions: int  # without the NOPs that fill the text up
+    instructions: int  # without the NOPs at the end
 
 
 def tool(name: str) -> str | None:
@@ -58,7 +58,7 @@ def unavailable() -> str | None:
 
 
 def occupancy(target: str, registers: int, threads: int, shared: int) -> float:
-    """Resident warps over the most there can be. A warp gets registers in units of 256, a block warps in units of 4."""
+    """Resident warps over the most possible. A warp gets registers in units of 256, a block warps in units of 4."""
     warps = -(-threads // 32)
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
     by_shared = SHARED[target] // (-(-(shared + RESERVED) // 128) * 128)
@@ -67,7 +67,7 @@ def occupancy(target: str, registers: int, threads: int, shared: int) -> float:
 
 def name_of(symbol: str) -> str:
     """A kernel with its template arguments, from its mangled name: ``update_kernel<tensor, 128>``."""
-    for found in re.finditer(r"\d+", symbol):  # a name stands behind its length
+    for found in re.finditer(r"\d+", symbol):  # a name follows its length
         for digits in (found[0][i:] for i in range(len(found[0]))):
             name = symbol[found.end() : found.end() + int(digits)]
             if len(name) == int(digits) and re.fullmatch(r"[a-z_]+_kernel", name):

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels keeps to its budgets. It is looked at in the extension, and nothing is run."""
+"""The machine code of the CUDA kernels in the extension keeps to its budgets. Nothing is run."""
 
 from pathlib import Path
 
@@ -40,14 +40,14 @@ def multiplies(kernel: str) -> bool:
 
 
 @pytest.mark.parametrize("target", cuda_code.TARGETS)
-def test_the_page_tells_of_every_kernel(target):
-    told = (Path(__file__).parents[1] / "docs" / "results" / "kernels.md").read_text()
-    missing = [code.kernel for code in kernels(target) if f"| `{code.kernel}` | CUDA | {target} |" not in told]
+def test_the_page_lists_every_kernel(target):
+    page = (Path(__file__).parents[1] / "docs" / "results" / "kernels.md").read_text()
+    missing = [code.kernel for code in kernels(target) if f"| `{code.kernel}` | CUDA | {target} |" not in page]
     assert not missing, f"run make kernels: {', '.join(missing)}"
 
 
 def test_occupancy_is_that_of_the_programming_guide():
-    # threads, registers and shared memory in turn are what there is not enough of
+    # in turn limited by threads, registers and shared memory
     assert occupancy("sm_90", 32, 256, 0) == 1
     assert occupancy("sm_90", 128, 256, 0) == 0.25
     assert occupancy("sm_90", 32, 256, 227 * 1024) == 0.125
@@ -56,7 +56,7 @@ def test_occupancy_is_that_of_the_programming_guide():
     assert occupancy("sm_80", 16, 32, 0) == 0.5
 
 
-def test_names_come_out_of_the_mangled_ones():
+def test_kernel_names_are_read_from_mangled_ones():
     unit = "_ZN6fastkm50_GLOBAL__N__7a475a57_17_posterior_cuda_cu_6f5bc9e6"
     assert name_of(f"{unit}13update_kernelILNS0_5CoresE1ELi128EEEvNS_13Pos") == "update_kernel<tensor, 128>"
     assert name_of(f"{unit}12write_kernelILb0EEEvNS_11WritingArgsIfEE") == "write_kernel<0>"

@@ -1,5 +1,5 @@
-// Counts the bytes that kernels ask memory for. The compiler's hooks for ThreadSanitizer, which it calls at every access
-// of the kernels, are defined here to count instead. No cache: what a kernel asks for twice is counted twice.
+// Counts the bytes that kernels load and store. The kernels are compiled for ThreadSanitizer, so they call a hook at
+// every access; these hooks count instead. There is no cache: what a kernel loads twice counts twice.
 #include <cstdint>
 #include <unordered_map>
 
@@ -22,7 +22,8 @@ void count(const void* from, uint64_t size, bool written) {
     const uint64_t here = size < kLine - at % kLine ? size : kLine - at % kLine;
     Counts& counts = lines[at / kLine];
     (written ? counts.written : counts.read) += static_cast<int64_t>(here);
-    at += here, size -= here;
+    at += here;
+    size -= here;
   }
 }
 
@@ -34,8 +35,10 @@ VISIBLE void bytes_within(const void* from, int64_t size, int64_t* read, int64_t
   const uint64_t first = reinterpret_cast<uint64_t>(from) / kLine;
   *read = *written = 0;
   for (uint64_t line = first; line * kLine < reinterpret_cast<uint64_t>(from) + static_cast<uint64_t>(size); ++line)
-    if (const auto found = lines.find(line); found != lines.end())
-      *read += found->second.read, *written += found->second.written;
+    if (const auto found = lines.find(line); found != lines.end()) {
+      *read += found->second.read;
+      *written += found->second.written;
+    }
 }
 
 HOOK void __tsan_init() {}

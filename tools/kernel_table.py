@@ -1,7 +1,7 @@
 """Fill the tables of docs/results/kernels.md: what the machine code of every GPU kernel shows. Run by `make kernels`.
 
-Nothing is launched. The CUDA kernels are looked at in the extension as it was built; their launchers run against
-``record_launches.cpp``, which writes launches down. The Triton kernels are compiled for each target as their launchers
+Nothing is launched. The machine code of the CUDA kernels is read from the built extension. Their launchers run against
+``record_launches.cpp``, which records launches. The Triton kernels are compiled for each target as their launchers
 would launch them.
 """
 
@@ -30,11 +30,11 @@ from fastkm.testing.presets import PRESETS, Preset  # noqa: E402
 from fastkm.testing.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "kernels.md"
-PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are told for this one
+PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are those of this preset
 TF32 = 2
-# Most shared memory a block may have, and multiprocessors: A100, H100, B200.
+# The most shared memory of a thread block, and multiprocessors: A100, H100, B200.
 DEVICES = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132), "sm_100": (227 * 1024, 148)}
-# operator -> the kernel it launches, where the name does not say it
+# operator -> the kernel it launches, where the names differ
 KERNELS = {
     "update_posterior": "update_kernel",
     "update_posterior_backward": "update_backward_kernel",
@@ -60,7 +60,7 @@ def kernel_of(operator: str) -> str:
 
 
 class HostBuild:
-    """The CUDA kernels built for the host and bound as ``torch.ops.fastkm_simt``, beside one source of ours."""
+    """The CUDA kernels built for the host with one source of this folder, bound as ``torch.ops.fastkm_simt``."""
 
     def __init__(self, source: str) -> None:
         folder = simt_build.build().parent
@@ -86,7 +86,7 @@ class HostBuild:
 
 
 class Recorder(HostBuild):
-    """What the launchers would launch, on tensors that nobody touches."""
+    """Records what the launchers would launch. No tensor is read or written."""
 
     def __init__(self) -> None:
         super().__init__("record_launches.cpp")
@@ -103,7 +103,7 @@ class Recorder(HostBuild):
 
 
 def example(operator: str, preset: Preset, batch: int) -> tuple:
-    """Arguments of an operator that hold numbers it can compute with."""
+    """Arguments of an operator with values it can compute with."""
     arguments = inputs(operator, preset, batch, QUERIES, 0, "cpu")
     for x in {id(x): x for x in arguments if isinstance(x, Tensor)}.values():
         if x.dim() == 3 and x.shape[1] == x.shape[2] == preset.K:
@@ -114,7 +114,7 @@ def example(operator: str, preset: Preset, batch: int) -> tuple:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a call asks for, of its arguments and results; what is asked for twice counts twice."""
+    """Bytes of arguments and results that a call loads and stores. What is loaded twice counts twice."""
 
     least: int
     read: int
@@ -160,7 +160,7 @@ def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str
 
 
 def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
-    shared: dict[tuple[str, str], int] = {}  # the most that any operator gives a kernel
+    shared: dict[tuple[str, str], int] = {}  # the most that any operator launches a kernel with
     for target in DEVICES:
         for operator in OPERATORS:
             launches = recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
@@ -216,7 +216,7 @@ LAUNCH_HEADERS = ("operator", *PRESETS)
 
 
 def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
-    """Blocks of each launch of a call with one memory / with many, and what a block of the latter has on chip."""
+    """Thread blocks of each launch with one memory / with many, and the shared memory of a block of the latter."""
 
     def cell(operator: str, preset: Preset) -> str:
         one, many = (

@@ -1,9 +1,9 @@
-// Takes the place of the host runtime of tests/simt: a launch is written down and nothing is run. So the launchers of
-// the CUDA kernels themselves say, at any size and at once, what they would launch on a device.
-#include "../tests/simt/simt.h"
-
+// Replaces the host runtime of tests/simt: a launch is recorded and nothing runs. The launchers of the CUDA kernels
+// thus report what they would launch on a device, at any size and without delay.
 #include <cstdlib>
 #include <vector>
+
+#include "../tests/simt/simt.h"
 
 #define VISIBLE extern "C" __attribute__((visibility("default")))
 
@@ -29,7 +29,9 @@ VISIBLE void simulate_device(int64_t most_shared_bytes, int multiprocessors) {
 // The next launch, first in first out; false when there is none.
 VISIBLE bool next_launch(int64_t* blocks, int64_t* threads, int64_t* shared) {
   if (launches.empty()) return false;
-  *blocks = launches.front().blocks, *threads = launches.front().threads, *shared = launches.front().shared_bytes;
+  *blocks = launches.front().blocks;
+  *threads = launches.front().threads;
+  *shared = launches.front().shared_bytes;
   launches.erase(launches.begin());
   return true;
 }

@@ -1,4 +1,4 @@
-"""What stands here needs the CUDA kernels compiled for the host; each test starts a process of its own."""
+"""These tests need the CUDA kernels compiled for the host. Each test starts a process of its own."""
 
 import pytest
 

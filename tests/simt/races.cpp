@@ -1,5 +1,5 @@
-// Runs every launcher on a few shapes in a program of its own, for the sanitizers: which bytes are touched, and in what
-// order, does not depend on the values. Still every result must be there and finite.
+// Runs every launcher on two shapes, for the sanitizers. Which bytes a kernel touches, and in which order, does not
+// depend on the values. Every result must be written and finite.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -13,7 +13,7 @@ namespace {
 
 std::mt19937 random_bits(0);
 
-// A tensor on the heap, of exactly its size, so that a sanitizer sees what is touched beside it.
+// A tensor on the heap of exactly its size, so that a sanitizer sees accesses beside it. It holds NaN at first.
 struct Array {
   int64_t size[3];
   float* data;
@@ -54,85 +54,149 @@ float* allocate(cuda::Context&, int64_t floats) {
 
 void expect(const char* operation, const char* error, std::initializer_list<const Array*> results) {
   while (allocations > 0) delete[] static_cast<float*>(allocated[--allocations]);
-  if (error) std::printf("%s: %s\n", operation, error), std::exit(1);
   for (const Array* result : results)
-    for (int64_t i = 0; i < result->count(); ++i)
-      if (!std::isfinite(result->data[i])) std::printf("%s: a result is missing\n", operation), std::exit(1);
+    for (int64_t i = 0; !error && i < result->count(); ++i)
+      if (!std::isfinite(result->data[i])) error = "a result is missing";
+  if (!error) return;
+  std::printf("%s: %s\n", operation, error);
+  std::exit(1);
 }
 
-void run(int64_t B, int64_t T, int64_t Q, int64_t K, int64_t C, bool masked, int64_t precision) {
-  cuda::Context context;
-  context.allocate = allocate;
-  Array mean(B, K, C), cov(B, K, K), weights(B, T, K), values(B, T, C), noise(B, T), ridge(B), queries(B, Q, C);
-  mean.draw(0.3f), cov.diagonal(1.5f), weights.draw(0.3f), values.draw(1), noise.fill(0.7f), ridge.fill(0.9f);
-  queries.draw(1);
-  bool* mask = new bool[static_cast<size_t>(B * T)];
-  for (int64_t i = 0; i < B * T; ++i) mask[i] = i % 3 != 1;
-  std::vector<int32_t> info(static_cast<size_t>(B));
+// Sizes of a call, and the memory and patterns that all operations share.
+struct Case {
+  int64_t B, T, Q, K, C;
+  bool masked;
+  int64_t precision;
+  Array mean{B, K, C}, cov{B, K, K}, weights{B, T, K}, values{B, T, C}, noise{B, T}, ridge{B}, queries{B, Q, C};
+  // Results that several operations write.
+  Array new_mean{B, K, C}, new_cov{B, K, K}, s{B, T}, kl{B, T}, new_weights{B, T, K};
+  Array to_mean{B, K, C}, to_cov{B, K, K}, to_weights{B, T, K}, to_values{B, T, C}, to_noise{B, T}, to_ridge{B};
+  std::vector<uint8_t> mask = std::vector<uint8_t>(static_cast<size_t>(B * T));
+  std::vector<int32_t> info = std::vector<int32_t>(static_cast<size_t>(B));
+  cuda::Context context{nullptr, allocate};
 
-  Array new_mean(B, K, C), new_cov(B, K, K), s(B, T), kl(B, T), evidence(B), new_weights(B, T, K);
-  PosteriorArgs<float> update{};
-  update.K = K, update.C = C, update.T_ = T;
-  update.mean = mean.read(), update.cov = cov.read(), update.weights = weights.read(), update.values = values.read();
-  update.noise_var = {noise.data, {T, 1, 0}};
-  if (masked) update.mask = {mask, {T, 1, 0}};
-  update.new_mean = new_mean.batch(), update.new_cov = new_cov.batch();
-  update.innovation_var = {s.data, {T, 1, 0}}, update.kl = {kl.data, {T, 1, 0}};
-  update.log_evidence = evidence.data, update.info = info.data(), update.precision = precision;
-  expect("update_posterior", cuda::update_posterior(update, B, context), {&new_mean, &new_cov, &s, &kl, &evidence});
-
-  Array to_mean(B, K, C), to_cov(B, K, K), to_weights(B, T, K), to_values(B, T, C), to_noise(B, T), to_ridge(B);
-  PosteriorGrads<float> update_grads{};
-  update_grads.mean = new_mean.read(), update_grads.cov = new_cov.read(), update_grads.kl = {kl.data, {T, 1, 0}};
-  update_grads.to_mean = to_mean.batch(), update_grads.to_cov = to_cov.batch();
-  update_grads.to_weights = to_weights.batch(), update_grads.to_values = to_values.batch();
-  update_grads.to_noise_var = {to_noise.data, {T, 1, 0}};
-  expect("update_posterior_backward", cuda::update_posterior_backward(update, update_grads, B, context),
-         {&to_mean, &to_cov, &to_weights, &to_values, &to_noise});
-
-  for (int64_t attempts = 1; attempts <= 2; ++attempts) {
-    WritingArgs<float> write{update, {ridge.data, {1, 0, 0}}, attempts, attempts == 2, new_weights.batch()};
-    expect("write", cuda::write(write, B, context), {&new_mean, &new_cov, &new_weights, &s, &kl});
-    write.posterior.weights = new_weights.read();
-    const WritingGrads<float> write_grads{update_grads, weights.read(), {to_ridge.data, {1, 0, 0}}};
-    expect("write_backward", cuda::write_backward(write, write_grads, B, context),
-           {&to_mean, &to_cov, &to_values, &to_noise, &to_ridge});
+  void draw() {
+    mean.draw(0.3f);
+    cov.diagonal(1.5f);
+    weights.draw(0.3f);
+    values.draw(1);
+    noise.fill(0.7f);
+    ridge.fill(0.9f);
+    queries.draw(1);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 3 != 1;
   }
+  Batch<float> by_pattern(const Array& array) const { return {array.data, {T, 1, 0}}; }
+  Batch<const float> read_by_pattern(const Array& array) const { return {array.data, {T, 1, 0}}; }
+};
 
-  Array read_values(B, Q, C), read_weights(B, Q, K), to_queries(B, Q, C), factor(B, K, K);
+PosteriorArgs<float> posterior_args(Case& c) {
+  PosteriorArgs<float> args{};
+  args.K = c.K;
+  args.C = c.C;
+  args.T_ = c.T;
+  args.mean = c.mean.read();
+  args.cov = c.cov.read();
+  args.weights = c.weights.read();
+  args.values = c.values.read();
+  args.noise_var = c.read_by_pattern(c.noise);
+  if (c.masked) args.mask = {reinterpret_cast<const bool*>(c.mask.data()), {c.T, 1, 0}};
+  args.new_mean = c.new_mean.batch();
+  args.new_cov = c.new_cov.batch();
+  args.innovation_var = c.by_pattern(c.s);
+  args.kl = c.by_pattern(c.kl);
+  args.info = c.info.data();
+  args.precision = c.precision;
+  return args;
+}
+
+PosteriorGrads<float> posterior_grads(Case& c) {
+  PosteriorGrads<float> grads{};
+  grads.mean = c.new_mean.read();
+  grads.cov = c.new_cov.read();
+  grads.kl = c.read_by_pattern(c.kl);
+  grads.to_mean = c.to_mean.batch();
+  grads.to_cov = c.to_cov.batch();
+  grads.to_weights = c.to_weights.batch();
+  grads.to_values = c.to_values.batch();
+  grads.to_noise_var = c.by_pattern(c.to_noise);
+  return grads;
+}
+
+void run_update_and_write(Case& c) {
+  PosteriorArgs<float> update = posterior_args(c);
+  Array evidence(c.B);
+  update.log_evidence = evidence.data;
+  expect("update_posterior", cuda::update_posterior(update, c.B, c.context),
+         {&c.new_mean, &c.new_cov, &c.s, &c.kl, &evidence});
+  const PosteriorGrads<float> grads = posterior_grads(c);
+  expect("update_posterior_backward", cuda::update_posterior_backward(update, grads, c.B, c.context),
+         {&c.to_mean, &c.to_cov, &c.to_weights, &c.to_values, &c.to_noise});
+  for (int64_t num_solves = 1; num_solves <= 2; ++num_solves) {
+    WritingArgs<float> write{
+        posterior_args(c), {c.ridge.data, {1, 0, 0}}, num_solves, num_solves == 2, c.new_weights.batch()};
+    expect("write", cuda::write(write, c.B, c.context), {&c.new_mean, &c.new_cov, &c.new_weights, &c.s, &c.kl});
+    write.posterior.weights = c.new_weights.read();
+    const WritingGrads<float> write_grads{grads, c.weights.read(), {c.to_ridge.data, {1, 0, 0}}};
+    expect("write_backward", cuda::write_backward(write, write_grads, c.B, c.context),
+           {&c.to_mean, &c.to_cov, &c.to_values, &c.to_noise, &c.to_ridge});
+  }
+}
+
+void run_read(Case& c) {
+  Array values(c.B, c.Q, c.C), weights(c.B, c.Q, c.K), to_queries(c.B, c.Q, c.C), factor(c.B, c.K, c.K);
   ReadingArgs<float> read{};
-  read.K = K, read.C = C, read.Q = Q, read.mean = mean.read(), read.queries = queries.read();
-  read.ridge = {ridge.data, {1, 0, 0}}, read.num_iters = 2, read.squared_gram = masked;
-  read.values = read_values.batch(), read.weights = read_weights.batch(), read.info = info.data();
-  read.precision = precision;
-  expect("read", cuda::read(read, B, context), {&read_values, &read_weights});
-  const ReadingGrads<float> read_grads{queries.read(), read_weights.read(), to_mean.batch(), to_queries.batch(),
-                                       to_ridge.data};
-  expect("read_backward", cuda::read_backward(read, read_grads, B, context), {&to_mean, &to_queries, &to_ridge});
-  read.num_iters = 1, read.squared_gram = false;
-  expect("factor_addressing", cuda::factor_addressing(read, factor.batch(), B, context), {&factor});
-  read.values = {}, read.info = nullptr;
-  expect("solve_factored", cuda::solve_factored(read, factor.read(), B, context), {&read_weights});
+  read.K = c.K;
+  read.C = c.C;
+  read.Q = c.Q;
+  read.mean = c.mean.read();
+  read.queries = c.queries.read();
+  read.ridge = {c.ridge.data, {1, 0, 0}};
+  read.num_iters = 2;
+  read.squared_gram = c.masked;
+  read.values = values.batch();
+  read.weights = weights.batch();
+  read.info = c.info.data();
+  read.precision = c.precision;
+  expect("read", cuda::read(read, c.B, c.context), {&values, &weights});
+  const ReadingGrads<float> grads{c.queries.read(), weights.read(), c.to_mean.batch(), to_queries.batch(),
+                                  c.to_ridge.data};
+  expect("read_backward", cuda::read_backward(read, grads, c.B, c.context), {&c.to_mean, &to_queries, &c.to_ridge});
+  read.num_iters = 1;
+  read.squared_gram = false;
+  expect("factor_addressing", cuda::factor_addressing(read, factor.batch(), c.B, c.context), {&factor});
+  read.values = {};
+  read.info = nullptr;
+  expect("solve_factored", cuda::solve_factored(read, factor.read(), c.B, c.context), {&weights});
+}
 
-  Array prior_mean(B, K, C), prior_cov(B, K, K), distance(B), to_prior_mean(B, K, C), to_prior_cov(B, K, K);
-  prior_mean.draw(0.3f), prior_cov.diagonal(2);
-  MatrixNormalArgs<float> normal{
-      K, C, mean.read(), cov.read(), prior_mean.read(), prior_cov.read(), distance.data, info.data()};
-  expect("kl_memory", cuda::kl_memory(normal, B, context), {&distance});
-  MatrixNormalGrads<float> normal_grads{
-      {ridge.data, {1, 0, 0}}, to_mean.batch(), to_cov.batch(), to_prior_mean.batch(), to_prior_cov.batch()};
-  expect("kl_memory_backward", cuda::kl_memory_backward(normal, normal_grads, B, context),
-         {&to_mean, &to_cov, &to_prior_mean, &to_prior_cov});
-  expect("logdet", cuda::logdet(normal, B, context), {&distance});
-  expect("logdet_backward", cuda::logdet_backward(normal, normal_grads, B, context), {&to_cov});
-  delete[] mask;
+void run_matrix_normal(Case& c) {
+  Array prior_mean(c.B, c.K, c.C), prior_cov(c.B, c.K, c.K), result(c.B);
+  Array to_prior_mean(c.B, c.K, c.C), to_prior_cov(c.B, c.K, c.K);
+  prior_mean.draw(0.3f);
+  prior_cov.diagonal(2);
+  const MatrixNormalArgs<float> args{
+      c.K, c.C, c.mean.read(), c.cov.read(), prior_mean.read(), prior_cov.read(), result.data, c.info.data()};
+  expect("kl_memory", cuda::kl_memory(args, c.B, c.context), {&result});
+  const MatrixNormalGrads<float> grads{
+      {c.ridge.data, {1, 0, 0}}, c.to_mean.batch(), c.to_cov.batch(), to_prior_mean.batch(), to_prior_cov.batch()};
+  expect("kl_memory_backward", cuda::kl_memory_backward(args, grads, c.B, c.context),
+         {&c.to_mean, &c.to_cov, &to_prior_mean, &to_prior_cov});
+  expect("logdet", cuda::logdet(args, c.B, c.context), {&result});
+  expect("logdet_backward", cuda::logdet_backward(args, grads, c.B, c.context), {&c.to_cov});
+}
+
+void run(Case&& c) {
+  c.draw();
+  run_update_and_write(c);
+  run_read(c);
+  run_matrix_normal(c);
 }
 
 }  // namespace
 
 int main() {
-  run(2, 5, 5, 7, 9, true, kIeee);
-  run(1, 18, 70, 20, 70, false, kTf32x3);
-  if (std::getenv("FASTKM_SIMT_LARGE")) run(1, 2, 3, 132, 8, false, kIeee);
+  run({2, 5, 5, 7, 9, true, kIeee});
+  run({1, 18, 70, 20, 70, false, kTf32x3});
+  if (std::getenv("FASTKM_SIMT_LARGE")) run({1, 2, 3, 132, 8, false, kIeee});
   std::printf("clean\n");
 }

@@ -1,5 +1,5 @@
-// The runtime behind simt.h. Never compiled with a sanitizer itself: its accesses are not the kernel's.
-// -DSIMT_THREAD_SANITIZER or -DSIMT_ADDRESS_SANITIZER says which one the kernels are compiled with.
+// The runtime behind simt.h. It is never compiled with a sanitizer, so that only accesses of kernels are checked.
+// -DSIMT_THREAD_SANITIZER or -DSIMT_ADDRESS_SANITIZER names the sanitizer that the kernels are compiled with.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -29,7 +29,8 @@ static void __tsan_release(void*) {}
 
 #if defined(__x86_64__) && !defined(SIMT_THREAD_SANITIZER) && !defined(SIMT_ADDRESS_SANITIZER)
 #define SIMT_FAST_SWITCH
-// Saves what a call must keep, and takes up another stack: a hundred times faster than swapcontext.
+// Saves the registers that a call must preserve and continues on another stack. A hundred times faster than
+// swapcontext.
 extern "C" void simt_switch(void** from, void* to);
 asm(".text\n.globl simt_switch\n.hidden simt_switch\nsimt_switch:\n"
     " push %rbp\n push %rbx\n push %r12\n push %r13\n push %r14\n push %r15\n"
@@ -43,7 +44,7 @@ namespace simt {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr unsigned kNoSync = 1;  // switching fibers orders nothing
+constexpr unsigned kNoSync = 1;  // switching fibers orders no memory
 
 enum class State { kReady, kAtBarrier, kInWarp, kDone };
 
@@ -74,10 +75,12 @@ struct World {
   const char* barrier_file = nullptr;
   int barrier_line = 0;
   char end_tag;
-  char* tags = nullptr;  // what ThreadSanitizer orders by, two in turns for the block and each warp; every block's own
+  // What ThreadSanitizer orders by: two tags in turn for the thread block, two for each warp. New for each thread
+  // block.
+  char* tags = nullptr;
   const std::function<void()>* body = nullptr;
   float* shared = nullptr;
-  std::vector<void*> used_memory, used_fibers;  // kept to the end of the grid, or blocks would look ordered
+  std::vector<void*> used_memory, used_fibers;  // kept to the end of the grid: reuse would order thread blocks
   void* main_pointer = nullptr;
   ucontext_t main_context;
   void* main_tsan = nullptr;
@@ -133,7 +136,7 @@ void start(unsigned thread) {
   const int fresh = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
   if (!fiber.stack) fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, fresh, -1, 0));
 #ifdef SIMT_THREAD_SANITIZER
-  else  // forget what the thread of another block did to this stack
+  else  // a new mapping clears what ThreadSanitizer knows of an earlier thread on this stack
     mmap(fiber.stack, kStackBytes, PROT_READ | PROT_WRITE, fresh | MAP_FIXED, -1, 0);
   fiber.tsan = __tsan_create_fiber(0);
 #endif
@@ -154,7 +157,7 @@ void start(unsigned thread) {
 #endif
 }
 
-// Of exactly this size, so that AddressSanitizer sees what is read behind it; 0xFF… is NaN.
+// Memory of exactly this size, so that AddressSanitizer sees reads behind it, filled with 0xFF…: NaN.
 float* poisoned(int64_t bytes) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, static_cast<size_t>(bytes))) throw std::bad_alloc();
@@ -203,7 +206,7 @@ void run_block() {
   }
 }
 
-// The product of a warp as the PTX manual lays it out: tensor cores ignore the low 13 bits of their operands.
+// The product of a warp in the layout of the PTX manual. Tensor cores ignore the low 13 bits of their operands.
 void multiply(Warp& warp) {
   const auto rounded = [](uint32_t bits) { return static_cast<double>(__uint_as_float(bits & 0xFFFFE000u)); };
   double a[16][8], b[8][8];
@@ -257,8 +260,11 @@ void wait_for_block(const char* file, int line) {
   Fiber& self = current();
   char* const tag = &world.tags[world.generation % 2];
   __tsan_release(tag);
-  world.barrier_file = file, world.barrier_line = line;
-  self.file = file, self.line = line, self.state = State::kAtBarrier;
+  world.barrier_file = file;
+  world.barrier_line = line;
+  self.file = file;
+  self.line = line;
+  self.state = State::kAtBarrier;
   if (++world.at_barrier == world.threads) {
     for (unsigned thread = 0; thread < world.threads; ++thread) world.fibers[thread].state = State::kReady;
     world.at_barrier = 0;
@@ -275,7 +281,10 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int argument, co
   Warp& warp = world.warps[threadIdx.x / 32];
   if (!(mask >> lane & 1)) fail("a lane is not in the mask it names", file, line);
   if (warp.arrived == 0) {
-    warp.mask = mask, warp.kind = kind, warp.file = file, warp.line = line;
+    warp.mask = mask;
+    warp.kind = kind;
+    warp.file = file;
+    warp.line = line;
   } else if (warp.mask != mask) {
     fail("lanes of one warp operation name different masks", file, line);
   } else if (warp.kind != kind || warp.line != line || std::strcmp(warp.file, file)) {
@@ -287,7 +296,9 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int argument, co
   char* const tag = &world.tags[2 + threadIdx.x / 32 * 2 + warp.generation % 2];
   const bool orders = kind == Exchange::kNothing;  // shuffles and products order no memory
   if (orders) __tsan_release(tag);
-  self.file = file, self.line = line, self.state = State::kInWarp;
+  self.file = file;
+  self.line = line;
+  self.state = State::kInWarp;
   if (warp.arrived == mask) {
     finish(warp, file, line);
     warp.arrived = 0;
@@ -301,7 +312,7 @@ uint64_t exchange(Exchange kind, unsigned mask, uint64_t value, int argument, co
   return warp.result[lane];
 }
 
-// A fence orders what came before it with an atomic that comes after it, for whoever sees the atomic.
+// A fence before an atomic orders all earlier accesses for every thread that sees the atomic.
 void fence() { current().fenced = true; }
 
 unsigned add(unsigned* to, unsigned value) {
@@ -332,7 +343,7 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, const std::functi
   std::iota(order.begin(), order.end(), 0u);
   if (seed < 0) std::reverse(order.begin(), order.end());
   if (seed > 0) std::shuffle(order.begin(), order.end(), world.random);
-  const auto forget = [] {
+  const auto destroy_fibers = [] {
 #ifdef SIMT_THREAD_SANITIZER
     for (void* fiber : world.used_fibers) __tsan_destroy_fiber(fiber);
     world.used_fibers.clear();
@@ -348,7 +359,7 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, const std::functi
     if (!world.error.empty()) break;
 #ifdef SIMT_THREAD_SANITIZER
     for (unsigned thread = 0; thread < world.threads; ++thread) world.used_fibers.push_back(world.fibers[thread].tsan);
-    if (world.used_fibers.size() + world.threads > 7900) forget();  // it can hold no more
+    if (world.used_fibers.size() + world.threads > 7900) destroy_fibers();  // ThreadSanitizer holds no more fibers
 #else
     for (void* memory : world.used_memory) std::free(memory);
     world.used_memory.clear();
@@ -357,7 +368,7 @@ void launch(int64_t blocks, int threads, int64_t shared_bytes, const std::functi
   __tsan_acquire(&world.end_tag);
   for (void* memory : world.used_memory) std::free(memory);
   world.used_memory.clear();
-  forget();
+  destroy_fibers();
   if (!world.error.empty()) throw std::runtime_error(world.error);
 }
 

@@ -1,13 +1,17 @@
-// Runs CUDA kernels on the host: one fiber per CUDA thread, switched only where threads wait for one another.
+// Runs CUDA kernels on the host: one fiber per CUDA thread. Fibers switch only where threads wait for one another.
 //
-// Blocks run one after another. What a GPU leaves open is drawn from a seed: the order of the blocks, and at each
-// barrier that of the threads. Shared memory is NaN before a block starts. A launch ends in an error, with the place,
-// when threads of a block wait at different barriers, a lane is missing from a warp operation or calls it with
-// another mask, or nobody can go on. AddressSanitizer sees every access past global or shared memory; ThreadSanitizer
-// sees every pair of accesses that only the schedule keeps apart, also of different blocks.
+// Thread blocks run one after another. A GPU leaves two orders open, and a seed draws them: the order of the thread
+// blocks, and at each barrier the order of the threads. Shared memory holds NaN before a thread block starts.
+//
+// A launch ends in an error that names the source line if
+//   - threads of a thread block wait at different barriers,
+//   - a lane is missing from a warp operation or passes another mask,
+//   - no thread can go on.
+// AddressSanitizer reports every access outside global or shared memory. ThreadSanitizer reports every pair of accesses
+// that only the schedule orders, also between thread blocks.
 //
 //   FASTKM_SIMT_SEED    0 in order (default), negative reversed, positive random
-//   FASTKM_SIMT_SHARED  bytes of shared memory a block may have (default: that of an H100)
+//   FASTKM_SIMT_SHARED  bytes of shared memory of a thread block (default: that of an H100)
 //   FASTKM_SIMT_SMS     multiprocessors of the device (default 4)
 #pragma once
 
@@ -38,7 +42,7 @@ struct Index {
   unsigned x = 0;
 };
 
-// What a lane of a warp asks the others for.
+// The operation for which the lanes of a warp exchange values.
 enum class Exchange { kNothing, kXor, kIndex, kMultiply };
 
 // The operands of one lane of a 16 × 8 × 8 product on tensor cores.
@@ -60,7 +64,7 @@ unsigned add(unsigned* to, unsigned value);
 
 template <class T>
 T shuffle(Exchange kind, unsigned mask, T value, int argument, const char* file, int line) {
-  static_assert(sizeof(T) <= sizeof(uint64_t), "one value a lane");
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a lane exchanges one value");
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
   bits = exchange(kind, mask, bits, argument, file, line);
@@ -70,7 +74,7 @@ T shuffle(Exchange kind, unsigned mask, T value, int argument, const char* file,
 
 }  // namespace simt
 
-// Set whenever a thread goes on.
+// The runtime sets these whenever it switches to a thread.
 extern simt::Index threadIdx, blockIdx, blockDim, gridDim;
 
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -1,4 +1,4 @@
-"""How many launches a call makes, and of how many blocks: the launchers say it themselves, for an H100 not there."""
+"""How many launches a call makes, and of how many thread blocks. The launchers report it for a simulated H100."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from simt.build import ROOT
 
 MULTIPROCESSORS = 132
-# Launches where a memory has more rows than one block factors on chip: the factor, and what uses it.
+# Operators that make two launches where a memory has more rows than a thread block factors on chip.
 TWO_BEYOND = ("update_posterior", "read", "read_backward", "solve_addressing", "solve_factored")
 
 # In a process of its own: operators are registered once.
@@ -31,7 +31,7 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def told(request):
+def recorded(request):
     if request.config.getoption("--kernels") != "simt":
         return {}
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True)
@@ -39,26 +39,25 @@ def told(request):
     return json.loads(done.stdout)
 
 
-def test_one_launch_up_to_the_preset_l_and_at_most_two_beyond(told):
-    for operator, calls in told["calls"].items():
+def test_one_launch_up_to_the_preset_l_and_at_most_two_beyond(recorded):
+    for operator, calls in recorded["calls"].items():
         for preset, launches in calls.items():
             beyond = preset in ("XL", "LLM") and operator in TWO_BEYOND
             assert len(launches) == 1 + beyond, f"{operator} {preset}: {launches}"
 
 
-def test_one_memory_fills_the_chip_over_tiles_of_columns(told):
-    assert told["calls"]["update_posterior"]["L"] == [4]  # tiles of 64 columns in C = 200
-    assert told["calls"]["update_posterior"]["LLM"] == [1, 12]  # C = 768, behind one factor
-    assert told["wide"] == [MULTIPROCESSORS]
+def test_one_memory_fills_the_chip_over_tiles_of_columns(recorded):
+    assert recorded["calls"]["update_posterior"]["L"] == [4]  # tiles of 64 columns in C = 200
+    assert recorded["calls"]["update_posterior"]["LLM"] == [1, 12]  # C = 768, behind one factor
+    assert recorded["wide"] == [MULTIPROCESSORS]
 
 
-def test_one_memory_fills_the_chip_over_queries(told):
-    assert told["queries"] == [MULTIPROCESSORS]
+def test_one_memory_fills_the_chip_over_queries(recorded):
+    assert recorded["queries"] == [MULTIPROCESSORS]
 
 
-def test_grids_do_not_grow_with_the_batch(
-    told,
-):  # which may be more than the 65,535 that an axis but the first can have
-    for operator, launches in told["memories"].items():
+def test_grids_do_not_grow_with_the_batch(recorded):
+    # 70,000 memories are more than the 65,535 blocks that the second and third axis of a grid can have.
+    for operator, launches in recorded["memories"].items():
         assert launches, operator
         assert all(0 < blocks <= MULTIPROCESSORS for blocks in launches), f"{operator}: {launches}"

@@ -1,6 +1,6 @@
-"""What the CUDA kernels ask memory for, against the least possible: every input once, every output once.
+"""The bytes that the CUDA kernels load and store, against the least possible: every input once, every output once.
 
-Every access is counted while the kernels run on the host, with the shared memory of an H100. There is no cache in it.
+Every access is counted while the kernels run on the host with the shared memory of an H100. No cache is modelled.
 """
 
 import json
@@ -12,8 +12,8 @@ import pytest
 
 from simt.build import ROOT
 
-# How many times the least a call may ask for. Where memories alone fill the chip an update gives each one block; with
-# fewer, blocks share a memory and each reads what all of them need.
+# How many times the least a call may move. The counts are for one thread block a memory. Thread blocks that share a
+# memory each read what all of them need.
 BOUNDS = {
     "S": {
         "update_posterior": 1.09,
@@ -34,7 +34,7 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("preset", BOUNDS)
-def test_kernels_ask_for_little_more_than_the_least(preset):
+def test_kernels_move_little_more_than_the_least(preset):
     command = [sys.executable, ROOT / "tools/kernel_table.py", "traffic", preset]
     one_block_a_memory = os.environ | {"FASTKM_SIMT_SMS": "1"}
     done = subprocess.run(command, env=one_block_a_memory, capture_output=True, text=True)
