@@ -167,6 +167,20 @@ REFERENCES = [
         tests=(CHECK,),
     ),
     fault(
+        "reference-squared-target",
+        "the reference's squared-Gram solve starts from R z in place of G R z",
+        before="target = address.gram @ target",
+        after="pass",
+        tests=("tests/test_addressing.py::test_weights_are_the_least_squares_solution",),
+    ),
+    fault(
+        "gradient-of-another-solve",
+        "the gradient of a squared-Gram solve is that of the ridge solve",
+        before="ridge, 1, squared_gram, 0, None, grad",
+        after="ridge, 1, False, 0, None, grad",
+        tests=("tests/test_gradients.py::test_equals_the_reference",),
+    ),
+    fault(
         "reference-write-does-not-iterate",
         "each solve of a pattern is against the mean before the first",
         before="solve_addressing(candidate, z, ridge, squared_gram)",
@@ -421,6 +435,13 @@ TRAINING = [
         "a resumed training starts with an optimizer that remembers nothing",
         before="self.optimizer.state[parameter] = state",
         after="pass",
+        tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
+    ),
+    fault(
+        "training-resumes-at-the-first-step",
+        "a resumed training forgets how many steps were taken",
+        before='tensors["history"].tolist()',
+        after="[]",
         tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
     ),
     fault(
