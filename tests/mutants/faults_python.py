@@ -45,8 +45,7 @@ RUNTIME = [
     fault(
         "bad-status-not-raised-plainly",
         "a plain call hands back what a failed factorisation left",
-        before="if any(info.tolist()):",
-        within="info = outputs[-1] if any(info.tolist()):",
+        before="if any(outputs[-1].tolist()):",
         after="if False:",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
     ),
@@ -138,8 +137,8 @@ RUNTIME = [
     fault(
         "refused-call-computed-anyway",
         "an option that is a tensor is taken for what it is not",
-        before="if options != operation.num_options:",
-        after="if False:",
+        before="not inputs[0].is_cpu or num_options != operation.num_options",
+        after="not inputs[0].is_cpu",
         tests=(f"{CHECK}::test_counts", CHECK),
     ),
     fault(
