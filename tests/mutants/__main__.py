@@ -6,6 +6,7 @@ that it is about changes: for a fault that was caught its file and its tests, fo
 """
 
 import argparse
+import functools
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -181,9 +182,10 @@ def check() -> list[str]:
     ids = [fault.id for fault in FAULTS]
     wrong += [f"{name} stands twice in the list" for name in set(ids) if ids.count(name) > 1]
     wrong += ["two faults have one number"] * (len({fault.number for fault in FAULTS}) < len(FAULTS))
+    read = functools.cache(Path.read_text)
     for fault in FAULTS:
         try:
-            find(fault)
+            find(fault, read)
         except ValueError as error:
             wrong.append(str(error))
         for test in fault.tests:

@@ -45,8 +45,7 @@ RUNTIME = [
     fault(
         "bad-status-not-raised-plainly",
         "a plain call hands back what a failed factorisation left",
-        before="if any(info.tolist()):",
-        within="info = outputs[-1] if any(info.tolist()):",
+        before="if any(outputs[-1].tolist()):",
         after="if False:",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
     ),
@@ -138,8 +137,8 @@ RUNTIME = [
     fault(
         "refused-call-computed-anyway",
         "an option that is a tensor is taken for what it is not",
-        before="if options != operation.num_options:",
-        after="if False:",
+        before="not inputs[0].is_cpu or num_options != operation.num_options",
+        after="not inputs[0].is_cpu",
         tests=(f"{CHECK}::test_counts", CHECK),
     ),
     fault(
@@ -165,6 +164,20 @@ REFERENCES = [
         before="4 * (cov.shape[-1] + pivots.shape[-1])",
         after="4000 * (cov.shape[-1] + pivots.shape[-1])",
         tests=(CHECK,),
+    ),
+    fault(
+        "reference-squared-target",
+        "the reference's squared-Gram solve starts from R z in place of G R z",
+        before="target = address.gram @ target",
+        after="pass",
+        tests=("tests/test_addressing.py::test_weights_are_the_least_squares_solution",),
+    ),
+    fault(
+        "gradient-of-another-solve",
+        "the gradient of a squared-Gram solve is that of the ridge solve",
+        before="ridge, 1, squared_gram, 0, None, grad",
+        after="ridge, 1, False, 0, None, grad",
+        tests=("tests/test_gradients.py::test_equals_the_reference",),
     ),
     fault(
         "reference-write-does-not-iterate",
@@ -421,6 +434,13 @@ TRAINING = [
         "a resumed training starts with an optimizer that remembers nothing",
         before="self.optimizer.state[parameter] = state",
         after="pass",
+        tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
+    ),
+    fault(
+        "training-resumes-at-the-first-step",
+        "a resumed training forgets how many steps were taken",
+        before='tensors["history"].tolist()',
+        after="[]",
         tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
     ),
     fault(
