@@ -5,6 +5,9 @@
 // another. A view of the caller's own rows is not padded.
 #pragma once
 
+#include <limits>
+#include <type_traits>
+
 #include "cpu/linalg/arena.h"
 #include "cpu/linalg/simd.h"
 #include "kernel_args.h"
@@ -96,6 +99,12 @@ Matrix<Real> allocate_matrix(Arena& arena, int64_t rows, int64_t columns) {
 template <class Real>
 void fill_zero(const Matrix<Real>& m) {
   for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real));
+}
+
+template <class Real>
+void fill_nan(const Matrix<Real>& m) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    for (int64_t j = 0; j < m.columns; ++j) m.row(i)[j] = std::numeric_limits<Real>::quiet_NaN();
 }
 
 // Set the padding to zero, up to the next whole vector register.

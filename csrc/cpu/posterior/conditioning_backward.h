@@ -1,4 +1,18 @@
-// Backward of conditioning on a chunk of patterns, shared by the backward of an update and that of a write.
+// Backward of conditioning a memory on chunks of patterns. Patterns, and the rows of the memory's mean, are columns.
+//
+// In this orientation everything made of codes is [C, ·], so no product pads codes, and a chunk is transposed once on
+// the way in and once on the way out. States and their cotangents are only left operands, which need no padding.
+//
+// With S, L, G and E of conditioning.h, bars for cotangents and primes for what comes after the chunk:
+//   (1)  Ḡ = E R̄'ᵀ − 2 G Ū',  Ē = G R̄' + 2 diag(ē) E, where ē_t is the cotangent of ‖E_t‖²
+//   (2)  V̄ = L⁻ᵀ Ḡ,  Z̄ = L⁻ᵀ Ē
+//   (3)  N = Ḡ Gᵀ + Ē Eᵀ,  S̄ = L⁻ᵀ (diag(L_tt² p̄_t) − ½ N) L⁻¹, where p̄_t is the cotangent of L_tt² and the lower
+//   triangle
+//        of N is mirrored
+//   (4)  V̄ += S̄ W,  R̄ = R̄' − Wᵀ Z̄,  Ū = Ū' + sym(Wᵀ V̄),  W̄ = (V̄ + S̄ W) U − Z̄ Rᵀ.
+// In (3), L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt p̄_t), and only the lower triangle of Lᵀ L̄ reaches S̄.
+//
+// The states before all chunks are computed first and kept: K (C + K) numbers a chunk.
 #pragma once
 
 #include "cpu/linalg/triangle.h"
@@ -6,12 +20,11 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// The backward of an update goes over the state so often that it takes more at once.
-constexpr int64_t kBackwardChunk = 32;
-constexpr int64_t kLargestChunk = kBackwardChunk > kChunk ? kBackwardChunk : kChunk;
+// Patterns of the largest chunk that the backward takes: that of an update.
+constexpr int64_t kLargestBackwardChunk = 32;
+static_assert(kLargestBackwardChunk >= kChunk);
 
-// A memory whose mean has its rows for columns, as patterns are columns here. All that is computed from codes is then
-// [C, ·]: no product pads codes, and the patterns of a chunk are transposed once in and once out.
+// A memory with the transpose of its mean.
 template <class Real>
 struct MemoryColumns {
   Matrix<Real> mean;  // Rᵀ [C, K]
@@ -19,11 +32,31 @@ struct MemoryColumns {
 };
 
 template <class Real>
-MemoryColumns<Real> allocate_memory_columns(const PosteriorArgs<Real>& args, Arena& arena) {
-  return {allocate_matrix<Real>(arena, args.C, args.K), allocate_matrix<Real>(arena, args.K, args.K)};
+MemoryColumns<Real> allocate_memory_columns(int64_t K, int64_t C, Arena& arena) {
+  return {allocate_matrix<Real>(arena, C, K), allocate_matrix<Real>(arena, K, K)};
 }
 
-// The cotangents of a memory, symmetric in the covariance; a missing one is zero.
+// A memory as operands of products, wherever it is.
+template <class Real>
+struct MemoryView {
+  Operand<Real> mean;             // R
+  Operand<Real> mean_transposed;  // Rᵀ
+  Operand<Real> cov;              // U
+};
+
+template <class Real>
+MemoryView<Real> view_of(const MemoryColumns<Real>& memory) {
+  return {transposed(memory.mean), operand(memory.mean), operand(memory.cov)};
+}
+
+// The caller's memory `b`.
+template <class Real>
+MemoryView<Real> view_of(const PosteriorArgs<Real>& args, int64_t b) {
+  const Operand<Real> mean{args.mean.at(b), args.mean.stride[1], args.mean.stride[2]};
+  return {mean, {mean.data, mean.column, mean.row}, {args.cov.at(b), args.cov.stride[1], args.cov.stride[2]}};
+}
+
+// Copy the cotangents of a memory in, symmetric in the covariance. A missing one is zero.
 template <class Real>
 void load_cotangents(const MemoryColumns<Real>& grad, const PosteriorGrads<Real>& grads, int64_t b) {
   if (grads.mean.data)
@@ -40,97 +73,102 @@ void store_cotangents(const PosteriorGrads<Real>& grads, int64_t b, const Memory
   store_matrix(grads.to_cov, b, grad.cov);
 }
 
-// The state before a chunk. It is only ever a left factor, which need not be padded: the first is the caller's own.
+// The cotangents of what an update or a write reports.
 template <class Real>
-struct MemoryView {
-  Batch<const Real> mean, cov;  // of one memory
+struct ReportCotangents {
+  const Real *s, *kl;  // [t]
+  Real log_evidence;
 };
 
-// Rows as they are, or those of a transposed mean.
+// A chunk of patterns as its backward needs it. Masked patterns have zeros for weights and values.
 template <class Real>
-void load_mean(const Matrix<Real>& to, const MemoryView<Real>& state) {
-  const Batch<const Real>& mean = state.mean;
-  if (mean.stride[1] == 1)
-    load_transposed(to, Batch<const Real>{mean.data, {0, mean.stride[2], 1}}, 0);
-  else
-    load_matrix(to, mean, 0);
-}
-
-template <class Real>
-Batch<const Real> matrix_at(const Batch<const Real>& m, int64_t b) {
-  return {m.at(b), {m.stride[0], m.stride[1], m.stride[2]}};
-}
-template <class Real>
-MemoryView<Real> view_of(const MemoryColumns<Real>& memory) {
-  return {{memory.mean.data, {0, 1, memory.mean.ld}}, {memory.cov.data, {0, memory.cov.ld, 1}}};
-}
-
-// A chunk as its backward wants it, with patterns for columns: then states and their cotangents are left factors only.
-template <class Real>
-struct WhitenedColumns {
-  Matrix<Real> weights;                             // W [t, K], these as rows
-  Matrix<Real> whitened;                            // Gᵀ above Eᵀ [K + C, t]
-  Matrix<Real> inverse;                             // L⁻¹ [t, t]
-  Real noise[kLargestChunk], pivot[kLargestChunk];  // σ² and L_tt² [t]
+struct ChunkColumns {
+  Matrix<Real> weights;         // W [t, K]
+  Matrix<Real> values;          // Zᵀ [C, t]
+  Observations<Real> observed;  // [t]
+  ReportCotangents<Real> grad;  // [t]
 
   int64_t count() const { return weights.rows; }
 };
 
+// Copy in the chunk of `count` patterns from `first` on.
 template <class Real>
-WhitenedColumns<Real> allocate_whitened_columns(const PosteriorArgs<Real>& args, int64_t count, Arena& arena) {
-  return {.weights = allocate_matrix<Real>(arena, count, args.K),
-          .whitened = allocate_matrix<Real>(arena, args.K + args.C, count),
-          .inverse = allocate_matrix<Real>(arena, count, count)};
+ChunkColumns<Real> load_chunk(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t b,
+                              int64_t first, int64_t count, Arena& arena) {
+  const Matrix<Real> weights = allocate_matrix<Real>(arena, count, args.K);
+  const Matrix<Real> values = allocate_matrix<Real>(arena, args.C, count);
+  const Observations<Real> observed = load_observations(args, b, first, count, arena);
+  load_patterns(weights, args.weights.from_row(first), b, observed.unmasked);
+  load_transposed(values, args.values.from_row(first), b);
+  Real *grad_s = arena.allocate<Real>(count), *grad_kl = arena.allocate<Real>(count);
+  for (int64_t t = 0; t < count; ++t) {
+    grad_s[t] = value_or_zero(grads.innovation_var, b, first + t);
+    grad_kl[t] = value_or_zero(grads.kl, b, first + t);
+    if (observed.unmasked[t]) continue;
+    for (int64_t c = 0; c < args.C; ++c) values.row(c)[t] = 0;
+  }
+  return {weights, values, observed, {grad_s, grad_kl, value_or_zero(grads.log_evidence, b, 0)}};
 }
 
-// Like whiten, on the chunk of patterns from `first` on.
+// A chunk whitened against the memory before it.
 template <class Real>
-void whiten_columns(const MemoryView<Real>& state, WhitenedColumns<Real>& chunk, const PosteriorArgs<Real>& args,
-                    int64_t b, int64_t first, Arena& arena) {
-  const int64_t K = args.K, C = args.C, count = chunk.count();
-  const Matrix<Real> inputs = allocate_matrix<Real>(arena, K + C, count),
-                     weights_transposed = allocate_matrix<Real>(arena, K, count);
+struct WhitenedColumns {
+  Matrix<Real> inputs;                // Gᵀ above Eᵀ [K + C, t]
+  Matrix<Real> inverse;               // L⁻¹ [t, t]
+  Real pivot[kLargestBackwardChunk];  // L_tt² [t]
+};
+
+template <class Real>
+WhitenedColumns<Real> allocate_whitened_columns(int64_t K, int64_t C, int64_t count, Arena& arena) {
+  return {.inputs = allocate_matrix<Real>(arena, K + C, count), .inverse = allocate_matrix<Real>(arena, count, count)};
+}
+
+// (1) and (2) of conditioning.h.
+template <class Real>
+void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& memory, const ChunkColumns<Real>& chunk,
+                    Arena& arena) {
+  const int64_t K = chunk.weights.columns, C = chunk.values.rows, count = chunk.count();
+  const Matrix<Real> inputs = allocate_matrix<Real>(arena, K + C, count);
   const Matrix<Real> projected = inputs.rows_from(0, K), innovations = inputs.rows_from(K, C);
+  const Matrix<Real> weights_transposed = transposed_copy(chunk.weights, arena);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  load_patterns(chunk.weights, args.weights, args, b, first);
-  load_transposed(innovations, args.values.from_row(first), b);
-  for (int64_t t = 0; t < count; ++t)
-    if (!args.unmasked(b, first + t))
-      for (int64_t c = 0; c < C; ++c) innovations.row(c)[t] = 0;
-  transpose(weights_transposed, chunk.weights);
-  product<Into::kSet>(projected, K, operand(state.cov), weights_transposed);
+  product<Into::kSet>(projected, K, memory.cov, weights_transposed);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.weights), projected);
-  factor_variances(factor, args, b, first, chunk.noise, chunk.pivot, arena);
-  invert_lower(factor, chunk.inverse, arena);
-  product<Into::kSubtract>(innovations, K, transposed(state.mean), weights_transposed);
-  product_of_triangle<true>(chunk.whitened, inputs, transposed_copy(chunk.inverse, arena));
+  factor_variances(factor, whitened.pivot, K, chunk.observed.noise_var, arena);
+  invert_lower(factor, whitened.inverse, arena);
+  product<Into::kSubtract>(innovations, chunk.values, K, memory.mean_transposed, weights_transposed);
+  product_of_triangle<true>(whitened.inputs, inputs, transposed_copy(whitened.inverse, arena));
 }
 
-// R += Gᵀ E, U −= Gᵀ G.
+// (3) of conditioning.h.
 template <class Real>
-void update_memory(const MemoryColumns<Real>& memory, const WhitenedColumns<Real>& chunk, Arena& arena) {
-  const int64_t K = memory.cov.rows, C = memory.mean.rows;
-  const Matrix<Real> gain = chunk.whitened.rows_from(0, K), turned = transposed_copy(gain, arena);
-  product<Into::kAdd>(memory.mean, chunk.count(), operand(chunk.whitened.rows_from(K, C)), turned);
-  product_lower<Into::kSubtract>(memory.cov, chunk.count(), operand(gain), turned);
+void update_memory(const MemoryColumns<Real>& memory, const WhitenedColumns<Real>& whitened, Arena& arena) {
+  const int64_t K = memory.cov.rows, C = memory.mean.rows, count = whitened.inverse.rows;
+  const Matrix<Real> gain_transposed = whitened.inputs.rows_from(0, K), gain = transposed_copy(gain_transposed, arena);
+  product<Into::kAdd>(memory.mean, count, operand(whitened.inputs.rows_from(K, C)), gain);
+  product_lower<Into::kSubtract>(memory.cov, count, operand(gain_transposed), gain);
   mirror(memory.cov);
 }
 
-// From the cotangents of a pattern's s, KL and log-likelihood to those of its pivot L_tt², energy ‖E_t‖² and σ².
+// Cotangents of what a chunk was conditioned on. Those of masked patterns are meaningless.
+template <class Real>
+struct ChunkCotangents {
+  Matrix<Real> weights;  // W̄ᵀ [K, t]
+  Matrix<Real> values;   // Z̄ᵀ [C, t]
+  Real noise[kLargestBackwardChunk];
+};
+
+// Cotangents of a pattern's L_tt², ‖E_t‖² and σ² from those of its s and KL and of ln p(Z).
 template <class Real>
 struct PatternCotangents {
   Real pivot = 0, energy = 0, noise = 0;
 };
 template <class Real>
-PatternCotangents<Real> pattern_cotangents(const WhitenedColumns<Real>& chunk, Real energy, int64_t t,
-                                           const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads,
-                                           int64_t b, int64_t first) {
-  const Real grad_s = value_or_zero(grads.innovation_var, b, first + t),
-             grad_kl = value_or_zero(grads.kl, b, first + t);
-  const Real grad_evidence = value_or_zero(grads.log_evidence, b, 0);
-  if (!args.unmasked(b, first + t)) return {.noise = grad_s};
-  const Real noise = chunk.noise[t], pivot = chunk.pivot[t], s = pivot > noise ? pivot : noise;
-  const Real C = static_cast<Real>(args.C);
+PatternCotangents<Real> pattern_cotangents(const ChunkColumns<Real>& chunk, Real pivot, Real energy, int64_t t) {
+  const Real grad_s = chunk.grad.s[t], grad_kl = chunk.grad.kl[t], grad_evidence = chunk.grad.log_evidence;
+  if (!chunk.observed.unmasked[t]) return {.noise = grad_s};
+  const Real noise = chunk.observed.noise_var[t], s = pivot > noise ? pivot : noise;
+  const Real C = static_cast<Real>(chunk.values.rows);
   PatternCotangents<Real> result;
   const Real of_s =
       grad_s + Real(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
@@ -140,133 +178,167 @@ PatternCotangents<Real> pattern_cotangents(const WhitenedColumns<Real>& chunk, R
   return result;
 }
 
-// Cotangents of what one chunk was conditioned on, patterns for columns; of masked patterns they are meaningless.
+// energies = ‖E_t‖², from Eᵀ [C, t].
 template <class Real>
-struct ChunkCotangents {
-  Matrix<Real> weights;  // [K, t]
-  Matrix<Real> values;   // [C, t]
-  Real noise[kLargestChunk];
-};
-
-// With bars for cotangents and primes for what is after the chunk:
-//   Ḡ = E R̄'ᵀ − 2 G Ū'          Ē = G R̄' + 2 diag(ē) E
-//   V̄ = L⁻ᵀ Ḡ                   Z̄ = L⁻ᵀ Ē
-//   N = Ḡ Gᵀ + Ē Eᵀ              S̄ = L⁻ᵀ (diag(L_tt² s̄_t) − ½ N) L⁻¹, with N's lower triangle mirrored
-//   V̄ += S̄ W     W̄ += (V̄ + S̄ W) U − Z̄ Rᵀ     R̄ = R̄' − Wᵀ Z̄     Ū = Ū' + sym(Wᵀ V̄)
-// as L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt s̄_t), and the lower triangle of Lᵀ L̄ is all that reaches S̄.
-// `state` is that before the chunk; `grad` goes from after the chunk to before it.
-template <class Real>
-ChunkCotangents<Real> condition_backward(const MemoryView<Real>& state, const MemoryColumns<Real>& grad,
-                                         const WhitenedColumns<Real>& chunk, const PosteriorArgs<Real>& args,
-                                         const PosteriorGrads<Real>& grads, int64_t b, int64_t first, Arena& arena,
-                                         Prefetch* prefetch = nullptr) {
-  const int64_t K = args.K, C = args.C, count = chunk.count(), padded = round_up(count, kLanes<Real>);
-  const auto allocate = [&](int64_t rows) { return allocate_matrix<Real>(arena, rows, count); };
-  const auto upper = [&](const Matrix<Real>& m) { return m.rows_from(0, K); };
-  const auto lower = [&](const Matrix<Real>& m) { return m.rows_from(K, C); };
-  const Matrix<Real> G = upper(chunk.whitened), E = lower(chunk.whitened), whitened_bar = allocate(K + C);
-  const Matrix<Real> G_bar = upper(whitened_bar), E_bar = lower(whitened_bar);
-  const Matrix<Real> solved = allocate(K + C), V_bar = upper(solved), Z_bar = lower(solved);
-  ChunkCotangents<Real> bar{.weights = allocate(K), .values = Z_bar};
-
-  // Through the state.
-  product<Into::kSet>(G_bar, K, operand(grad.cov), G, prefetch);
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t t = 0; t < padded; ++t) G_bar.row(k)[t] *= -2;
-  product<Into::kAdd>(G_bar, C, transposed(grad.mean), E, prefetch);
-  product<Into::kSet>(E_bar, K, operand(grad.mean), G, prefetch);
-
-  // Through what is told of each pattern.
-  Real energy[kLargestChunk], energy_bar[kLargestChunk] = {}, pivot_bar[kLargestChunk];
+void column_norms(const Matrix<Real>& columns, Real* energies) {
+  const int64_t C = columns.rows, padded = round_up(columns.columns, kLanes<Real>);
   for (int64_t t = 0; t < padded; t += kLanes<Real>) {
-    const auto square = [&](int64_t c) { return load(E.row(c) + t) * load(E.row(c) + t); };
+    const auto square = [&](int64_t c) { return load(columns.row(c) + t) * load(columns.row(c) + t); };
     Vec<Real> even = {}, odd = {};
     for (int64_t c = 0; c + 1 < C; c += 2) {
       even += square(c);
       odd += square(c + 1);
     }
     if (C % 2) even += square(C - 1);
-    store<Real>(energy + t, even + odd);
+    store<Real>(energies + t, even + odd);
   }
-  for (int64_t t = 0; t < count; ++t) {
-    const PatternCotangents<Real> told = pattern_cotangents(chunk, energy[t], t, args, grads, b, first);
-    energy_bar[t] = 2 * told.energy;
-    pivot_bar[t] = told.pivot;
-    bar.noise[t] = told.noise;
-  }
+}
+
+// (1): [Ḡ Ē]ᵀ [K + C, t] from the cotangents of the memory after the chunk.
+template <class Real>
+void whitened_cotangents(const Matrix<Real>& grad_whitened, const MemoryColumns<Real>& grad,
+                         const WhitenedColumns<Real>& whitened, const Real* grad_energy, Prefetch* prefetch) {
+  const int64_t K = grad.cov.rows, C = grad.mean.rows, padded = round_up(grad_whitened.columns, kLanes<Real>);
+  const Matrix<Real> G = whitened.inputs.rows_from(0, K), E = whitened.inputs.rows_from(K, C);
+  const Matrix<Real> grad_G = grad_whitened.rows_from(0, K), grad_E = grad_whitened.rows_from(K, C);
+  product<Into::kSet>(grad_G, K, operand(grad.cov), G, prefetch);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t t = 0; t < padded; ++t) grad_G.row(k)[t] *= -2;
+  product<Into::kAdd>(grad_G, C, transposed(grad.mean), E, prefetch);
+  product<Into::kSet>(grad_E, K, operand(grad.mean), G, prefetch);
   for (int64_t c = 0; c < C; ++c)
-    for (int64_t t = 0; t < padded; ++t) E_bar.row(c)[t] += energy_bar[t] * E.row(c)[t];
+    for (int64_t t = 0; t < padded; ++t) grad_E.row(c)[t] += 2 * grad_energy[t] * E.row(c)[t];
+}
 
-  // Through the whitening, and through the factor.
-  const Matrix<Real> S_bar = allocate(count), half = allocate(count);
-  product_of_triangle<false>(solved, whitened_bar, chunk.inverse);
-  product_lower<Into::kSet>(S_bar, K + C, transposed(whitened_bar), chunk.whitened);
+// (3): S̄ [t, t] from [Ḡ Ē]ᵀ and the cotangents of the pivots.
+template <class Real>
+Matrix<Real> variance_cotangents(const Matrix<Real>& grad_whitened, const WhitenedColumns<Real>& whitened,
+                                 const Real* grad_pivot, Arena& arena) {
+  const int64_t count = whitened.inverse.rows, padded = round_up(count, kLanes<Real>);
+  const Matrix<Real> grad_S = allocate_matrix<Real>(arena, count, count);
+  const Matrix<Real> solved = allocate_matrix<Real>(arena, count, count);
+  product_lower<Into::kSet>(grad_S, grad_whitened.rows, transposed(grad_whitened), whitened.inputs);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < padded; ++j) S_bar.row(i)[j] *= Real(-0.5);
-    S_bar.row(i)[i] += chunk.pivot[i] * pivot_bar[i];
+    for (int64_t j = 0; j < padded; ++j) grad_S.row(i)[j] *= Real(-0.5);
+    grad_S.row(i)[i] += whitened.pivot[i] * grad_pivot[i];
   }
-  mirror(S_bar);
-  product_of_triangle<false>(half, S_bar, chunk.inverse);
-  product<Into::kSet>(S_bar, count, transposed(chunk.inverse), half);
-  for (int64_t t = 0; t < count; ++t) bar.noise[t] += S_bar.row(t)[t];
+  mirror(grad_S);
+  product_of_triangle<false>(solved, grad_S, whitened.inverse);
+  product<Into::kSet>(grad_S, count, transposed(whitened.inverse), solved);
+  return grad_S;
+}
 
-  // Down to the arguments.
-  const Matrix<Real> shared = allocate(K);
-  product<Into::kSet>(shared, count, transposed(chunk.weights), S_bar);
-  add_rows(V_bar, shared);
-  product<Into::kAdd>(grad.cov, count, operand(V_bar), chunk.weights, prefetch);
+// Backward of conditioning on one chunk. `memory` is the one before the chunk; `grad` goes in as the cotangents of the
+// memory after the chunk and comes out as those of the memory before it.
+template <class Real>
+ChunkCotangents<Real> condition_backward(const MemoryColumns<Real>& grad, const MemoryView<Real>& memory,
+                                         const ChunkColumns<Real>& chunk, const WhitenedColumns<Real>& whitened,
+                                         Arena& arena, Prefetch* prefetch = nullptr) {
+  const int64_t K = grad.cov.rows, C = grad.mean.rows, count = chunk.count();
+  const Matrix<Real> grad_whitened = allocate_matrix<Real>(arena, K + C, count);
+  const Matrix<Real> solved = allocate_matrix<Real>(arena, K + C, count);
+  const Matrix<Real> V = solved.rows_from(0, K), Z = solved.rows_from(K, C);  // V̄ᵀ and Z̄ᵀ
+  ChunkCotangents<Real> to{.weights = allocate_matrix<Real>(arena, K, count), .values = Z};
+
+  Real energy[kLargestBackwardChunk], grad_energy[kLargestBackwardChunk] = {}, grad_pivot[kLargestBackwardChunk] = {};
+  column_norms(whitened.inputs.rows_from(K, C), energy);
+  for (int64_t t = 0; t < count; ++t) {
+    const PatternCotangents<Real> of = pattern_cotangents(chunk, whitened.pivot[t], energy[t], t);
+    grad_energy[t] = of.energy;
+    grad_pivot[t] = of.pivot;
+    to.noise[t] = of.noise;
+  }
+
+  whitened_cotangents(grad_whitened, grad, whitened, grad_energy, prefetch);                    // (1)
+  product_of_triangle<false>(solved, grad_whitened, whitened.inverse);                          // (2)
+  const Matrix<Real> grad_S = variance_cotangents(grad_whitened, whitened, grad_pivot, arena);  // (3)
+  for (int64_t t = 0; t < count; ++t) to.noise[t] += grad_S.row(t)[t];
+
+  // (4). S̄ W enters V̄ once before Ū and once more before W̄.
+  const Matrix<Real> S_W = allocate_matrix<Real>(arena, K, count);
+  product<Into::kSet>(S_W, count, transposed(chunk.weights), grad_S);
+  add_rows(V, S_W);
+  product<Into::kAdd>(grad.cov, count, operand(V), chunk.weights, prefetch);
   symmetrise(grad.cov);
-  product<Into::kSubtract>(grad.mean, count, operand(Z_bar), chunk.weights, prefetch);
-  add_rows(V_bar, shared);
-  product<Into::kSet>(bar.weights, K, operand(state.cov), V_bar, prefetch);
-  product<Into::kSubtract>(bar.weights, C, operand(state.mean), Z_bar, prefetch);
-  return bar;
+  product<Into::kSubtract>(grad.mean, count, operand(Z), chunk.weights, prefetch);
+  add_rows(V, S_W);
+  product<Into::kSet>(to.weights, K, memory.cov, V, prefetch);
+  product<Into::kSubtract>(to.weights, C, memory.mean, Z, prefetch);
+  return to;
 }
 
-// Cotangents [B, T, ·] of a chunk: a masked pattern has no say, so nothing flows back to it.
+// Set the cotangents [B, T, width] of a chunk's masked patterns to zero: nothing flows back to them.
 template <class Real>
-void clear_masked(const Batch<Real>& cotangents, int64_t width, const PosteriorArgs<Real>& args, int64_t b,
-                  int64_t first, int64_t count) {
-  for (int64_t t = first; t < first + count; ++t)
-    if (!args.unmasked(b, t)) __builtin_memset(cotangents.at(b, t), 0, static_cast<size_t>(width) * sizeof(Real));
+void clear_masked(const Batch<Real>& to, int64_t b, int64_t width, const bool* unmasked, int64_t count) {
+  for (int64_t t = 0; t < count; ++t)
+    if (!unmasked[t]) __builtin_memset(to.at(b, t), 0, static_cast<size_t>(width) * sizeof(Real));
 }
 
+// Copy the cotangents of a chunk's patterns out, from their columns.
 template <class Real>
-void store_patterns(const Batch<Real>& to, const Matrix<Real>& columns, const PosteriorArgs<Real>& args, int64_t b,
-                    int64_t first) {
-  store_transposed(to.from_row(first), b, columns);
-  clear_masked(to, columns.rows, args, b, first, columns.columns);
+void store_patterns(const Batch<Real>& to, int64_t b, const Matrix<Real>& columns, const bool* unmasked) {
+  store_transposed(to, b, columns);
+  clear_masked(to, b, columns.rows, unmasked, columns.columns);
 }
 
-// Call `backward(state, chunk, first)` on every chunk of `size` patterns from the last to the first, with the state
-// before it. States and chunks are those of one memory only, in working memory.
-template <class Real, class Backward>
-void reverse_chunks(const PosteriorArgs<Real>& args, int64_t size, int64_t b, Arena& arena, const Backward& backward) {
-  const int64_t chunks = (args.T_ + size - 1) / size;
-  MemoryColumns<Real>* memories = arena.allocate<MemoryColumns<Real>>(chunks);
-  MemoryView<Real>* states = arena.allocate<MemoryView<Real>>(chunks);
-  WhitenedColumns<Real>* columns = arena.allocate<WhitenedColumns<Real>>(chunks);
-  for (int64_t n = 0; n < chunks; ++n) {
-    if (n > 0) memories[n] = allocate_memory_columns(args, arena);
-    states[n] = n > 0 ? view_of(memories[n]) : MemoryView<Real>{matrix_at(args.mean, b), matrix_at(args.cov, b)};
-    columns[n] = allocate_whitened_columns(args, smaller(size, args.T_ - n * size), arena);
+// The chunks of one memory: brought in, whitened, and the states before them.
+template <class Real>
+struct Episode {
+  int64_t size;   // patterns of a chunk but the last
+  int64_t count;  // of chunks
+  bool copies;    // the first memory is in memories[0]; else products read the caller's
+  ChunkColumns<Real>* chunks;
+  WhitenedColumns<Real>* whitened;
+  MemoryColumns<Real>* memories;  // before each chunk
+  MemoryView<Real> callers;
+  Arena::Mark end;  // of what an episode holds in the arena
+
+  MemoryView<Real> before(int64_t n) const { return n > 0 || copies ? view_of(memories[n]) : callers; }
+};
+
+// Bring an episode in, in chunks of `size` patterns.
+template <class Real>
+Episode<Real> load_episode(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t b, int64_t size,
+                           bool copies, Arena& arena) {
+  const int64_t count = (args.T_ + size - 1) / size;
+  Episode<Real> episode{.size = size,
+                        .count = count,
+                        .copies = copies,
+                        .chunks = arena.allocate<ChunkColumns<Real>>(count),
+                        .whitened = arena.allocate<WhitenedColumns<Real>>(count),
+                        .memories = arena.allocate<MemoryColumns<Real>>(count),
+                        .callers = view_of(args, b),
+                        .end = {}};
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t first = n * size, patterns = smaller(size, args.T_ - first);
+    if (n > 0 || copies) episode.memories[n] = allocate_memory_columns<Real>(args.K, args.C, arena);
+    episode.whitened[n] = allocate_whitened_columns<Real>(args.K, args.C, patterns, arena);
+    episode.chunks[n] = load_chunk(args, grads, b, first, patterns, arena);
   }
-  const Arena::Mark chunk_start = arena.mark();
-  for (int64_t n = 0; n < chunks; ++n) {
-    arena.release(chunk_start);
+  const int64_t copied = copies ? 0 : 1;  // the first memory in working memory
+  if (copied < count) {
+    load_transposed(episode.memories[copied].mean, args.mean, b);
+    load_matrix(episode.memories[copied].cov, args.cov, b);
+  }
+  episode.end = arena.mark();
+  return episode;
+}
+
+// Whiten every chunk against the memory before it. The memory before a chunk is the one before the previous chunk,
+// updated.
+template <class Real>
+void whiten_episode(const Episode<Real>& episode, Arena& arena) {
+  for (int64_t n = 0; n < episode.count; ++n) {
+    arena.release(episode.end);
     if (n > 0) {
-      if (n == 1)
-        load_transposed(memories[n].mean, states[0].mean, 0);
-      else
-        copy_rows(memories[n].mean, memories[n - 1].mean);
-      load_matrix(memories[n].cov, states[n - 1].cov, 0);
-      update_memory(memories[n], columns[n - 1], arena);
+      const MemoryColumns<Real>& memory = episode.memories[n];
+      if (n > 1 || episode.copies) {
+        copy_rows(memory.mean, episode.memories[n - 1].mean);
+        copy_rows(memory.cov, episode.memories[n - 1].cov);
+      }
+      update_memory(memory, episode.whitened[n - 1], arena);
     }
-    whiten_columns(states[n], columns[n], args, b, n * size, arena);
-  }
-  for (int64_t n = chunks - 1; n >= 0; --n) {
-    arena.release(chunk_start);
-    backward(states[n], columns[n], n * size);
+    whiten_columns(episode.whitened[n], episode.before(n), episode.chunks[n], arena);
   }
 }
 

@@ -1,11 +1,16 @@
-// Posterior update with given weights: the block form, a chunk of patterns at a time.
+// Posterior update with given weights: equations (1) to (5) of conditioning.h, a chunk of patterns at a time.
+//
+// Bytes: every argument is read and every result written once, if a memory fits the cache. The first chunk reads the
+// caller's memory and patterns where they are, if products run well on them; the last chunk writes the caller's result.
+// In between the memory is in working memory.
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
-// What updating a memory touches. Small ones are there when they are needed; of large ones two do not fit the cache.
+// Prefetch the next memory, its patterns and its results. Small memories arrive in time without it, and of large ones
+// two do not fit the cache.
 template <class Real>
 Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_t end) {
   constexpr int64_t kLeastBytes = 1 << 17, kMostBytes = 1 << 19;
@@ -23,34 +28,35 @@ Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_
   return prefetch;
 }
 
-// The memory is read where the caller has it and written where the caller wants it; in between it is in working memory.
 template <class Real>
 void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
+  const int64_t K = args.K, C = args.C, T = args.T_, largest = smaller(kChunk, T);
+  const bool masks = args.mask.data;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const MemoryRows<Real> work{allocate_cleared<Real>(arena, args.K, args.C),
-                                allocate_cleared<Real>(arena, args.K, args.K)};
+    const MemoryRows<Real> work{allocate_cleared<Real>(arena, K, C), allocate_cleared<Real>(arena, K, K)};
     const MemoryRows<Real> result{view_or_work(args.new_mean, b, work.mean), view_or_work(args.new_cov, b, work.cov)};
     MemoryRows<Real> memory{view_or_copy(args.mean, b, work.mean), view_or_copy(args.cov, b, work.cov)};
-    const int64_t most = smaller(kChunk, args.T_);
-    const Matrix<Real> weights = allocate_matrix<Real>(arena, most, args.K),
-                       values = allocate_matrix<Real>(arena, most, args.C);
+    const Matrix<Real> weights_work = allocate_matrix<Real>(arena, largest, K);
+    const Matrix<Real> values_work = allocate_matrix<Real>(arena, largest, C);
     Prefetch prefetch = plan_update_prefetch(args, b + 1, end);
     Status status = symmetry(memory.cov);
     double log_evidence = 0;  // a sum over all patterns
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < args.T_; first += kChunk) {
+    for (int64_t first = 0; first < T; first += kChunk) {
       arena.release(chunk_start);
-      const int64_t count = smaller(kChunk, args.T_ - first);
-      const Matrix<Real> chunk_weights =
-          view_or_copy_patterns(args.weights, args, b, first, weights.rows_from(0, count));
-      const Matrix<Real> chunk_values = view_or_copy_patterns(args.values, args, b, first, values.rows_from(0, count));
-      const WhitenedRows<Real> chunk =
-          whiten_rows(memory, chunk_weights, chunk_values, args, b, first, arena, &prefetch);
-      const MemoryRows<Real>& after = first + count < args.T_ ? work : result;
-      const Status done = condition(memory, chunk, after, args, b, first, log_evidence, &prefetch);
+      const int64_t count = smaller(kChunk, T - first);
+      const Observations<Real> observed = load_observations(args, b, first, count, arena);
+      const auto load = [&](const Batch<const Real>& from, const Matrix<Real>& to) {
+        return view_or_copy_patterns(from.from_row(first), b, observed.unmasked, masks, to.rows_from(0, count));
+      };
+      const Matrix<Real> weights = load(args.weights, weights_work), values = load(args.values, values_work);
+      const WhitenedRows<Real> chunk = whiten_rows(memory, weights, values, observed, arena, &prefetch);
+      const MemoryRows<Real>& after = first + count < T ? work : result;
+      update_memory(after, memory, chunk, &prefetch);
+      store_reports(args, b, first, chunk, &log_evidence);
       memory = after;
-      if (status == kGood) status = done;
+      if (status == kGood && !chunk.good) status = kNotPositiveDefinite;
     }
     store_memory(memory, args, b);
     args.log_evidence[b] = static_cast<Real>(log_evidence);

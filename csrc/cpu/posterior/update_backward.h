@@ -1,18 +1,21 @@
-// Backward of the posterior update: the block form differentiated, chunk by chunk from the last to the first.
+// Backward of the posterior update: equations (1) to (4) of conditioning_backward.h, from the last chunk to the first.
 #pragma once
 
 #include "cpu/posterior/conditioning_backward.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
-// What is still to be touched of a memory, and of the next, where both fit the cache.
+// Patterns of a chunk. The backward passes over the state more often than the update, so its chunks are larger.
+constexpr int64_t kUpdateBackwardChunk = kLargestBackwardChunk;
+
+// Prefetch the results of a memory and the arguments of the next, if both fit the cache.
 template <class Real>
 Prefetch plan_gradient_prefetch(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t b,
                                 int64_t end) {
   constexpr int64_t kMostBytes = 1 << 20;
   const int64_t K = args.K, C = args.C, patterns = args.T_, rows = FASTKM_TILE_ROWS;
   const int64_t tiles = (4 * K + C) / rows + (K + C) / rows * strips<Real>(K);
-  Prefetch prefetch(1 + (patterns + kBackwardChunk - 1) / kBackwardChunk * tiles);
+  Prefetch prefetch(1 + (patterns + kUpdateBackwardChunk - 1) / kUpdateBackwardChunk * tiles);
   if ((3 * K + 2 * patterns) * (K + C) * static_cast<int64_t>(sizeof(Real)) > kMostBytes) return prefetch;
   prefetch.add(grads.to_weights, b, 0, patterns, K);
   prefetch.add(grads.to_values, b, 0, patterns, C);
@@ -32,18 +35,27 @@ template <class Real>
 void update_posterior_backward(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t begin,
                                int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
+    // Bring in.
     Arena& arena = Arena::fresh();
-    const MemoryColumns<Real> grad = allocate_memory_columns(args, arena);
+    const MemoryColumns<Real> grad = allocate_memory_columns<Real>(args.K, args.C, arena);
     load_cotangents(grad, grads, b);
+    const Episode<Real> episode = load_episode(args, grads, b, kUpdateBackwardChunk, false, arena);
     Prefetch prefetch = plan_gradient_prefetch(args, grads, b, end);
-    reverse_chunks(args, kBackwardChunk, b, arena,
-                   [&](const MemoryView<Real>& state, const WhitenedColumns<Real>& chunk, int64_t first) {
-                     const ChunkCotangents<Real> bar =
-                         condition_backward(state, grad, chunk, args, grads, b, first, arena, &prefetch);
-                     store_patterns(grads.to_weights, bar.weights, args, b, first);
-                     store_patterns(grads.to_values, bar.values, args, b, first);
-                     for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = bar.noise[t];
-                   });
+
+    // Compute, and put out what belongs to a chunk.
+    whiten_episode(episode, arena);
+    for (int64_t n = episode.count - 1; n >= 0; --n) {
+      arena.release(episode.end);
+      const ChunkColumns<Real>& chunk = episode.chunks[n];
+      const ChunkCotangents<Real> to =
+          condition_backward(grad, episode.before(n), chunk, episode.whitened[n], arena, &prefetch);
+      const int64_t first = n * episode.size;
+      store_patterns(grads.to_weights.from_row(first), b, to.weights, chunk.observed.unmasked);
+      store_patterns(grads.to_values.from_row(first), b, to.values, chunk.observed.unmasked);
+      for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = to.noise[t];
+    }
+
+    // Put out what belongs to the memory.
     store_cotangents(grads, b, grad);
   }
 }

@@ -1,7 +1,19 @@
 // The search for the weights of a chunk of patterns in Gram space.
 //
-// Each pattern's weights depend on what was written before it, but only through inner products. With A = R Rᵀ + λI,
-// X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T.
+// The weights of a pattern z are those of the ridge solve (R Rᵀ + λI) w = R z, against the mean that the patterns
+// before it left. They depend on the codes only through inner products: with A = R Rᵀ + λI, X = Z Rᵀ and Q = Z Zᵀ, the
+// search is in K and T. A chunk reads the codes once, for one Gram product; its patterns change A, X and U as follows,
+// with x the pattern's row of X:
+//   (1)  w = A⁻¹ x
+//   (2)  a = U w,  s = w·a + σ²,  c = a/s                        the update is R + c δᵀ with δ = z − Rᵀ w, and U − a cᵀ
+//   (3)  d = δ·δ = Q_tt − w·x − λ w·w                            as R δ = λ w when w is exact
+//   (4)  x_later += c (δ·z_later),  δ·z_later = Q_later,t − w·x_later
+//   (5)  A += [c w] [[d, λ], [λ, 0]] [c w]ᵀ
+//   (6)  H = A⁻¹ by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ, p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ [p q].
+//
+// A chunk costs one factor and one inverse. H, A and U stay as the chunk found them, in K² numbers each, and changes of
+// low rank are kept apart. A pattern reads H twice, A and U once. H loses digits by (6), which a step of refinement
+// against A restores in w.
 #pragma once
 
 #include "cpu/linalg/low_rank.h"
@@ -9,160 +21,157 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Patterns whose weights are found before the mean is moved. A chunk costs a Gram product, a factor and an inverse, and
-// each of its patterns a correction for those before it.
+// Patterns whose weights are found before the mean is updated. A larger chunk has fewer Gram products, factors and
+// inverses, and more terms of low rank for each pattern.
 constexpr int64_t kLargestSearchChunk = 2 * kChunk;
 inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : kLargestSearchChunk; }
 
-// What the search for the weights needs, kept up to date with what was written.
+// The inner products of a chunk, which the search keeps up to date.
 template <class Real>
 struct GramSpace {
-  Matrix<Real> gram;     // G = R Rᵀ [K, K]
-  Matrix<Real> cross;    // X = Z Rᵀ [T, K]
-  Matrix<Real> inner;    // Q = Z Zᵀ [T, T], lower triangle
-  Matrix<Real> cov;      // U [K, K]
-  Matrix<Real> weights;  // [T, K], out
+  Matrix<Real> gram;   // G = R Rᵀ [K, K]
+  Matrix<Real> cross;  // X = Z Rᵀ [t, K]
+  Matrix<Real> inner;  // Q = Z Zᵀ [t, t], lower triangle
+  Matrix<Real> cov;    // U [K, K]
+
+  int64_t size() const { return gram.rows; }
+  int64_t count() const { return cross.rows; }
 };
 
-// The search as it went, for what conditions on it and for its backward. Rows are patterns, those of masked ones zero.
+// How the weights are found.
+template <class Real>
+struct SearchSettings {
+  Real ridge;  // λ
+  int64_t num_opt_iters;
+  bool squared_gram;
+
+  // One solve of (1) a pattern, so that (6) can replace all but the first factorisation.
+  bool factors_once() const { return num_opt_iters == 1 && !squared_gram; }
+};
+
+template <class Real>
+SearchSettings<Real> load_settings(const WritingArgs<Real>& args, int64_t b) {
+  return {*args.ridge.at(b), args.num_opt_iters, args.squared_gram};
+}
+
+// What a search leaves for conditioning and for its backward. Rows are patterns; those of masked patterns are zero.
 template <class Real>
 struct Search {
-  LowRankDifference<Real> inverse;  // H = A⁻¹: by p eᵀ + q fᵀ a pattern that is seen
-  LowRankDifference<Real> cov;      // U: by c aᵀ, row for row
-  Matrix<Real> past;                // [t, t], c_earlier · w_t
-  Matrix<Real> along;               // [t, t], δ_t · z_later
+  LowRankDifference<Real> inverse;  // H, less p eᵀ + q fᵀ for each pattern that is not masked
+  LowRankDifference<Real> cov;      // U, less c aᵀ for each pattern; row t of c and a belongs to pattern t
+  Matrix<Real> c_dot_w;             // [t, t], c_earlier · w_t
+  Matrix<Real> delta_dot_z;         // [t, t], δ_t · z_later
   Real s[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};
 };
 
-// The patterns still to come, after one with weights w moved the mean by c δᵀ: x ← x + c (δ · z). With `solved`, rows
-// A⁻¹ x with the A that the chunk began with follow: by `solved_c`, that of c.
 template <class Real>
-void update_cross(const GramSpace<Real>& space, int64_t t, const Real* w, const Real* c, int64_t padded,
-                  Real* delta_dot_z, const Matrix<Real>* solved = nullptr, const Real* solved_c = nullptr) {
-  constexpr int64_t W = kLanes<Real>;
-  for (int64_t later = t + 1; later < space.cross.rows; ++later) {
+Search<Real> allocate_search(const GramSpace<Real>& space, Arena& arena) {
+  const int64_t K = space.size(), count = space.count();
+  const Matrix<Real> inverse = allocate_matrix<Real>(arena, K, K);
+  const LowRankDifference<Real> cov = allocate_difference<Real>(space.cov, K, count, arena);
+  const Matrix<Real> c_dot_w = allocate_matrix<Real>(arena, count, count);
+  for (const Matrix<Real>* m : {&cov.right, &c_dot_w}) fill_zero(*m);
+  return {.inverse = allocate_difference<Real>(inverse, K, 2 * count, arena),
+          .cov = cov,
+          .c_dot_w = c_dot_w,
+          .delta_dot_z = allocate_matrix<Real>(arena, count, count)};
+}
+
+// (4) for the patterns after t, whose δ · z go to `delta_dot_z` unless that is null. With `solved`, whose rows are A⁻¹
+// x for the A that the chunk began with, these follow: `solved_c` is A⁻¹ c.
+template <class Real>
+void update_cross(const GramSpace<Real>& space, int64_t t, const Real* w, const Real* c, Real* delta_dot_z,
+                  const Matrix<Real>* solved = nullptr, const Real* solved_c = nullptr) {
+  const int64_t padded = round_up(space.size(), kLanes<Real>);
+  for (int64_t later = t + 1; later < space.count(); ++later) {
     Real* x = space.cross.row(later);
-    const Real along = space.inner.row(later)[t] - dot(padded, w, x);
-    for (int64_t i = 0; i < padded; i += W) store<Real>(x + i, load(x + i) + along * load(c + i));
-    if (delta_dot_z) delta_dot_z[later] = along;
-    if (!solved) continue;
-    Real* h = solved->row(later);
-    for (int64_t i = 0; i < padded; i += W) store<Real>(h + i, load(h + i) + along * load(solved_c + i));
+    const Real of_z = space.inner.row(later)[t] - dot(padded, w, x);
+    add_scaled(padded, x, of_z, c);
+    if (delta_dot_z) delta_dot_z[later] = of_z;
+    if (solved) add_scaled(padded, solved->row(later), of_z, solved_c);
   }
 }
 
-// The ridge solve, once a pattern. With w exact, R δ = λ w, so A changes by [c w] [[d, λ], [λ, 0]] [c w]ᵀ, and its
-// inverse H by Woodbury: H −= [p q] N⁻¹ [p q]ᵀ with p = H c, q = H w, N = [[d, λ], [λ, 0]]⁻¹ + [c w]ᵀ H [c w]. What H
-// has lost to rounding, one step of refinement against A gives back to w. One factorisation a chunk, and no matrix is
-// written after it: a pattern reads H twice, A and U once.
+// (6): subtract from H the terms p eᵀ + q fᵀ, where [e f]ᵀ = N⁻¹ [p q]ᵀ. `e` and `f` are workspace.
 template <class Real>
-Status find_weights(const GramSpace<Real>& space, const WritingArgs<Real>& args, int64_t b, int64_t first,
-                    Search<Real>& search, Arena& arena) {
-  const int64_t K = args.posterior.K, padded = round_up(K, kLanes<Real>), count = space.weights.rows;
-  const Real ridge = *args.ridge.at(b);
-  const Matrix<Real>& inverse = search.inverse.base;
-  const Matrix<Real>& system = space.gram;  // A = G + λI, as the chunk found it
-  const Factor<Real> factor = allocate_factor<Real>(arena, K);
-  for (int64_t i = 0; i < K; ++i) system.row(i)[i] += ridge;
-  copy_rows(factor.lower, system);
-  if (!cholesky(factor, arena)) return kNotPositiveDefinite;
+void update_inverse(LowRankDifference<Real>& inverse, const Real* c, const Real* w, const Real* p, const Real* q,
+                    Real d, Real ridge, Real* e, Real* f) {
+  const int64_t padded = round_up(inverse.right.columns, kLanes<Real>);
+  const Real n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge;
+  const Real n22 = dot(padded, w, q) - d / (ridge * ridge);
+  const Real scale = 1 / (n11 * n22 - n12 * n12);
+  for (int64_t i = 0; i < padded; ++i) {
+    e[i] = (n22 * p[i] - n12 * q[i]) * scale;
+    f[i] = (n11 * q[i] - n12 * p[i]) * scale;
+  }
+  inverse.subtract(p, e);
+  inverse.subtract(q, f);
+}
+
+// Factor A = G + λI, which replaces G, and invert it.
+template <class Real>
+bool invert_system(const Matrix<Real>& inverse, const Matrix<Real>& gram, Real ridge, Arena& arena) {
+  const Factor<Real> factor = allocate_factor<Real>(arena, gram.rows);
+  for (int64_t i = 0; i < gram.rows; ++i) gram.row(i)[i] += ridge;
+  copy_rows(factor.lower, gram);
+  if (!cholesky(factor, arena)) return false;
   invert_cholesky(factor, inverse, arena);
   clear_padding(inverse);
-  LowRankDifference<Real> now = allocate_difference<Real>(system, K, 2 * count, arena);
+  return true;
+}
+
+// Find the weights [t, K] of a chunk with one factorisation. Rows of masked patterns stay as they are.
+template <class Real>
+Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, const Observations<Real>& observed,
+                    Real ridge, Search<Real>& search, Arena& arena) {
+  const int64_t K = space.size(), padded = round_up(K, kLanes<Real>), count = space.count();
+  const Matrix<Real>& inverse = search.inverse.base;
+  if (!invert_system(inverse, space.gram, ridge, arena)) return kNotPositiveDefinite;
+  LowRankDifference<Real> system = allocate_difference<Real>(space.gram, K, 2 * count, arena);  // A
   const Matrix<Real> solved = allocate_matrix<Real>(arena, count, K);  // A⁻¹ x of every pattern, with the first A
   product<Into::kSet>(solved, K, operand(space.cross), inverse);
 
-  // Vectors of length K with their padding at zero, so that dot products run over whole vectors.
-  const Matrix<Real> vectors = allocate_matrix<Real>(arena, 6, K);
-  fill_zero(vectors);
-  Real *w = vectors.row(0), *p = vectors.row(1), *q = vectors.row(2), *e = vectors.row(3), *f = vectors.row(4),
-       *residual = vectors.row(5);
+  // Vectors of length K with zeros in their padding.
+  const Matrix<Real> vectors = allocate_zero<Real>(arena, 6, K);
+  Real *w = vectors.row(0), *p = vectors.row(1), *q = vectors.row(2), *e = vectors.row(3), *f = vectors.row(4);
+  Real* residual = vectors.row(5);
   for (int64_t t = 0; t < count; ++t) {
-    if (!args.posterior.unmasked(b, first + t)) continue;
+    if (!observed.unmasked[t]) continue;
     const Real* x = space.cross.row(t);
     Real *c = search.cov.left.row(t), *a = search.cov.right.row(t);
+
+    // (1): w = H x, refined once.
     __builtin_memcpy(w, solved.row(t), static_cast<size_t>(K) * sizeof(Real));
     search.inverse.subtract_terms({w}, padded, {x});
-    now.product({residual}, padded, {w});
+    system.product({residual}, padded, {w});
     for (int64_t i = 0; i < padded; ++i) residual[i] = x[i] - residual[i];
     search.inverse.product({p}, padded, {residual});
     for (int64_t i = 0; i < padded; ++i) w[i] += p[i];
+    __builtin_memcpy(weights.row(t), w, static_cast<size_t>(K) * sizeof(Real));
+
+    // (2) and (3): a, s, c and d, the change that the pattern makes.
     search.cov.count = t;
     search.cov.product({a}, padded, {w});
-    __builtin_memcpy(space.weights.row(t), w, static_cast<size_t>(K) * sizeof(Real));
-    __builtin_memcpy(search.past.row(t), search.cov.l_dot_x.row(0), static_cast<size_t>(t) * sizeof(Real));
-
-    const Real s = dot(padded, w, a) + *args.posterior.noise_var.at(b, first + t), reciprocal = 1 / s;
+    __builtin_memcpy(search.c_dot_w.row(t), search.cov.l_dot_x.row(0), static_cast<size_t>(t) * sizeof(Real));
+    const Real s = dot(padded, w, a) + observed.noise_var[t], reciprocal = 1 / s;
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
     search.s[t] = s;
     search.d[t] = d;
-    product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
-    update_cross(space, t, w, c, padded, search.along.row(t), &solved, p);
-    search.inverse.subtract_terms({p, q}, padded, {c, w});
 
-    const Real n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge,
-               n22 = dot(padded, w, q) - d / (ridge * ridge);
-    const Real scale = 1 / (n11 * n22 - n12 * n12);
-    for (int64_t i = 0; i < padded; ++i) {
-      e[i] = (n22 * p[i] - n12 * q[i]) * scale;
-      f[i] = (n11 * q[i] - n12 * p[i]) * scale;
-    }
-    search.inverse.subtract(p, e);
-    search.inverse.subtract(q, f);
+    // (4), (5) and (6): X, H and A follow.
+    product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
+    update_cross(space, t, w, c, search.delta_dot_z.row(t), &solved, p);
+    search.inverse.subtract_terms({p, q}, padded, {c, w});
+    update_inverse(search.inverse, c, w, p, q, d, ridge, e, f);
     for (int64_t i = 0; i < padded; ++i) {
       e[i] = -ridge * w[i] - d * c[i];
       f[i] = -ridge * c[i];
     }
-    now.subtract(c, e);
-    now.subtract(w, f);
+    system.subtract(c, e);
+    system.subtract(w, f);
   }
   return kGood;
-}
-
-template <class Real>
-Search<Real> allocate_search(const GramSpace<Real>& space, Arena& arena) {
-  const int64_t K = space.cov.rows, count = space.weights.rows;
-  const Matrix<Real> inverse = allocate_matrix<Real>(arena, K, K);
-  const LowRankDifference<Real> cov = allocate_difference<Real>(space.cov, K, count, arena);
-  const Matrix<Real> past = allocate_matrix<Real>(arena, count, count);
-  for (const Matrix<Real>* m : {&cov.right, &past}) fill_zero(*m);
-  return {.inverse = allocate_difference<Real>(inverse, K, 2 * count, arena),
-          .cov = cov,
-          .past = past,
-          .along = allocate_matrix<Real>(arena, count, count)};
-}
-
-template <class Real>
-bool factors_once(const WritingArgs<Real>& args) {
-  return args.num_opt_iters == 1 && !args.squared_gram;
-}
-
-// The inner products of one chunk, whose patterns stand below the mean in `stacked`: Y = [R; Z]. `own`: G and U are
-// copies, for the search that factors afresh writes to them.
-template <class Real>
-GramSpace<Real> compute_gram_space(const MemoryRows<Real>& memory, const Matrix<Real>& stacked,
-                                   const Matrix<Real>& weights, bool own, Arena& arena) {
-  const int64_t K = memory.cov.rows, count = weights.rows, both = stacked.rows;
-  const Matrix<Real> stacked_transposed = allocate_matrix<Real>(arena, stacked.columns, both);
-  const Matrix<Real> products = allocate_matrix<Real>(arena, both, both);  // Y Yᵀ = [G Xᵀ; X Q]
-  transpose(stacked_transposed, stacked);
-  product_lower<Into::kSet>(products, stacked.columns, operand(stacked), stacked_transposed);
-  const Matrix<Real> gram = products.block(0, K, 0, K), cross = products.block(K, count, 0, K);
-  mirror(gram);
-  const auto copy = [&](const Matrix<Real>& from) {
-    const Matrix<Real> to = allocate_matrix<Real>(arena, from.rows, K);
-    copy_rows(to, from);
-    return to;
-  };
-  const GramSpace<Real> space{.gram = own ? copy(gram) : gram,
-                              .cross = copy(cross),
-                              .inner = products.block(K, count, K, count),
-                              .cov = own ? copy(memory.cov) : memory.cov,
-                              .weights = weights};
-  for (const Matrix<Real>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
-  fill_zero(weights);
-  return space;
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -1,9 +1,14 @@
 // The write: find the weights of a chunk of patterns in Gram space, then condition on all of them at once.
 //
-// Each pattern's weights depend on what was written before it, but only through inner products. With A = R Rᵀ + λI,
-// X = Z Rᵀ and Q = Z Zᵀ the search lives in K and T; the codes themselves are needed twice a chunk, for one Gram
-// product before it and for the block update after it. Starting each chunk from the mean itself keeps the cost linear
-// in T, and keeps rounding from adding up over a long stream.
+// A chunk of patterns Z is copied below the mean R, Y = [R; Z]. Then
+//   (1)  Y Yᵀ = [G Xᵀ; X Q], one product                                    what the search needs
+//   (2)  W by search.h, or by search_refactored.h                           in K and T, without the codes
+//   (3)  R' and U' by (2) and (3) of posterior/conditioning.h               a block update
+// The codes are read for (1) and (3) only. Bytes: the memory once a chunk, (K + t) C + K² numbers. Operations of a
+// chunk: K² C for (1), K³ + 10 t K² for (2), 4 t K C for (3).
+//
+// Every chunk starts from the mean itself, so that cost is linear in T and rounding does not build up over a long
+// stream.
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
@@ -12,28 +17,53 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// What conditioning on the weights of a search needs is known from it: with L̃ the c_earlier · w_t and a unit diagonal,
-// S = L Lᵀ for L = L̃ diag(√s), and G = L⁻¹ W U has the rows a/√s.
+// (1) for a chunk that stands below the mean in `stacked`. With `owns`, G and U are copies, because the search that
+// factors anew changes them.
+template <class Real>
+GramSpace<Real> compute_gram_space(const MemoryRows<Real>& memory, const Matrix<Real>& stacked, bool owns,
+                                   Arena& arena) {
+  const int64_t K = memory.cov.rows, both = stacked.rows, count = both - K;
+  const Matrix<Real> stacked_transposed = allocate_matrix<Real>(arena, stacked.columns, both);
+  const Matrix<Real> products = allocate_matrix<Real>(arena, both, both);
+  transpose(stacked_transposed, stacked);
+  product_lower<Into::kSet>(products, stacked.columns, operand(stacked), stacked_transposed);
+  const Matrix<Real> gram = products.block(0, K, 0, K), cross = products.block(K, count, 0, K);
+  mirror(gram);
+  const auto copy = [&](const Matrix<Real>& from) {
+    const Matrix<Real> to = allocate_matrix<Real>(arena, from.rows, K);
+    copy_rows(to, from);
+    return to;
+  };
+  const GramSpace<Real> space{.gram = owns ? copy(gram) : gram,
+                              .cross = copy(cross),
+                              .inner = products.block(K, count, K, count),
+                              .cov = owns ? copy(memory.cov) : memory.cov};
+  for (const Matrix<Real>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
+  return space;
+}
+
+// (1) and (2) of conditioning.h from a search. For patterns [from, from + count) of it, with L̃ the c_earlier · w_t
+// below a unit diagonal, S = L Lᵀ for L = L̃ diag(√s), and row t of G is a/√s.
 template <class Real>
 WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Search<Real>& search, int64_t from,
                                       const Matrix<Real>& weights, const Matrix<Real>& values,
-                                      const PosteriorArgs<Real>& args, int64_t b, int64_t first, Arena& arena) {
-  const int64_t count = weights.rows;
-  WhitenedRows<Real> chunk = allocate_whitened_rows(args, count, arena);
+                                      const Observations<Real>& observed, Arena& arena) {
+  const int64_t K = memory.cov.rows, count = weights.rows;
+  WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  Real root[kChunk];
+  Real std_dev[kChunk];
   for (int64_t t = 0; t < count; ++t) {
-    const Real noise = chunk.noise[t] = *args.noise_var.at(b, first + t);
-    Real s = args.unmasked(b, first + t) ? search.s[from + t] : noise;
-    const Real slack = rounding_slack(args.K, count, s);
+    const Real noise = observed.noise_var[t];
+    Real s = observed.unmasked[t] ? search.s[from + t] : noise;
+    const Real slack = rounding_slack(K, count, s);
     chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);
     chunk.pivot[t] = s;
-    root[t] = std::sqrt(s);
-    const Real reciprocal = 1 / root[t];
+    std_dev[t] = std::sqrt(s);
+    const Real reciprocal = 1 / std_dev[t];
     Real *lower = factor.lower.row(t), *gain = chunk.gain.row(t);
-    const Real *past = search.past.row(from + t) + from, *a = search.cov.right.row(from + t);
-    for (int64_t j = 0; j < t; ++j) lower[j] = past[j] * root[j];
-    lower[t] = root[t];
+    const Real *c_dot_w = search.c_dot_w.row(from + t) + from, *a = search.cov.right.row(from + t);
+    for (int64_t j = 0; j < t; ++j) lower[j] = c_dot_w[j] * std_dev[j];
+    lower[t] = std_dev[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
   invert_block(factor);
@@ -41,27 +71,30 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   return chunk;
 }
 
-// Find the weights of a chunk of patterns, which stand below the mean in `stacked`, and condition on them.
+// Find the weights of the chunk that stands below the mean in `stacked`, from pattern `first` on, and condition on it.
 template <class Real>
-Status write_chunk(const WritingArgs<Real>& args, const MemoryRows<Real>& memory, const Matrix<Real>& stacked,
-                   const Matrix<Real>& weights, int64_t b, int64_t first, double& log_evidence, Arena& arena) {
-  const PosteriorArgs<Real>& shared = args.posterior;
-  const int64_t count = weights.rows;
-  const bool once = factors_once(args);
-  const GramSpace<Real> space = compute_gram_space(memory, stacked, weights, !once, arena);
+Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, const MemoryRows<Real>& memory,
+                   const Matrix<Real>& stacked, const Matrix<Real>& weights, const Observations<Real>& observed,
+                   Arena& arena) {
+  const int64_t K = memory.cov.rows, count = weights.rows;
+  const SearchSettings<Real> settings = load_settings(args, b);
+  const bool once = settings.factors_once();
+  const GramSpace<Real> space = compute_gram_space(memory, stacked, !once, arena);
+  fill_zero(weights);
   Search<Real> search = once ? allocate_search(space, arena) : Search<Real>{};
-  Status status =
-      once ? find_weights(space, args, b, first, search, arena) : find_weights_refactored(space, args, b, first, arena);
+  Status status = once ? find_weights(weights, space, observed, settings.ridge, search, arena)
+                       : find_weights_refactored(weights, space, observed, settings, arena);
   const Arena::Mark searched = arena.mark();
   for (int64_t t = 0; t < count; t += kChunk) {
     arena.release(searched);
-    const int64_t now = smaller(kChunk, count - t);
-    const Matrix<Real> found = weights.rows_from(t, now), values = stacked.rows_from(args.posterior.K + t, now);
-    const WhitenedRows<Real> chunk =
-        once ? whiten_from_search(memory, search, t, found, values, shared, b, first + t, arena)
-             : whiten_rows(memory, found, values, shared, b, first + t, arena);
-    const Status updated = condition(memory, chunk, memory, shared, b, first + t, log_evidence);
-    status = status > updated ? status : updated;
+    const int64_t part = smaller(kChunk, count - t);
+    const Matrix<Real> found = weights.rows_from(t, part), values = stacked.rows_from(K + t, part);
+    const WhitenedRows<Real> chunk = once
+                                         ? whiten_from_search(memory, search, t, found, values, observed.from(t), arena)
+                                         : whiten_rows(memory, found, values, observed.from(t), arena);
+    update_memory(memory, memory, chunk);
+    store_reports<Real>(args.posterior, b, first + t, chunk, nullptr);
+    if (!chunk.good) status = kNotPositiveDefinite;
   }
   return status;
 }
@@ -69,24 +102,24 @@ Status write_chunk(const WritingArgs<Real>& args, const MemoryRows<Real>& memory
 template <class Real>
 void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
-  const int64_t K = shared.K, size = search_chunk(K), most = smaller(size, shared.T_);
+  const int64_t K = shared.K, T = shared.T_, size = search_chunk(K), largest = smaller(size, T);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + most, shared.C),
-                       all_weights = allocate_matrix<Real>(arena, most, K);
+    const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + largest, shared.C);
+    const Matrix<Real> all_weights = allocate_matrix<Real>(arena, largest, K);
     const MemoryRows<Real> memory{stacked.rows_from(0, K), allocate_matrix<Real>(arena, K, K)};
     Status status = load_memory(memory, shared, b);
-    double log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < shared.T_; first += size) {
+    for (int64_t first = 0; first < T; first += size) {
       arena.release(chunk_start);
-      const int64_t count = smaller(size, shared.T_ - first);
+      const int64_t count = smaller(size, T - first);
       const Matrix<Real> weights = all_weights.rows_from(0, count);
-      load_patterns(stacked.rows_from(K, count), shared.values, shared, b, first);
-      const Matrix<Real> both = stacked.rows_from(0, K + count);
-      const Status done = write_chunk(args, memory, both, weights, b, first, log_evidence, arena);
+      const Observations<Real> observed = load_observations(shared, b, first, count, arena);
+      load_patterns(stacked.rows_from(K, count), shared.values.from_row(first), b, observed.unmasked);
+      const Status written =
+          write_chunk(args, b, first, memory, stacked.rows_from(0, K + count), weights, observed, arena);
       store_matrix(args.new_weights.from_row(first), b, weights);
-      if (status == kGood) status = done;
+      if (status == kGood) status = written;
     }
     store_memory(memory, shared, b);
     shared.info[b] = status;

@@ -1,7 +1,15 @@
-// Backward of the write: through the block update to the weights, then back through the search that found them.
+// Backward of the write: through the block update to the weights, then through the search that found them.
 //
-// The search is undone pattern by pattern in K and T. Its cotangents of G, X and Q become those of the codes in one
-// product at the end of a chunk.
+// Patterns and the rows of the mean are columns from the first load to the last store, as in
+// posterior/conditioning_backward.h. For a chunk, from the last to the first:
+//   (1)  condition_backward: the cotangents of the memory before the chunk, of Z, and of W
+//   (2)  G = R Rᵀ, X = Z Rᵀ, Q = Z Zᵀ, and the search replayed with the weights that it found
+//   (3)  the search backward, in K and t: from W̄ to Ḡ, X̄, Q̄, Ū, and those of σ² and λ
+//   (4)  R̄ᵀ += Rᵀ (2 Ḡ) + Zᵀ X̄,  Z̄ᵀ += Rᵀ X̄ᵀ + Zᵀ (Q̄ + Q̄ᵀ).
+// A chunk costs about 8 t K C + 6 t K² operations for (1), K² C for (2), K³ + 6 t K² for (2) and (3), and 2 K² C + 4 t
+// K C for (4).
+//
+// A memory without a factor has no gradient: its cotangents are NaN.
 #pragma once
 
 #include "cpu/posterior/conditioning_backward.h"
@@ -10,89 +18,102 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// P̄ + P̄ᵀ from the cotangents of G, X and Q, the parts of P = Y Yᵀ with Y = [R; Z].
+// (2) from columns. With `owns`, U is a copy, because the search that factors anew changes it.
 template <class Real>
-Matrix<Real> symmetric_cotangent(const SearchCotangents<Real>& bar, Arena& arena) {
-  const int64_t K = bar.gram.rows, count = bar.cross.rows, both = K + count;
-  const Matrix<Real> doubled = allocate_matrix<Real>(arena, both, both);
-  for (int64_t i = 0; i < K; ++i)
-    for (int64_t j = 0; j < K; ++j) doubled.row(i)[j] = 2 * bar.gram.row(i)[j];
-  for (int64_t t = 0; t < count; ++t) {
-    for (int64_t k = 0; k < K; ++k) doubled.row(K + t)[k] = doubled.row(k)[K + t] = bar.cross.row(t)[k];
-    for (int64_t j = 0; j < t; ++j) doubled.row(K + t)[K + j] = doubled.row(K + j)[K + t] = bar.inner.row(t)[j];
-    doubled.row(K + t)[K + t] = 2 * bar.inner.row(t)[t];
-  }
-  return doubled;
+GramSpace<Real> compute_gram_space(const MemoryColumns<Real>& memory, const Matrix<Real>& values, bool owns,
+                                   Arena& arena) {
+  const int64_t K = memory.cov.rows, C = memory.mean.rows, count = values.columns;
+  const GramSpace<Real> space{.gram = allocate_matrix<Real>(arena, K, K),
+                              .cross = allocate_matrix<Real>(arena, count, K),
+                              .inner = allocate_matrix<Real>(arena, count, count),
+                              .cov = owns ? allocate_matrix<Real>(arena, K, K) : memory.cov};
+  product_lower<Into::kSet>(space.gram, C, transposed(memory.mean), memory.mean);
+  mirror(space.gram);
+  product<Into::kSet>(space.cross, C, transposed(values), memory.mean);
+  product_lower<Into::kSet>(space.inner, C, transposed(values), values);
+  if (owns) copy_rows(space.cov, memory.cov);
+  for (const Matrix<Real>* m : {&space.gram, &space.cross, &space.cov}) clear_padding(*m);
+  return space;
 }
 
-// Cotangents of a chunk as the search is undone, its patterns for rows.
+// (4), which adds to the cotangents of the mean and of the chunk's values. Ḡ and Q̄ are overwritten.
 template <class Real>
-struct RowCotangents {
-  Matrix<Real> weights, values;  // [t, K], [t, C]
-  Real* noise;                   // [t]
-};
-
-// Reverse of address_chunk: adds what the weights' cotangents say of the memory before the chunk and of its patterns.
-template <class Real>
-void address_chunk_backward(const WritingArgs<Real>& args, const MemoryView<Real>& state,
-                            const MemoryColumns<Real>& grad, int64_t b, int64_t first, const RowCotangents<Real>& bar,
-                            Real& ridge_bar, Arena& arena) {
-  const int64_t K = args.posterior.K, C = args.posterior.C, count = bar.weights.rows;
-  const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + count, C);
-  const MemoryRows<Real> memory{stacked.rows_from(0, K), allocate_matrix<Real>(arena, K, K)};
-  load_mean(memory.mean, state);
-  load_matrix(memory.cov, state.cov, 0);
-  load_patterns(stacked.rows_from(K, count), args.posterior.values, args.posterior, b, first);
-  const GramSpace<Real> space =
-      compute_gram_space(memory, stacked, allocate_matrix<Real>(arena, count, K), !factors_once(args), arena);
-  SearchCotangents<Real> search{.weights = bar.weights,
-                                .gram = allocate_zero<Real>(arena, K, K),
-                                .cross = allocate_zero<Real>(arena, count, K),
-                                .inner = allocate_zero<Real>(arena, count, count),
-                                .cov = allocate_zero<Real>(arena, K, K),
-                                .noise = bar.noise};
-  if (factors_once(args)) {
-    Search<Real> made = allocate_search(space, arena);
-    find_weights(space, args, b, first, made, arena);
-    find_weights_backward(space, made, args, b, first, search, arena);
-  } else {
-    RefactoringTape<Real> tape = allocate_tape<Real>(K, count, arena);
-    find_weights_refactored(space, args, b, first, arena, &tape);
-    find_weights_refactored_backward(space, tape, args, b, first, search, arena);
+void gram_space_backward(const MemoryColumns<Real>& grad, const Matrix<Real>& grad_values,
+                         const MemoryColumns<Real>& memory, const Matrix<Real>& values,
+                         const SearchCotangents<Real>& grads, Arena& arena) {
+  const int64_t K = memory.cov.rows, count = values.columns;
+  scale(grads.gram, Real(2));
+  for (int64_t i = 0; i < count; ++i) {
+    grads.inner.row(i)[i] *= 2;
+    for (int64_t j = 0; j < i; ++j) grads.inner.row(j)[i] = grads.inner.row(i)[j];
   }
-  // Ȳ = (P̄ + P̄ᵀ) Y
-  const Matrix<Real> doubled = symmetric_cotangent(search, arena);
-  product<Into::kAdd>(grad.mean, K + count, transposed(stacked), doubled.block(0, K + count, 0, K));
-  product<Into::kAdd>(bar.values, K + count, operand(doubled.rows_from(K, count)), stacked);
-  for (int64_t k = 0; k < K; ++k) add_scaled(round_up(K, kLanes<Real>), grad.cov.row(k), Real(1), search.cov.row(k));
-  ridge_bar += search.ridge;
+  product<Into::kAdd>(grad.mean, K, operand(memory.mean), grads.gram);
+  product<Into::kAdd>(grad.mean, count, operand(values), grads.cross);
+  product<Into::kAdd>(grad_values, K, operand(memory.mean), transposed_copy(grads.cross, arena));
+  product<Into::kAdd>(grad_values, count, operand(values), grads.inner);
+}
+
+// (2), (3) and (4) of one chunk. `to` has the cotangents of its values and noise variances, which are added to;
+// `grad_weights` [t, K] are those of its weights; `grad` are those of the memory before the chunk, which are added to.
+// Returns what the chunk adds to the cotangent of λ.
+template <class Real>
+Real search_chunk_backward(const MemoryColumns<Real>& grad, ChunkCotangents<Real>& to, const Matrix<Real>& grad_weights,
+                           const MemoryColumns<Real>& memory, const ChunkColumns<Real>& chunk,
+                           const WhitenedColumns<Real>& whitened, const SearchSettings<Real>& settings, Arena& arena) {
+  const int64_t K = memory.cov.rows, count = chunk.count();
+  const bool once = settings.factors_once();
+  const GramSpace<Real> space = compute_gram_space(memory, chunk.values, !once, arena);
+  SearchCotangents<Real> grads{.weights = grad_weights,
+                               .gram = allocate_zero<Real>(arena, K, K),
+                               .cross = allocate_zero<Real>(arena, count, K),
+                               .inner = allocate_zero<Real>(arena, count, count),
+                               .cov = allocate_zero<Real>(arena, K, K),
+                               .noise = to.noise};
+  if (once) {
+    Search<Real> search = replay_search(space, chunk, whitened, settings.ridge, arena);
+    find_weights_backward(grads, space, search, chunk, settings.ridge, arena);
+  } else {
+    const WrittenChanges<Real> changes = replay_changes(space, chunk, arena);
+    find_weights_refactored_backward(grads, space, changes, chunk, settings, arena);
+  }
+  gram_space_backward(grad, to.values, memory, chunk.values, grads, arena);
+  add_rows(grad.cov, grads.cov);
+  return grads.ridge;
 }
 
 template <class Real>
 void write_backward(const WritingArgs<Real>& args, const WritingGrads<Real>& grads, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
-  const PosteriorGrads<Real>& told = grads.posterior;
+  const PosteriorGrads<Real>& out = grads.posterior;
   for (int64_t b = begin; b < end; ++b) {
+    // Bring in.
     Arena& arena = Arena::fresh();
-    const MemoryColumns<Real> grad = allocate_memory_columns(shared, arena);
-    load_cotangents(grad, told, b);
-    Real ridge_bar = 0;
-    reverse_chunks(shared, kChunk, b, arena,
-                   [&](const MemoryView<Real>& state, const WhitenedColumns<Real>& chunk, int64_t first) {
-                     const int64_t count = chunk.count();
-                     ChunkCotangents<Real> columns =
-                         condition_backward(state, grad, chunk, shared, told, b, first, arena);
-                     const RowCotangents<Real> bar{allocate_matrix<Real>(arena, count, shared.K),
-                                                   transposed_copy(columns.values, arena), columns.noise};
-                     load_or_zero(bar.weights, grads.weights.data ? grads.weights.from_row(first) : grads.weights, b);
-                     add_rows(bar.weights, transposed_copy(columns.weights, arena));
-                     address_chunk_backward(args, state, grad, b, first, bar, ridge_bar, arena);
-                     store_matrix(told.to_values.from_row(first), b, bar.values);
-                     clear_masked(told.to_values, shared.C, shared, b, first, count);
-                     for (int64_t t = 0; t < count; ++t) *told.to_noise_var.at(b, first + t) = bar.noise[t];
-                   });
-    store_cotangents(told, b, grad);
-    *grads.to_ridge.at(b) = ridge_bar;
+    const MemoryColumns<Real> grad = allocate_memory_columns<Real>(shared.K, shared.C, arena);
+    load_cotangents(grad, out, b);
+    const Matrix<Real> grad_weights = allocate_matrix<Real>(arena, shared.T_, shared.K);
+    load_or_zero(grad_weights, grads.weights, b);
+    const SearchSettings<Real> settings = load_settings(args, b);
+    const Episode<Real> episode = load_episode(shared, out, b, kChunk, true, arena);
+
+    // Compute, and put out what belongs to a chunk.
+    Real to_ridge = 0;
+    whiten_episode(episode, arena);
+    for (int64_t n = episode.count - 1; n >= 0; --n) {
+      arena.release(episode.end);
+      const ChunkColumns<Real>& chunk = episode.chunks[n];
+      const WhitenedColumns<Real>& whitened = episode.whitened[n];
+      const int64_t first = n * episode.size, count = chunk.count();
+      ChunkCotangents<Real> to = condition_backward(grad, episode.before(n), chunk, whitened, arena);
+      const Matrix<Real> chunk_weights = grad_weights.rows_from(first, count);
+      add_rows(chunk_weights, transposed_copy(to.weights, arena));
+      to_ridge += search_chunk_backward(grad, to, chunk_weights, episode.memories[n], chunk, whitened, settings, arena);
+      store_patterns(out.to_values.from_row(first), b, to.values, chunk.observed.unmasked);
+      for (int64_t t = 0; t < count; ++t) *out.to_noise_var.at(b, first + t) = to.noise[t];
+    }
+
+    // Put out what belongs to the memory.
+    store_cotangents(out, b, grad);
+    *grads.to_ridge.at(b) = to_ridge;
   }
 }
 
