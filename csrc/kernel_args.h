@@ -1,15 +1,19 @@
-// What the CPU kernels compute, and the table through which a processor's best build of them is reached.
+// The contract between bindings/, cpu/ and cuda/: the arguments of every kernel, and the table of the CPU kernels.
 //
-// No torch here: a binding (<family>_binding.cpp) fills the arguments and calls through the table, a kernel
-// (<family>_kernel.h) does the mathematics for a range of memories. Letters as in fastkm/state.py: B memories,
-// T patterns, Q queries, K rows, C columns.
+// A binding checks torch tensors, fills a struct of arguments and calls a kernel with it. A kernel computes from that
+// alone; it knows nothing of torch, and cpu/ and cuda/ know nothing of each other. What an operation computes is said
+// in the kernel's own file, under the same name in both wings.
+//
+// Letters as in fastkm/state.py: B memories, T patterns, Q queries, K rows of a memory, C columns of a code. A comment
+// after a field gives its shape.
 #pragma once
 
 #include <cstdint>
 
 namespace fastkm {
 
-// A batch of matrices in the caller's memory, with whatever strides it has.
+// A batch of matrices in the caller's memory, with any strides. Vectors are matrices of one column. A null `data` means
+// that the argument is missing.
 template <class Real>
 struct Batch {
   Real* data = nullptr;
@@ -21,18 +25,20 @@ struct Batch {
   Batch from_row(int64_t row) const { return {at(0, row), {stride[0], stride[1], stride[2]}}; }
 };
 
-// How a GPU may round the products with codes; an index into PRECISIONS of fastkm/_check.py. CPUs are always exact.
+// How a GPU rounds products with codes: an index into PRECISIONS of fastkm/_runtime/options.py. A CPU always does as
+// kIeee.
 enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 
-// What the entries of codes are, on a GPU; on a CPU they are of the memory's type.
+// The type of codes on a GPU. On a CPU, codes have the type of the memory.
 enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// The status of a memory, as fastkm/_check.py reads it.
+// What a kernel reports of each memory, in `info`. fastkm/_runtime/status.py turns it into words.
 enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2 };
 
+// An update of memories with given weights. It is part of a write too.
 template <class Real>
 struct PosteriorArgs {
-  int64_t K, C, T_;
+  int64_t K, C, T;
   Batch<const Real> mean;        // [B, K, C]
   Batch<const Real> cov;         // [B, K, K]
   Batch<const Real> weights;     // [B, T, K]
@@ -43,15 +49,16 @@ struct PosteriorArgs {
   Batch<Real> new_cov;           // [B, K, K]
   Batch<Real> innovation_var;    // [B, T]
   Batch<Real> kl;                // [B, T]
-  Real* log_evidence = nullptr;  // [B], of an update
+  Real* log_evidence = nullptr;  // [B]; a write has none
   int32_t* info = nullptr;       // [B]
   int64_t precision = kIeee;
-  int64_t weights_type = kFloat32, values_type = kFloat32;  // Element, only on a GPU
+  int64_t weights_type = kFloat32, values_type = kFloat32;  // Element; only a GPU reads it
 
   bool unmasked(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };
 
-// Cotangents of an update's outputs, null where zero, and those of its inputs.
+// The backward of an update: cotangents of its results, where null means zero, and the cotangents of its arguments,
+// which it computes. It reads no results of the update.
 template <class Real>
 struct PosteriorGrads {
   Batch<const Real> mean, cov;           // [B, K, C], [B, K, K]
@@ -62,15 +69,18 @@ struct PosteriorGrads {
   Batch<Real> to_noise_var;              // [B, T]
 };
 
+// A write. Its forward finds the weights, so `posterior.weights` is null; its backward reads the weights there that the
+// forward found.
 template <class Real>
 struct WritingArgs {
-  PosteriorArgs<Real> posterior;  // its weights are not read: they are found here
-  Batch<const Real> ridge;        // [B]
+  PosteriorArgs<Real> posterior;
+  Batch<const Real> ridge;  // [B]
   int64_t num_opt_iters;
   bool squared_gram;
   Batch<Real> new_weights;  // [B, T, K]
 };
 
+// The backward of a write.
 template <class Real>
 struct WritingGrads {
   PosteriorGrads<Real> posterior;  // without log_evidence and to_weights
@@ -78,6 +88,7 @@ struct WritingGrads {
   Batch<Real> to_ridge;            // [B]
 };
 
+// A read: addressing, iterated, and the values at the address. Addressing alone is one iteration without values.
 template <class Real>
 struct ReadingArgs {
   int64_t K, C, Q;
@@ -86,14 +97,14 @@ struct ReadingArgs {
   Batch<const Real> ridge;    // [B]
   int64_t num_iters;
   bool squared_gram;
-  Batch<Real> values;       // [B, Q, C], or null: then only the weights are wanted
+  Batch<Real> values;       // [B, Q, C], or null for addressing alone
   Batch<Real> weights;      // [B, Q, K]
   int32_t* info = nullptr;  // [B]
   int64_t precision = kIeee;
-  int64_t queries_type = kFloat32;  // Element, only on a GPU
+  int64_t queries_type = kFloat32;  // Element; only a GPU reads it
 };
 
-// Cotangents of what a read returns, null where zero, and those of its arguments.
+// The backward of a read: cotangents of its results, where null means zero, and those of its arguments.
 template <class Real>
 struct ReadingGrads {
   Batch<const Real> values, weights;  // [B, Q, C], [B, Q, K]
@@ -101,16 +112,17 @@ struct ReadingGrads {
   Real* to_ridge = nullptr;           // [B]
 };
 
+// The divergence of memories from their priors, or the log-determinant of their covariances.
 template <class Real>
 struct MatrixNormalArgs {
   int64_t K, C;
   Batch<const Real> mean, cov;              // [B, K, C], [B, K, K]
-  Batch<const Real> prior_mean, prior_cov;  // likewise; null where only ln|cov| is wanted
+  Batch<const Real> prior_mean, prior_cov;  // likewise; null for ln|cov|, which does not read `mean` either
   Real* result = nullptr;                   // [B], KL or ln|cov|
   int32_t* info = nullptr;                  // [B]
 };
 
-// Cotangent of the result, and those of the arguments.
+// The backward of either: the cotangent of the result, and those of the arguments that the operation has.
 template <class Real>
 struct MatrixNormalGrads {
   Batch<const Real> result;                 // [B]
@@ -118,7 +130,8 @@ struct MatrixNormalGrads {
   Batch<Real> to_prior_mean, to_prior_cov;  // likewise
 };
 
-// Every kernel computes memories [begin, end) on the calling thread.
+// The CPU kernels. Each computes memories [begin, end) on the calling thread, which computes a memory whole, so results
+// do not depend on the number of threads.
 template <class Real>
 struct Kernels {
   void (*update_posterior)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);
@@ -127,10 +140,11 @@ struct Kernels {
                                     int64_t end);
   void (*write_backward)(const WritingArgs<Real>&, const WritingGrads<Real>&, int64_t begin, int64_t end);
   void (*read_memories)(const ReadingArgs<Real>&, int64_t begin, int64_t end);
-  // Reading in two phases, so that many queries of few memories are spread over the threads.
-  int64_t (*factor_size)(const ReadingArgs<Real>&);  // elements of one memory's factor
+  // A read in two steps, for fewer memories than threads: factors of memories, then tiles [begin, end) of kQueryTile
+  // queries. A batch has B * ceil(Q / kQueryTile) tiles.
+  int64_t (*factor_size)(const ReadingArgs<Real>&);  // numbers of one memory's factor
   void (*factor_memories)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
-  void (*read_tiles)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);  // tiles, not memories
+  void (*read_tiles)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
   void (*kl_memory)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);
   void (*logdet)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);
   void (*read_backward)(const ReadingArgs<Real>&, const ReadingGrads<Real>&, int64_t begin, int64_t end);
@@ -138,10 +152,10 @@ struct Kernels {
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
 };
 
-// Queries a tile of `read_tiles`; a batch has B * ceil(Q / kQueryTile) of them.
+// Queries of a tile of read_tiles.
 constexpr int64_t kQueryTile = 64;
 
-// Instruction sets the same source is built for.
+// The instruction sets that cpu/ is compiled for, each in a namespace of its own.
 enum Level : int64_t { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
 
 namespace base {
@@ -157,7 +171,8 @@ template <class Real>
 const Kernels<Real>& kernels();
 }
 
-// The table of the level in use: the highest this processor runs, unless a lower limit was set.
+// The table of the level in use: the highest that this processor has, unless select_level set a lower one. select_level
+// returns the level that it chose.
 template <class Real>
 const Kernels<Real>& kernels();
 Level select_level(int64_t limit);

@@ -71,7 +71,7 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   for (int64_t t = 0; t < B * patterns; ++t) seen[t] = t % 3 > 0;
 
   PosteriorArgs<Real> update{};
-  update.K = K, update.C = C, update.T_ = patterns;
+  update.K = K, update.C = C, update.T = patterns;
   update.mean = read_only(make.matrices(K, C, 0.3)), update.cov = read_only(make.identities(K));
   update.weights = read_only(make.matrices(patterns, K, 0.3)), update.values = read_only(make.codes(patterns, C));
   update.noise_var = read_only(make.numbers(patterns, 0, 1));

@@ -17,7 +17,7 @@ PosteriorArgs<Real> posterior_args(const Place& place, const Tensor& mean, const
   PosteriorArgs<Real> args;
   args.K = K;
   args.C = C;
-  args.T_ = patterns;
+  args.T = patterns;
   args.mean = batch_of<const Real>(mean);
   args.cov = batch_of<const Real>(cov);
   args.values = batch_of<const Real>(values);
@@ -30,7 +30,7 @@ PosteriorArgs<Real> posterior_args(const Place& place, const Tensor& mean, const
 
 template <class Real, class Place>
 void set_weights(const Place& place, PosteriorArgs<Real>& args, const Tensor& weights, const Tensor& mean) {
-  args.weights_type = place.expect_codes(weights, "weights", {mean.size(0), args.T_, args.K}, mean);
+  args.weights_type = place.expect_codes(weights, "weights", {mean.size(0), args.T, args.K}, mean);
   args.weights = batch_of<const Real>(weights);
 }
 
@@ -68,12 +68,12 @@ struct PosteriorGradOutputs {
   PosteriorGrads<Real> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov,
                              const std::optional<Tensor>& grad_innovation_var,
                              const std::optional<Tensor>& grad_kl) const {
-    const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), T_ = values.size(1);
+    const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), T = values.size(1);
     PosteriorGrads<Real> grads;
     grads.mean = cotangent_of<Real>(grad_mean, "grad_mean", {B, K, C}, mean);
     grads.cov = cotangent_of<Real>(grad_cov, "grad_cov", {B, K, K}, mean);
-    grads.innovation_var = cotangent_of<Real>(grad_innovation_var, "grad_innovation_var", {B, T_}, mean);
-    grads.kl = cotangent_of<Real>(grad_kl, "grad_kl", {B, T_}, mean);
+    grads.innovation_var = cotangent_of<Real>(grad_innovation_var, "grad_innovation_var", {B, T}, mean);
+    grads.kl = cotangent_of<Real>(grad_kl, "grad_kl", {B, T}, mean);
     grads.to_mean = batch_of<Real>(mean);
     grads.to_cov = batch_of<Real>(cov);
     grads.to_values = batch_of<Real>(values);

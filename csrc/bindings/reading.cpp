@@ -9,24 +9,29 @@
 
 namespace fastkm {
 
+struct ReadingOptions {
+  int64_t num_iters;
+  bool squared_gram;
+  int64_t precision;
+};
+
 template <class Real, class Place>
 static ReadingArgs<Real> reading_args(const Place& place, const Tensor& mean, const Tensor& queries,
-                                      const Tensor& ridge, int64_t num_iters, bool squared_gram, int64_t precision,
-                                      const Tensor& info) {
+                                      const Tensor& ridge, const ReadingOptions& options, const Tensor& info) {
   const int64_t B = mean.size(0), K = mean.size(1), C = mean.size(2), Q = queries.size(1);
   const int64_t queries_type = place.expect_codes(queries, "queries", {B, Q, C}, mean);
   expect(mean, "mean", {B, K, C}, mean.scalar_type());
-  STD_TORCH_CHECK(num_iters >= 1, "fastkm: num_iters must be at least 1, got ", num_iters);
+  STD_TORCH_CHECK(options.num_iters >= 1, "fastkm: num_iters must be at least 1, got ", options.num_iters);
   return {.K = K,
           .C = C,
           .Q = Q,
           .mean = batch_of<const Real>(mean),
           .queries = batch_of<const Real>(queries),
           .ridge = positive_numbers_of<Real>(place, ridge, "ridge", {B}, mean),
-          .num_iters = num_iters,
-          .squared_gram = squared_gram,
+          .num_iters = options.num_iters,
+          .squared_gram = options.squared_gram,
           .info = data_of<int32_t>(info),
-          .precision = precision,
+          .precision = options.precision,
           .queries_type = queries_type};
 }
 
@@ -53,12 +58,11 @@ static void read_on(const Place& place, const ReadingArgs<Real>& args, const Ten
 
 template <class Place>
 static Tensor run_read(const Place& place, const Tensor& mean, const Tensor& queries, const Tensor& ridge,
-                       int64_t num_iters, bool squared_gram, int64_t precision, const Tensor& weights,
-                       const Tensor* values) {
+                       const ReadingOptions& options, const Tensor& weights, const Tensor* values) {
   const Tensor info = make_tensor(mean, {mean.size(0)}, ScalarType::Int);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
-    ReadingArgs<Real> args = reading_args<Real>(place, mean, queries, ridge, num_iters, squared_gram, precision, info);
+    ReadingArgs<Real> args = reading_args<Real>(place, mean, queries, ridge, options, info);
     args.weights = batch_of<Real>(weights);
     if (values) args.values = batch_of<Real>(*values);
     read_on(place, args, mean);
@@ -71,7 +75,7 @@ static std::tuple<Tensor, Tensor> solve_addressing(const Tensor& mean, const Ten
                                                    bool squared_gram) {
   const Place place(mean, queries, ridge);
   const Tensor weights = make_tensor(mean, {mean.size(0), queries.size(1), mean.size(1)});
-  const Tensor info = run_read(place, mean, queries, ridge, 1, squared_gram, kIeee, weights, nullptr);
+  const Tensor info = run_read(place, mean, queries, ridge, {1, squared_gram, kIeee}, weights, nullptr);
   return {weights, info};
 }
 
@@ -81,7 +85,7 @@ static std::tuple<Tensor, Tensor, Tensor> read(const Tensor& mean, const Tensor&
   const Place place(mean, queries, ridge);
   const Tensor weights = make_tensor(mean, {mean.size(0), queries.size(1), mean.size(1)});
   const Tensor values = make_tensor(mean, {queries.size(0), queries.size(1), queries.size(2)});
-  const Tensor info = run_read(place, mean, queries, ridge, num_iters, squared_gram, precision, weights, &values);
+  const Tensor info = run_read(place, mean, queries, ridge, {num_iters, squared_gram, precision}, weights, &values);
   return {values, weights, info};
 }
 
@@ -100,7 +104,7 @@ static std::tuple<Tensor, Tensor, Tensor> read_backward(const Tensor& mean, cons
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     const ReadingArgs<Real> args =
-        reading_args<Real>(place, mean, queries, ridge, num_iters, squared_gram, precision, info);
+        reading_args<Real>(place, mean, queries, ridge, {num_iters, squared_gram, precision}, info);
     const ReadingGrads<Real> grads{.values = cotangent_of<Real>(grad_values, "grad_values", {B, Q, C}, mean),
                                    .weights = cotangent_of<Real>(grad_weights, "grad_weights", {B, Q, K}, mean),
                                    .to_mean = batch_of<Real>(to_mean),

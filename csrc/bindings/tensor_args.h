@@ -16,8 +16,8 @@ namespace fastkm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The public functions check every argument with words; these checks keep a direct call of an operator from
-// reading memory that is not there.
+// The public functions check every argument with words; these checks keep a direct call of an operator from reading
+// memory that is not there.
 inline void expect(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType type) {
   bool same = tensor.dim() == static_cast<int64_t>(sizes.size()) && tensor.scalar_type() == type;
   int64_t axis = 0;

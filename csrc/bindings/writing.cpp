@@ -8,15 +8,21 @@
 
 namespace fastkm {
 
+struct WritingOptions {
+  int64_t num_opt_iters;
+  bool squared_gram;
+  int64_t precision;
+};
+
 template <class Real, class Place>
 static WritingArgs<Real> writing_args(const Place& place, const Tensor& mean, const Tensor& cov, const Tensor& values,
-                                      const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
-                                      bool squared_gram, const std::optional<Tensor>& mask, int64_t precision) {
-  STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
-  return {.posterior = posterior_args<Real>(place, mean, cov, values, noise_var, mask, precision),
+                                      const Tensor& noise_var, const Tensor& ridge, const WritingOptions& options,
+                                      const std::optional<Tensor>& mask) {
+  STD_TORCH_CHECK(options.num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
+  return {.posterior = posterior_args<Real>(place, mean, cov, values, noise_var, mask, options.precision),
           .ridge = positive_numbers_of<Real>(place, ridge, "ridge", {mean.size(0)}, mean),
-          .num_opt_iters = num_opt_iters,
-          .squared_gram = squared_gram,
+          .num_opt_iters = options.num_opt_iters,
+          .squared_gram = options.squared_gram,
           .new_weights = {}};
 }
 
@@ -30,7 +36,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     WritingArgs<Real> args =
-        writing_args<Real>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
+        writing_args<Real>(place, mean, cov, values, noise_var, ridge, {num_opt_iters, squared_gram, precision}, mask);
     args.new_weights = batch_of<Real>(weights);
     out.into(args.posterior);
     place.run(mean.size(0), &Kernels<Real>::write, FASTKM_LAUNCHER(write), args);
@@ -54,7 +60,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     WritingArgs<Real> args =
-        writing_args<Real>(place, mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision);
+        writing_args<Real>(place, mean, cov, values, noise_var, ridge, {num_opt_iters, squared_gram, precision}, mask);
     expect(weights, "weights", {mean.size(0), values.size(1), mean.size(1)}, mean.scalar_type());
     args.posterior.weights = batch_of<const Real>(weights);
     const WritingGrads<Real> grads{

@@ -93,7 +93,7 @@ PosteriorArgs<float> posterior_args(Case& c) {
   PosteriorArgs<float> args{};
   args.K = c.K;
   args.C = c.C;
-  args.T_ = c.T;
+  args.T = c.T;
   args.mean = c.mean.read();
   args.cov = c.cov.read();
   args.weights = c.weights.read();

@@ -1,6 +1,7 @@
 // Every CPU kernel, built for any processor the compiler targets by default.
 
-// Before the target is set: the standard library must not be compiled for it, for its inline functions are shared.
+// The standard library comes before the target is set. Its inline functions are shared by all levels, so none may be
+// compiled for this one.
 #include <array>
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which build of the kernels runs: decided once, from what the processor can do.
+// Chooses the level that the kernels run at, once, by what the processor can do.
 #include <algorithm>
 #include <atomic>
 

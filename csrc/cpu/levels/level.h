@@ -1,4 +1,5 @@
-// Included by each level_*.cpp after it has set FASTKM_LEVEL, FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
+// The kernels of one level. base.cpp, avx2.cpp and avx512.cpp include it after they have set FASTKM_LEVEL,
+// FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
 #include "cpu/matrix_normal/divergence.h"
 #include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/posterior/update.h"

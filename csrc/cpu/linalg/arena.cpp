@@ -28,7 +28,7 @@ void* Arena::allocate_bytes(size_t bytes) {
   return piece;
 }
 
-// Blocks double, so the last one alone soon holds a whole memory.
+// Keep only the last block. Blocks double in size, so it soon holds a whole memory.
 void Arena::reset() {
   while (blocks_.size() > 1) {
     ::operator delete(blocks_.front().data, kLine);
@@ -37,7 +37,8 @@ void Arena::reset() {
   used_ = 0;
 }
 
-// Space in a block begun after the mark is kept until the next reset: those blocks are the larger ones.
+// If blocks were added after the mark, keep them: they are the larger ones. The space before the last block is then
+// unused until the next reset.
 void Arena::release(Mark mark) {
   if (mark.blocks == blocks_.size())
     used_ = mark.used;

@@ -1,4 +1,4 @@
-// Working memory of one thread: taken piece by piece while a memory is computed, given back all at once.
+// Working memory of one thread: allocated piece by piece while a memory is computed, and released all at once.
 #pragma once
 
 #include <cstddef>
@@ -7,10 +7,11 @@
 
 namespace fastkm {
 
-// Grows to the largest memory it has seen and stays with its thread, so a steady state allocates nothing.
+// An arena grows to what the largest memory needed and lives as long as its thread, so that a steady state makes no
+// calls of `new`.
 class Arena {
  public:
-  // The arena of the calling thread, with everything that was taken from it given back.
+  // The arena of the calling thread, with nothing allocated.
   static Arena& fresh();
 
   // Uninitialised space for `count` elements, aligned to a cache line.
@@ -19,7 +20,7 @@ class Arena {
     return static_cast<Real*>(allocate_bytes(static_cast<size_t>(count) * sizeof(Real)));
   }
 
-  // Give back everything taken after a mark.
+  // Release what was allocated after a mark.
   struct Mark {
     size_t blocks, used;
   };

@@ -60,14 +60,14 @@ void transpose_block(Real* to, int64_t to_ld, const Real* from, int64_t from_ld)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
-// The same for a `from` of which only the lower triangle matters: squares above its diagonal are left out.
+// The same if only the lower triangle of `from` matters: squares above its diagonal are left out.
 template <class Real>
 void transpose_lower(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
     for (int64_t j = i; j < kBlock; j += kLanes<Real>)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
-// The same for a `from` of which only the upper triangle matters.
+// The same if only the upper triangle of `from` matters.
 template <class Real>
 void transpose_upper(Real* to, int64_t to_ld, const Real* from, int64_t from_ld) {
   for (int64_t i = 0; i < kBlock; i += kLanes<Real>)
@@ -75,11 +75,11 @@ void transpose_upper(Real* to, int64_t to_ld, const Real* from, int64_t from_ld)
       transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
 }
 
-// f<0>(), f<1>(), … f<COUNT − 1>()
+// Call f(0), f(1), … f(COUNT − 1) with constants that f can use at compile time.
 template <int64_t COUNT, class F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f.template operator()<I>(), ...);
+    (f(std::integral_constant<int, I>{}), ...);
   }(std::make_integer_sequence<int, static_cast<int>(COUNT)>());
 }
 
@@ -97,7 +97,7 @@ bool check_pivot(Real& pivot, const PivotFloors<Real>& floors, int64_t j) {
 }
 
 // One vector of columns of rows [first, first + W) of a block, in registers, while it is eliminated. The multipliers
-// are the rows of D Lᵀ divided by their pivots; a panel of another block is eliminated with the same multipliers.
+// are the rows of √D Lᵀ divided by their pivots; a panel of another block is eliminated with the same multipliers.
 template <class Real>
 struct Panel {
   static constexpr int W = static_cast<int>(kLanes<Real>);
@@ -129,9 +129,27 @@ struct Panel {
   }
 
   [[gnu::always_inline]] void eliminate_within() {
-    unrolled<W>([&]<int J>() __attribute__((always_inline)) { subtract_row<J>(first + J, row[J]); });
+    unrolled<W>([&](auto j) __attribute__((always_inline)) { subtract_row<j>(first + j, row[j]); });
   }
 };
+
+// The transpose of the lower triangle of A [n, n], with the identity after row n.
+template <class Real>
+[[gnu::always_inline]] inline void load_upper(SquareBlock<Real>& upper, const Matrix<Real>& a, int64_t n) {
+  if (n == kBlock) return transpose_lower(upper.entry[0], kBlock, a.data, a.ld);
+  upper = {};
+  for (int64_t i = n; i < kBlock; ++i) upper.entry[i][i] = 1;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) upper.entry[j][i] = a.row(i)[j];
+}
+
+// The way back: the lower triangle of A [n, n] from its transpose.
+template <class Real>
+[[gnu::always_inline]] inline void store_lower(const Matrix<Real>& a, const SquareBlock<Real>& upper, int64_t n) {
+  if (n == kBlock) return transpose_upper(a.data, a.ld, upper.entry[0], kBlock);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper.entry[j][i];
+}
 
 // Factor one diagonal block in place, and invert the factor unless `inverse` is null. Returns false if a pivot is not
 // positive. The elimination that turns A into √D Lᵀ turns the identity into √D L⁻¹, where D holds the pivots. The
@@ -143,14 +161,7 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
   SquareBlock<Real> upper;           // √D Lᵀ, then Lᵀ; only its upper triangle matters
   SquareBlock<Real> multipliers;     // the rows of √D Lᵀ divided by their pivots
   SquareBlock<Real> scaled_inverse;  // √D L⁻¹
-  if (n == kBlock) {
-    transpose_lower(upper.entry[0], kBlock, a.data, a.ld);
-  } else {
-    upper = {};
-    for (int64_t i = n; i < kBlock; ++i) upper.entry[i][i] = 1;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j <= i; ++j) upper.entry[j][i] = a.row(i)[j];
-  }
+  load_upper(upper, a, n);
   bool good = true;
   Real pivots[kBlock], reciprocals[kBlock];
   for (int64_t first = 0; first < kBlock; first += W) {
@@ -158,7 +169,8 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
     panel.load_from(upper, first);
     panel.subtract_rows_above(upper, 0, first);
     Real pivot = panel.row[0][0];
-    unrolled<W>([&]<int J>() __attribute__((always_inline)) {
+    unrolled<W>([&](auto constant) __attribute__((always_inline)) {
+      constexpr int J = constant;
       const int64_t j = first + J;
       const auto& row = panel.row;
       if (j < n) good &= check_pivot(pivot, floors, j);
@@ -179,9 +191,10 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
         store<Real>(multipliers.entry[first + i] + column, panel.row[i] * reciprocals[first + i]);
     }
     for (int64_t column = 0; inverse && column <= first; column += W) {
-      unrolled<W>([&]<int J>() __attribute__((always_inline)) {
-        panel.row[J] = Vec<Real>{};
-        if (column == first) panel.row[J][J] = 1;
+      unrolled<W>([&](auto constant) __attribute__((always_inline)) {
+        constexpr int I = constant;
+        panel.row[I] = Vec<Real>{};
+        if (column == first) panel.row[I][I] = 1;
       });
       panel.subtract_rows_above(scaled_inverse, column, column);
       panel.eliminate_within();
@@ -197,12 +210,7 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
       store<Real>(inverse + j * kBlock + c, c <= j ? load(inverse_row + c) * reciprocal : Vec<Real>{});
     row[j] = root;
   }
-  if (n == kBlock) {
-    transpose_upper(a.data, a.ld, upper.entry[0], kBlock);
-  } else {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j <= i; ++j) a.row(i)[j] = upper.entry[j][i];
-  }
+  store_lower(a, upper, n);
   if (inverse) transpose_block(inverse_transposed, kBlock, inverse, kBlock);
   return good;
 }

@@ -35,7 +35,7 @@ inline int64_t row_stride(int64_t columns) {
   return shares_cache_sets<Real>(padded) ? padded + kBlock : padded;
 }
 
-// Rows of which only the addresses matter.
+// The addresses of rows, without their sizes.
 template <class Real>
 struct Rows {
   Real* data;

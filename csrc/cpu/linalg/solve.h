@@ -10,9 +10,9 @@ namespace fastkm::FASTKM_LEVEL {
 // of whatever size, so a tile reads its own from the inverse of the whole block.
 template <int ROWS, int VECS, class Real>
 [[gnu::always_inline]] inline void solve_lower_tiles(int64_t& i, Rows<Real> x, Rows<const Real> d,
-                                                     const Factor<Real>& f, int64_t rows, int64_t k,
-                                                     const Operand<Real>& a, Rows<const Real> b, Prefetch* prefetch) {
-  for (; i + ROWS <= rows; i += ROWS) {
+                                                     const Factor<Real>& f, int64_t k, const Operand<Real>& a,
+                                                     Rows<const Real> b, Prefetch* prefetch) {
+  for (; i + ROWS <= f.size(); i += ROWS) {
     if (prefetch) prefetch->next_part();
     Tile<ROWS, VECS, Real> tile;
     tile.add_product(k, a.rows_from(i), b);
@@ -27,13 +27,13 @@ template <int ROWS, int VECS, class Real>
 
 // One strip of X = L⁻¹ (D − A B), from the top: a tile needs the solved rows above it.
 template <int VECS, class Real>
-void solve_lower_strip(Rows<Real> x, Rows<const Real> d, const Factor<Real>& f, int64_t rows, int64_t k,
-                       const Operand<Real>& a, Rows<const Real> b, Prefetch* prefetch) {
+void solve_lower_strip(Rows<Real> x, Rows<const Real> d, const Factor<Real>& f, int64_t k, const Operand<Real>& a,
+                       Rows<const Real> b, Prefetch* prefetch) {
   int64_t i = 0;
-  solve_lower_tiles<tile_rows(VECS), VECS>(i, x, d, f, rows, k, a, b, prefetch);
-  if constexpr (tile_rows(VECS) > 4) solve_lower_tiles<4, VECS>(i, x, d, f, rows, k, a, b, prefetch);
-  solve_lower_tiles<2, VECS>(i, x, d, f, rows, k, a, b, prefetch);
-  solve_lower_tiles<1, VECS>(i, x, d, f, rows, k, a, b, prefetch);
+  solve_lower_tiles<tile_rows(VECS), VECS>(i, x, d, f, k, a, b, prefetch);
+  if constexpr (tile_rows(VECS) > 4) solve_lower_tiles<4, VECS>(i, x, d, f, k, a, b, prefetch);
+  solve_lower_tiles<2, VECS>(i, x, d, f, k, a, b, prefetch);
+  solve_lower_tiles<1, VECS>(i, x, d, f, k, a, b, prefetch);
 }
 
 // X = L⁻¹ (D − A B) for an L of one block. A is [rows, k], and X is not D.
@@ -44,34 +44,34 @@ void solve_lower(const Matrix<Real>& x, const Factor<Real>& f, const Matrix<Real
     const auto [first, vectors] = strip_at<Real>(j, x.columns, b.padded && d.padded && x.padded);
     const Rows<Real> out = x.columns_from(first), from = d.columns_from(first), other = b.columns_from(first);
     if (vectors == 3)
-      solve_lower_strip<3, Real>(out, from, f, x.rows, k, a, other, prefetch);
+      solve_lower_strip<3, Real>(out, from, f, k, a, other, prefetch);
     else if (vectors == 2)
-      solve_lower_strip<2, Real>(out, from, f, x.rows, k, a, other, prefetch);
+      solve_lower_strip<2, Real>(out, from, f, k, a, other, prefetch);
     else
-      solve_lower_strip<1, Real>(out, from, f, x.rows, k, a, other, prefetch);
+      solve_lower_strip<1, Real>(out, from, f, k, a, other, prefetch);
     j = first + vectors * kLanes<Real>;
   }
 }
 
-// X ← X (L Lᵀ)⁻¹ for X [m, n], whose rows are right-hand sides. `lower_transposed` is Lᵀ [n, n], `work` is [m, kBlock].
+// X ← X (L Lᵀ)⁻¹ for rows X [m, n] of right-hand sides. `lower_transposed` is Lᵀ [n, n], `work` is [m, kBlock].
 template <class Real>
 void solve_cholesky(const Factor<Real>& f, const Matrix<Real>& lower_transposed, const Matrix<Real>& x,
                     const Matrix<Real>& work) {
   const int64_t n = f.size();
-  const auto set_aside = [&](int64_t j, int64_t width) {
+  const auto copy_block = [&](int64_t j, int64_t width) {
     const Matrix<Real> rhs{work.data, x.rows, width, work.ld};
     copy_rows(rhs, x.block(0, x.rows, j, width));
     return rhs;
   };
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t width = smaller(kBlock, n - j);
-    const Matrix<Real> rhs = set_aside(j, width);
+    const Matrix<Real> rhs = copy_block(j, width);
     if (j > 0) product<Into::kSubtract>(rhs, j, operand(x), lower_transposed.block(0, j, j, width));
     product<Into::kSet>(x.block(0, x.rows, j, width), width, operand(rhs), f.inverse_transposed_block(j));
   }
   for (int64_t j = (n - 1) / kBlock * kBlock; j >= 0 && n > 0; j -= kBlock) {
     const int64_t width = smaller(kBlock, n - j), after = j + width;
-    const Matrix<Real> rhs = set_aside(j, width);
+    const Matrix<Real> rhs = copy_block(j, width);
     if (after < n)
       product<Into::kSubtract>(rhs, n - after, Operand<Real>{x.data + after, x.ld, 1},
                                f.lower.block(after, n - after, j, width));

@@ -5,11 +5,12 @@
 //   (2)  to U = ½ g C (U0⁻¹ − U⁻¹)
 //   (3)  to U0 = ½ g (C (U0⁻¹ − U0⁻¹ U U0⁻¹) − E Eᵀ).
 // A posterior is often close to its prior, and a difference of two inverses would keep only their rounding. So both
-// differences start from P = U0⁻¹ (U0 − U): that of (2) is −P U⁻¹, that of (3) is P U0⁻¹. The cotangent of ln|U| is g
-// U⁻¹.
+// differences start from P = U0⁻¹ (U0 − U): that of (2) is −P U⁻¹, that of (3) is P U0⁻¹. For the log-determinant with
+// cotangent g,
+//   (4)  to U = g U⁻¹.
 //
-// Operations: two factors and 2 K³ for each of three solves with K right-hand sides. Where a covariance has no factor,
-// its cotangents are NaN.
+// Operations: two factors, 2 K³ for each of three solves, and 3 K² C. Where a covariance has no factor, its cotangents
+// are NaN.
 #pragma once
 
 #include "cpu/linalg/solve.h"

@@ -25,8 +25,7 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Patterns of a chunk. Smaller chunks make smaller products, larger ones would round more; an episode of many chunks
-// passes over the memory many times.
+// Patterns of a chunk. Every chunk passes over the memory once, so small chunks are slow; large chunks round more.
 constexpr int64_t kChunk = 16;
 static_assert(kChunk <= kBlock, "the factor of a chunk has one diagonal block");
 

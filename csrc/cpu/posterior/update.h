@@ -14,7 +14,7 @@ namespace fastkm::FASTKM_LEVEL {
 template <class Real>
 Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_t end) {
   constexpr int64_t kLeastBytes = 1 << 17, kMostBytes = 1 << 19;
-  const int64_t K = args.K, C = args.C, patterns = args.T_;
+  const int64_t K = args.K, C = args.C, patterns = args.T;
   const int64_t rows = kChunk / FASTKM_TILE_ROWS, tiles = (2 * rows + K / FASTKM_TILE_ROWS) * strips<Real>(C);
   Prefetch prefetch(1 + (patterns + kChunk - 1) / kChunk * (tiles + rows * strips<Real>(K)));
   const int64_t bytes = (2 * K + patterns) * (K + C) * static_cast<int64_t>(sizeof(Real));
@@ -30,7 +30,7 @@ Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_
 
 template <class Real>
 void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
-  const int64_t K = args.K, C = args.C, T = args.T_, largest = smaller(kChunk, T);
+  const int64_t K = args.K, C = args.C, T = args.T, largest = smaller(kChunk, T);
   const bool masks = args.mask.data;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();

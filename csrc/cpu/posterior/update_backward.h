@@ -13,7 +13,7 @@ template <class Real>
 Prefetch plan_gradient_prefetch(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t b,
                                 int64_t end) {
   constexpr int64_t kMostBytes = 1 << 20;
-  const int64_t K = args.K, C = args.C, patterns = args.T_, rows = FASTKM_TILE_ROWS;
+  const int64_t K = args.K, C = args.C, patterns = args.T, rows = FASTKM_TILE_ROWS;
   const int64_t tiles = (4 * K + C) / rows + (K + C) / rows * strips<Real>(K);
   Prefetch prefetch(1 + (patterns + kUpdateBackwardChunk - 1) / kUpdateBackwardChunk * tiles);
   if ((3 * K + 2 * patterns) * (K + C) * static_cast<int64_t>(sizeof(Real)) > kMostBytes) return prefetch;

@@ -1,4 +1,13 @@
-// Addressing and reading: factor a memory once, then solve for any number of queries without leaving K.
+// Addressing and reading: factor a memory once, then solve for any number of queries in K.
+//
+// With A = R Rᵀ + λI, or (R Rᵀ)² + λI for the squared-Gram solve, a query z is answered by
+//   (1)  w_1 = A⁻¹ R z, or A⁻¹ (R Rᵀ) R z
+//   (2)  w_n+1 = w_n − λ A⁻¹ w_n, which is the same as addressing with the value read so far
+//   (3)  ẑ = Rᵀ w_n.
+// Bytes: the memory, the queries and the results once. Operations: K² C + K³/3 a memory, 4 K C + 2 n K² a query.
+//
+// With many queries, (1) to (3) are folded into two products: w_n = (P R) z with P = H (I − λH)ⁿ⁻¹, H = A⁻¹. P is
+// computed in double, because powers of a matrix lose digits that iterations keep.
 #pragma once
 
 #include <utility>
@@ -8,24 +17,23 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// With so many queries that K × K products no longer count, all iterations and the projection become one matrix:
-// w_n = (P R) z with P = H (I − λH)ⁿ⁻¹, H = A⁻¹.
+// Whether there are enough queries that computing P costs less than it saves.
 template <class Real>
 bool folds(const ReadingArgs<Real>& args) {
   return args.Q >= 4 * (args.K + args.C) && !args.squared_gram;
 }
 
-// Everything a query needs of a memory.
+// What a query needs of a memory.
 template <class Real>
 struct FactoredMemory {
   Factor<Real> factor;            // of A = G + λI, or of G² + λI, with G = R Rᵀ
   Matrix<Real> lower_transposed;  // [K, K]
   Matrix<Real> mean;              // R [K, C]
   Matrix<Real> mean_transposed;   // Rᵀ [C, K], or (P R)ᵀ
-  Matrix<Real> gram;              // G [K, K], of no rows unless the solve is the squared-Gram one
+  Matrix<Real> gram;              // G [K, K], or no rows if the solve is not the squared-Gram one
 };
 
-// Lay a factored memory out in `allocate(count)`, which hands out space one piece after the other.
+// Lay a factored memory out in pieces of memory; `allocate(count)` returns the next.
 template <class Real, class Allocate>
 FactoredMemory<Real> lay_out(const ReadingArgs<Real>& args, const Allocate& allocate) {
   const int64_t K = args.K, C = args.C, blocks = round_up(K, kBlock) * kBlock;
@@ -71,7 +79,7 @@ void factor_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemor
   transpose(memory.lower_transposed, memory.factor.lower);
 }
 
-// Rᵀ P into memory.mean_transposed. In double, as powers of a matrix lose digits that iterations keep.
+// memory.mean_transposed ← (P R)ᵀ
 template <class Real>
 void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
   const int64_t K = args.K, C = args.C;
@@ -84,7 +92,7 @@ void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& 
     for (int64_t c = 0; c < C; ++c) mean.row(k)[c] = memory.mean.row(k)[c];
   transpose(mean_transposed, mean);
 
-  // P = H (I − λH)ⁿ⁻¹, by squaring.
+  // P by repeated squaring.
   const Factor<double> factor = allocate_factor<double>(arena, K);
   product_lower<Into::kSet>(factor.lower, C, operand(mean), mean_transposed);
   regularise(factor.lower, factor.lower, ridge, false);
@@ -105,14 +113,21 @@ void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& 
     for (int64_t k = 0; k < K; ++k) memory.mean_transposed.row(c)[k] = static_cast<Real>(folded.row(c)[k]);
 }
 
-// Factor a memory for reads, and fold it where that pays.
+// Factor a memory for reads, and fold it if that pays.
 template <class Real>
 void prepare_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
   factor_memory(args, b, memory, arena);
   if (folds(args)) fold(args, b, memory, arena);
 }
 
-// Answer queries [first, first + kQueryTile) of memory b; rows are queries, so nothing is transposed.
+// w ← w − λ y, for the rows of a tile.
+template <class Real>
+[[gnu::always_inline]] inline void subtract_scaled(const Matrix<Real>& w, Real ridge, const Matrix<Real>& y) {
+  for (int64_t q = 0; q < w.rows; ++q)
+    for (int64_t k = 0; k < w.columns; ++k) w.row(q)[k] -= ridge * y.row(q)[k];
+}
+
+// Answer queries [first, first + kQueryTile) of memory b. Queries are rows.
 template <class Real>
 void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const FactoredMemory<Real>& memory,
                Arena& arena) {
@@ -120,7 +135,7 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
   Matrix<Real> weights = allocate_matrix<Real>(arena, count, args.K),
                next = allocate_matrix<Real>(arena, count, args.K);
 
-  // Address: w₁ = A⁻¹ R z, with G R z in place of R z for the squared-Gram solve.
+  // Address, by (1); P R in place of R if the memory is folded.
   const Batch<const Real> queries = args.queries.from_row(first);
   product<Into::kSet>(weights, args.C, Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]},
                       memory.mean_transposed);
@@ -132,17 +147,16 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
     const Matrix<Real> work = allocate_matrix<Real>(arena, count, kBlock);
     solve_cholesky(memory.factor, memory.lower_transposed, weights, work);
 
-    // Iterate: w ← w − λ A⁻¹ w.
+    // Iterate, by (2).
     const Real ridge = *args.ridge.at(b);
     for (int64_t n = 1; n < args.num_iters; ++n) {
       copy_rows(next, weights);
       solve_cholesky(memory.factor, memory.lower_transposed, next, work);
-      for (int64_t q = 0; q < count; ++q)
-        for (int64_t k = 0; k < args.K; ++k) weights.row(q)[k] -= ridge * next.row(q)[k];
+      subtract_scaled(weights, ridge, next);
     }
   }
 
-  // Decode: ẑ = Rᵀ w.
+  // Decode, by (3).
   store_matrix(args.weights.from_row(first), b, weights);
   if (!args.values.data) return;
   const Matrix<Real> values = allocate_matrix<Real>(arena, count, args.C);
@@ -150,11 +164,11 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
   store_matrix(args.values.from_row(first), b, values);
 }
 
-// Rows of a folded read computed at once: whole register tiles at every level.
+// Queries that a folded read answers together: whole register tiles at every level.
 constexpr int64_t kFoldedRows = 16;
 static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
 
-// Answer queries [begin, end) of a folded memory: from the caller's rows into the caller's rows.
+// Answer queries [begin, end) of a folded memory. The products read and write the caller's rows.
 template <class Real>
 void read_folded(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_t end,
                  const FactoredMemory<Real>& memory) {
@@ -186,7 +200,7 @@ void read_queries(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64
   }
 }
 
-// Whole memories, each factored and read while it is in the cache.
+// Each memory is factored and read while it is in the cache.
 template <class Real>
 void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
@@ -197,7 +211,7 @@ void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
   }
 }
 
-// The same in two phases, for fewer memories than threads: factors into `factors`, then tiles of queries from it.
+// The same in two steps, for fewer memories than threads: factors first, then tiles of queries.
 template <class Real>
 void factor_memories(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)

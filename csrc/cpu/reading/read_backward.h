@@ -1,4 +1,15 @@
-// Backward of addressing and reading: one factor serves the solves of both directions.
+// Backward of addressing and reading. One factor serves the solves of both directions.
+//
+// A tile of queries is read again, by the equations of read.h with y_i = A⁻¹ w_i, and gone through backwards. Bars are
+// cotangents:
+//   (1)  through ẑ = Rᵀ w_n:             w̄ += R z̄,  R̄ += w_n z̄ᵀ
+//   (2)  through w_i+1 = w_i − λ y_i:    u = λ A⁻¹ w̄,  Ā += u y_iᵀ,  w̄ ← w̄ − u,  λ̄ −= w̄·y_i
+//   (3)  through w_1 = A⁻¹ x:            x̄ = A⁻¹ w̄,  Ā −= x̄ w_1ᵀ,  λ̄ −= x̄·w_1
+//   (4)  through x = R z:                R̄ += x̄ zᵀ,  z̄ = Rᵀ x̄;  through x = G R z also Ḡ += x̄ (R z)ᵀ, and x̄ ← G x̄
+//   (5)  through A once a memory:        Ḡ = Ā, or Ḡ += Ā G + G Ā for A = G² + λI;  R̄ += (Ḡ + Ḡᵀ) R.
+// λ̄ contains the trace of Ā. In (2) that is u·y_i, which w̄·y_i counts because it comes after w̄ ← w̄ − u.
+//
+// A memory without a factor has no gradient: its cotangents are NaN.
 #pragma once
 
 #include "cpu/linalg/vectors.h"
@@ -6,16 +17,16 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// What the queries of one memory add up to. A bar marks a cotangent: R̄ is that of R.
+// Sums over the queries of one memory.
 template <class Real>
 struct ReadingGradient {
-  Matrix<Real> mean;    // R̄ [K, C], at first without what comes through G
+  Matrix<Real> mean;    // R̄ [K, C], before (5) without its last part
   Matrix<Real> solved;  // Ā [K, K]
-  Matrix<Real> target;  // of no rows unless the solve is the squared-Gram one: Σ v (R z)ᵀ [K, K], then Ḡ
+  Matrix<Real> target;  // Σ x̄ (R z)ᵀ [K, K], then Ḡ; no rows if the solve is not the squared-Gram one
   double ridge = 0;     // λ̄
 };
 
-// Add what queries [first, first + kQueryTile) of memory b contribute, and store their own cotangents.
+// Add what queries [first, first + kQueryTile) of memory b contribute to `gradient`, and store their own cotangents.
 template <class Real>
 void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t b, int64_t first,
                         const FactoredMemory<Real>& memory, ReadingGradient<Real>& gradient, Arena& arena) {
@@ -27,7 +38,7 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   const auto solution = [&](int64_t i) { return solutions.rows_from(i * count, count); };
   const auto solve = [&](const Matrix<Real>& x) { solve_cholesky(memory.factor, memory.lower_transposed, x, work); };
 
-  // Read again: w₁ = A⁻¹ x with x = R z or G R z, then yᵢ = A⁻¹ wᵢ and wᵢ₊₁ = wᵢ − λ yᵢ.
+  // Read again.
   const Matrix<Real> target = args.squared_gram ? allocate(K) : solution(0);
   load_matrix(queries, args.queries.from_row(first), b);
   product<Into::kSet>(target, C, operand(queries), memory.mean_transposed);
@@ -38,11 +49,10 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
     const Matrix<Real> y = solution(n);
     copy_rows(y, weights);
     solve(y);
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < K; ++k) weights.row(q)[k] -= ridge * y.row(q)[k];
+    subtract_scaled(weights, ridge, y);
   }
 
-  // Back through the decoding ẑ = Rᵀ wₙ.
+  // Through the decoding, by (1).
   const Matrix<Real> cotangent = allocate(K), solved = allocate(K);
   fill_zero(cotangent);
   if (grads.weights.data) load_matrix(cotangent, grads.weights.from_row(first), b);
@@ -53,21 +63,17 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
     product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);
   }
 
-  // Back through the iterations: u = λ A⁻¹ w̄, Ā += u yᵀ, w̄ ← w̄ − u. The trace of Ā belongs to λ̄ as well, and
-  // subtracting it before rather than after the sum over w̄ y leaves the new w̄ there.
+  // Through the iterations, by (2).
   for (int64_t n = args.num_iters - 1; n > 0; --n) {
     copy_rows(solved, cotangent);
     solve(solved);
-    for (int64_t q = 0; q < count; ++q)
-      for (int64_t k = 0; k < K; ++k) {
-        solved.row(q)[k] *= ridge;
-        cotangent.row(q)[k] -= solved.row(q)[k];
-      }
+    scale(solved, ridge);
+    subtract_scaled(cotangent, Real(1), solved);
     product<Into::kAdd>(gradient.solved, count, transposed(solved), solution(n));
     gradient.ridge -= inner_product(cotangent, solution(n));
   }
 
-  // Back through the address: v = A⁻¹ w̄ = x̄, Ā −= v w₁ᵀ.
+  // Through the address, by (3) and (4).
   solve(cotangent);
   product<Into::kSubtract>(gradient.solved, count, transposed(cotangent), solution(0));
   gradient.ridge -= inner_product(cotangent, solution(0));
@@ -99,7 +105,7 @@ void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grad
       read_tile_backward(args, grads, b, first, memory, gradient, arena);
     }
 
-    // Back through the Gram matrix: R̄ += (Ḡ + Ḡᵀ) R with Ḡ = Ā, or Ḡ = Ā G + G Ā + Σ v (R z)ᵀ.
+    // Through the Gram matrix, by (5).
     add_transpose(gradient.solved);
     if (args.squared_gram) {
       product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);

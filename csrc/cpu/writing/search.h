@@ -92,10 +92,18 @@ void update_cross(const GramSpace<Real>& space, int64_t t, const Real* w, const 
   }
 }
 
+// The change (5) of A.
+template <class Real>
+struct SystemChange {
+  const Real *c, *w;
+  Real d, ridge;
+};
+
 // (6): subtract from H the terms p eᵀ + q fᵀ, where [e f]ᵀ = N⁻¹ [p q]ᵀ. `e` and `f` are workspace.
 template <class Real>
-void update_inverse(LowRankDifference<Real>& inverse, const Real* c, const Real* w, const Real* p, const Real* q,
-                    Real d, Real ridge, Real* e, Real* f) {
+void update_inverse(LowRankDifference<Real>& inverse, const SystemChange<Real>& change, const Real* p, const Real* q,
+                    Real* e, Real* f) {
+  const auto [c, w, d, ridge] = change;
   const int64_t padded = round_up(inverse.right.columns, kLanes<Real>);
   const Real n11 = dot(padded, c, p), n12 = dot(padded, c, q) + 1 / ridge;
   const Real n22 = dot(padded, w, q) - d / (ridge * ridge);
@@ -163,7 +171,7 @@ Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, c
     product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t), &solved, p);
     search.inverse.subtract_terms({p, q}, padded, {c, w});
-    update_inverse(search.inverse, c, w, p, q, d, ridge, e, f);
+    update_inverse(search.inverse, SystemChange<Real>{c, w, d, ridge}, p, q, e, f);
     for (int64_t i = 0; i < padded; ++i) {
       e[i] = -ridge * w[i] - d * c[i];
       f[i] = -ridge * c[i];

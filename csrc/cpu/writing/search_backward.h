@@ -1,9 +1,8 @@
 // Backward of the search for weights with one factorisation.
 //
-// First the search is replayed with the weights that it found, so it needs neither its solves nor its refinement, and
-// reads only H. Conditioning on the chunk has computed G and L, and row t of a is √s_t G_t. Then patterns go from the
-// last to the first. With bars for cotangents, of A, U, X and Q after pattern t at first, and the equations of
-// search.h:
+// First the search is replayed with the weights that it found. The replay solves nothing and reads only H: row t of a
+// is √s_t G_t, with G and s_t = L_tt² from conditioning on the chunk. Then patterns go from the last to the first. With
+// bars for cotangents, and the equations of search.h in the second column:
 //   (1)  through (5):  c̄ += 2 λ Ā w + 2 d Ā c,  w̄ += 2 λ Ā c,  d̄ = c·Ā c,  λ̄ += 2 c·Ā w
 //   (2)  through U − a cᵀ and (2):  c̄ −= s Ū c,  ā = c̄/s − Ū c + s̄ w,  s̄ = −c̄·c/s,  w̄ += U ā + s̄ a
 //   (3)  through (3):  Q̄_tt += d̄,  w̄ −= d̄ (x + 2 λ w),  x̄ −= d̄ w,  λ̄ −= d̄ w·w
@@ -57,12 +56,12 @@ Search<Real> replay_search(const GramSpace<Real>& space, const ChunkColumns<Real
     product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t));
     search.inverse.subtract_terms({p, q}, padded, {c, w});
-    update_inverse(search.inverse, c, w, p, q, d, ridge, e, f);
+    update_inverse(search.inverse, SystemChange<Real>{c, w, d, ridge}, p, q, e, f);
   }
   return search;
 }
 
-// Undo x += c (δ·z) for the patterns after t, and add what their cotangents say of w, c and Q.
+// Undo x += c (δ·z) for the patterns after t, and add their share to the cotangents of w, c and Q.
 template <class Real>
 void update_cross_backward(const GramSpace<Real>& space, SearchCotangents<Real>& grads, int64_t t,
                            const Real* delta_dot_z, const Real* w, const Real* c, Real* grad_w, Real* grad_c) {

@@ -17,8 +17,8 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// (1) for a chunk that stands below the mean in `stacked`. With `owns`, G and U are copies, because the search that
-// factors anew changes them.
+// (1) for a chunk below the mean in `stacked`. With `owns`, G and U are copies, because the search that factors anew
+// changes them.
 template <class Real>
 GramSpace<Real> compute_gram_space(const MemoryRows<Real>& memory, const Matrix<Real>& stacked, bool owns,
                                    Arena& arena) {
@@ -71,7 +71,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   return chunk;
 }
 
-// Find the weights of the chunk that stands below the mean in `stacked`, from pattern `first` on, and condition on it.
+// Find the weights of the chunk below the mean in `stacked`, from pattern `first` on, and condition on it.
 template <class Real>
 Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, const MemoryRows<Real>& memory,
                    const Matrix<Real>& stacked, const Matrix<Real>& weights, const Observations<Real>& observed,
@@ -102,7 +102,7 @@ Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, cons
 template <class Real>
 void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
-  const int64_t K = shared.K, T = shared.T_, size = search_chunk(K), largest = smaller(size, T);
+  const int64_t K = shared.K, T = shared.T, size = search_chunk(K), largest = smaller(size, T);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + largest, shared.C);

@@ -6,8 +6,8 @@
 //   (2)  G = R Rᵀ, X = Z Rᵀ, Q = Z Zᵀ, and the search replayed with the weights that it found
 //   (3)  the search backward, in K and t: from W̄ to Ḡ, X̄, Q̄, Ū, and those of σ² and λ
 //   (4)  R̄ᵀ += Rᵀ (2 Ḡ) + Zᵀ X̄,  Z̄ᵀ += Rᵀ X̄ᵀ + Zᵀ (Q̄ + Q̄ᵀ).
-// A chunk costs about 8 t K C + 6 t K² operations for (1), K² C for (2), K³ + 6 t K² for (2) and (3), and 2 K² C + 4 t
-// K C for (4).
+// A chunk costs about 8 t K C + 6 t K² operations for (1), K² C + K³ for (2), 16 t K² for the search in (2) and (3),
+// and 2 K² C + 4 t K C for (4).
 //
 // A memory without a factor has no gradient: its cotangents are NaN.
 #pragma once
@@ -90,7 +90,7 @@ void write_backward(const WritingArgs<Real>& args, const WritingGrads<Real>& gra
     Arena& arena = Arena::fresh();
     const MemoryColumns<Real> grad = allocate_memory_columns<Real>(shared.K, shared.C, arena);
     load_cotangents(grad, out, b);
-    const Matrix<Real> grad_weights = allocate_matrix<Real>(arena, shared.T_, shared.K);
+    const Matrix<Real> grad_weights = allocate_matrix<Real>(arena, shared.T, shared.K);
     load_or_zero(grad_weights, grads.weights, b);
     const SearchSettings<Real> settings = load_settings(args, b);
     const Episode<Real> episode = load_episode(shared, out, b, kChunk, true, arena);

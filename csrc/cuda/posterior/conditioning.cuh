@@ -42,7 +42,7 @@ __host__ __device__ inline void set_sizes(Chunk& chunk, const PosteriorArgs<floa
 
 // Load the patterns of a chunk. Values of masked patterns become zero: they may hold anything, even NaN.
 __device__ inline void load_patterns(Chunk& chunk, const PosteriorArgs<float>& args, int64_t b, int64_t first) {
-  if (threadIdx.x == 0) chunk.count = static_cast<int>(min(int64_t(kChunk), args.T_ - first));
+  if (threadIdx.x == 0) chunk.count = static_cast<int>(min(int64_t(kChunk), args.T - first));
   __syncthreads();
   const Codes values = codes_of(args.values, args.values_type, b);
   const int across = chunk.columns / 4;

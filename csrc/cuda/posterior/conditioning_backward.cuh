@@ -44,9 +44,9 @@ __host__ __device__ inline void allocate_passes(ConditioningBackward& chunk, Are
   const int64_t mean = int64_t(chunk.K) * chunk.columns;
   chunk.own_mean = arena.allocate(mean);
   chunk.own_grad_mean = arena.fits(mean) ? arena.allocate(mean) : nullptr;
-  chunk.saved_s = arena.allocate(args.T_);
-  chunk.saved_c = arena.allocate(args.T_ * chunk.width);
-  chunk.saved_delta = arena.allocate(args.T_ * chunk.columns);
+  chunk.saved_s = arena.allocate(args.T);
+  chunk.saved_c = arena.allocate(args.T * chunk.width);
+  chunk.saved_delta = arena.allocate(args.T * chunk.columns);
 }
 
 // Adds `factor` times a product to R̄.
@@ -115,7 +115,7 @@ __device__ void load_chunk(ConditioningBackward& chunk, const PosteriorArgs<floa
 
 // The first pass.
 __device__ void condition_all(ConditioningBackward& chunk, const PosteriorArgs<float>& args, int64_t b) {
-  for (int64_t first = 0; first < args.T_; first += kChunk) {
+  for (int64_t first = 0; first < args.T; first += kChunk) {
     load_chunk(chunk, args, b, first);
     condition(chunk);
     whiten(chunk);

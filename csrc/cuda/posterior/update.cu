@@ -70,8 +70,8 @@ __host__ __device__ void lay_out(Update& update, Arena& arena, const PosteriorAr
   update.width = round_up(update.K, 4);
   update.rows = round_up(update.K, 32);
   update.ld_gain = update.rows + kStagePadding;
-  update.T = args.T_;
-  update.chunks = count_chunks(args.T_);
+  update.T = args.T;
+  update.chunks = count_chunks(args.T);
   constexpr int kLd = kColumns + kStagePadding;
   if (plan.apply) {
     update.whitened = arena.allocate(kChunk * kLd);
@@ -326,14 +326,14 @@ const char* cuda::update_posterior(const PosteriorArgs<float>& args, int64_t B, 
   const bool narrow = args.K > 256 || B * wide_tiles < device.multiprocessors;
   Plan plan{};
   plan.tiles = max(int64_t(1), narrow ? (args.C + 63) / 64 : wide_tiles);
-  plan.energies = context.allocate(context, max(int64_t(1), B * plan.tiles * args.T_));
+  plan.energies = context.allocate(context, max(int64_t(1), B * plan.tiles * args.T));
   plan.tickets = reinterpret_cast<unsigned*>(context.allocate(context, B));
   if (const char* error = fill_zero_bytes(plan.tickets, B * static_cast<int64_t>(sizeof(unsigned)), context.stream))
     return error;
   if (!fused) {
-    plan.factored = {context.allocate(context, max(int64_t(1), B * args.T_ * width)),
-                     context.allocate(context, max(int64_t(1), B * count_chunks(args.T_) * kChunk * kChunk)),
-                     context.allocate(context, max(int64_t(1), B * args.T_))};
+    plan.factored = {context.allocate(context, max(int64_t(1), B * args.T * width)),
+                     context.allocate(context, max(int64_t(1), B * count_chunks(args.T) * kChunk * kChunk)),
+                     context.allocate(context, max(int64_t(1), B * args.T))};
     plan.factor = true;
     if (const char* error = start<64>(device, args, B, plan, context)) return error;
   }

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
     load_memory(chunk, args, grads, b);
     condition_all(chunk, args, b);
-    for (int64_t first = (args.T_ - 1) / kChunk * kChunk; first >= 0 && args.T_ > 0; first -= kChunk) {
+    for (int64_t first = (args.T - 1) / kChunk * kChunk; first >= 0 && args.T > 0; first -= kChunk) {
       restore_chunk(chunk, args, b, first);
       condition(chunk);
       condition_backward(chunk, grads, {}, b, first);

@@ -105,7 +105,7 @@ __device__ void store_memory(const Write& chunk, const PosteriorArgs<float>& arg
   const int K = chunk.K, C = chunk.C;
   if (chunk.own_mean)
     store_rows(args.new_mean, b, K, C, chunk.own_mean, chunk.columns);
-  else if (args.T_ == 0)
+  else if (args.T == 0)
     for (int64_t n = threadIdx.x; n < int64_t(K) * C; n += kThreads)
       *element(args.new_mean, b, n / C, n % C) = *element(args.mean, b, n / C, n % C);
   for (int64_t n = threadIdx.x; n < int64_t(K) * K; n += kThreads)
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
     load_memory(chunk, args, b);
     check_symmetry(chunk.cov, K, width, chunk);
-    for (int64_t first = 0; first < posterior.T_; first += kChunk) {
+    for (int64_t first = 0; first < posterior.T; first += kChunk) {
       load_patterns(chunk, posterior, b, first);
       find_weights<kRefactor>(chunk);
       for (int64_t n = threadIdx.x; n < int64_t(chunk.count) * K; n += kThreads)

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     load_memory(chunk, posterior, posterior_grads, b);
     condition_all(chunk, posterior, b);
-    for (int64_t first = (count_chunks(posterior.T_) - 1) * kChunk; first >= 0; first -= kChunk) {
+    for (int64_t first = (count_chunks(posterior.T) - 1) * kChunk; first >= 0; first -= kChunk) {
       restore_chunk(chunk, posterior, b, first);
       repeat_search<kRefactor>(chunk);
       condition_backward(chunk, posterior_grads, grads.weights, b, first);
