@@ -230,30 +230,52 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
         yield (f"`{operator}`", *(cell(operator, preset) for preset in PRESETS.values()))
 
 
-def main() -> None:
-    if sys.argv[1:] == ["triton-traffic"]:  # in a process of its own, which interprets
-        print(json.dumps(triton_traffic_rows([PRESETS["S"]], 1)))  # a larger one takes the interpreter minutes a call
-        return
-    os.environ.pop("TRITON_INTERPRET", None)
-    if sys.argv[1:2] == ["traffic"]:  # in a process of its own, as it registers the same operators as the recorder
-        counter = Counter()
-        print(json.dumps([row for name in sys.argv[2:] for row in traffic_rows(counter, PRESETS[name], 2)]))
-        return
+def kept_rows(table: str) -> list[tuple[str, ...]]:
+    """The rows of a table as the page holds it."""
+    text = PAGE.read_text().split(f"<!-- {table} -->")[1].partition(f"<!-- /{table} -->")[0]
+    return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in text.strip().splitlines()[2:]]
+
+
+def counted_in_a_process(*arguments: str, **environment: str) -> list[list[str]]:
+    """Rows of traffic. The counters register the same operators as the recorder, so each has a process of its own."""
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    return json.loads(done.stdout)
+
+
+def fill_page(only_cuda: bool) -> None:
     if reason := cuda_code.unavailable():
         raise SystemExit(f"make kernels: {reason}")
-    command = [sys.executable, __file__, "traffic", "S", "M", "L"]
-    counted = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    command, environment = [sys.executable, __file__, "triton-traffic"], {**os.environ, "TRITON_INTERPRET": "1"}
-    triton = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
-    beside = {tuple(row[:2]): row[2:] for row in triton}
+    counted = counted_in_a_process("traffic", "S", "M", "L")
+    own = len(TRAFFIC_HEADERS)
+    if only_cuda:
+        beside = {row[:2]: row[own:] for row in kept_rows("traffic")}
+        triton = [row for row in kept_rows("kernels") if row[1] == "Triton"]
+    else:
+        beside = {tuple(row[:2]): row[2:] for row in counted_in_a_process("triton-traffic", TRITON_INTERPRET="1")}
+        triton = list(triton_rows())
     counted = [(*row, *beside.get(tuple(row[:2]), ["–"] * len(TRITON_TRAFFIC_HEADERS))) for row in counted]
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
-    rows = list(chain(cuda_rows(recorder), triton_rows()))
+    rows = list(chain(cuda_rows(recorder), triton))
     traffic = markdown_table((*TRAFFIC_HEADERS, *TRITON_TRAFFIC_HEADERS), counted)
     update(PAGE, kernels=markdown_table(HEADERS, rows), launches=launches, traffic=traffic)
     spilling = sorted({f"{row[0]} {row[1]} {row[2]}" for row in rows if row[6] != "0"})
     print(f"{len(rows)} rows into {PAGE.relative_to(ROOT)}. Spill: {', '.join(spilling) or 'none'}")
+
+
+def main() -> None:
+    """Without arguments the whole page; ``cuda`` keeps the rows of Triton; the rest is called by ``fill_page``."""
+    task, *presets = sys.argv[1:] or ["page"]
+    if task == "triton-traffic":
+        print(json.dumps(triton_traffic_rows([PRESETS["S"]], 1)))  # a larger one takes the interpreter minutes a call
+        return
+    os.environ.pop("TRITON_INTERPRET", None)
+    if task == "traffic":
+        counter = Counter()
+        print(json.dumps([row for name in presets for row in traffic_rows(counter, PRESETS[name], 2)]))
+    else:
+        fill_page(only_cuda=task == "cuda")
 
 
 if __name__ == "__main__":
