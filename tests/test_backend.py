@@ -55,6 +55,19 @@ def test_native_is_not_taken_elsewhere_than_it_has_kernels_for(operation, extens
         resolve(operation, "native", elsewhere)
 
 
+@pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
+def test_native_is_not_taken_in_a_dtype_it_does_not_compute_in(operation, extension, monkeypatch):
+    """As the kernels for GPUs, which compute in float32 only."""
+    monkeypatch.setitem(CAPABILITIES[operation], "native", dispatch.Capability({"cpu": dispatch.FLOAT32}))
+    narrow, wide = torch.ones(1), torch.ones(1, dtype=torch.float64)
+    assert (resolve(operation, None, narrow), resolve(operation, None, wide)) == ("native", "reference")
+    with pytest.raises(
+        BackendUnavailableError,
+        match=r"on cpu it computes in float32, the memory is float64; take backend='reference'",
+    ):
+        resolve(operation, "native", wide)
+
+
 @pytest.mark.parametrize("operation", CAPABILITIES)
 def test_named_backend_that_cannot_run_raises_with_reason_and_remedy(operation, no_extension):
     for backend in ("native", "triton"):

@@ -256,11 +256,11 @@ DISTRIBUTIONS = [
         tests=(MATRIX_NORMAL,),
     ),
     fault(
-        "nan-in-the-other-triangle",
-        "a NaN in the triangle that is not factored is not found",
-        before="torch.where(flat.isfinite().all(-1).all(-1), info, NOT_POSITIVE_DEFINITE)",
-        after="torch.where(flat.tril().isfinite().all(-1).all(-1), info, NOT_POSITIVE_DEFINITE)",
-        tests=(MATRIX_NORMAL,),
+        "matrix-normal-entropy",
+        "the entropy lacks the half of each entry",
+        before="rows * columns * (1 + math.log(2 * math.pi))",
+        after="rows * columns * math.log(2 * math.pi)",
+        tests=(f"{MATRIX_NORMAL}::test_entropy_is_that_of_the_dense_gaussian",),
     ),
     fault(
         "variance-without-columns",
