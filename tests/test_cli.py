@@ -196,6 +196,19 @@ def test_verdict_on_missing_and_misshapen_fields():
     assert verdict({"mean": torch.ones(2, 3)}).ok is True
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_error_is_allowed_as_far_as_it_says(dtype):
+    """``factor (rounding + roundings · eps)`` of the largest entry, in the worst field."""
+    rounding, allowance, eps = 1e-5, verification.Allowance(3, 4), torch.finfo(dtype).eps
+    truth = {"mean": torch.tensor([1.0, -8.0], dtype=torch.float64), "kl": torch.ones(1, dtype=torch.float64)}
+    for times, ok in ((0.9, True), (1.1, False)):
+        off = times * 3 * (rounding + 4 * eps) * 8
+        result = {"mean": torch.tensor([1.0 + off, -8.0], dtype=dtype), "kl": torch.ones(1, dtype=dtype)}
+        verdict = verification.compare(result, truth, {"mean": rounding, "kl": rounding}, allowance)
+        assert verdict.ok is ok
+        assert verdict.error / verdict.allowed == pytest.approx(times, rel=0.05)
+
+
 # What verification stands on.
 
 

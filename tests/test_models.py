@@ -274,7 +274,10 @@ def test_pixels_at_a_tie_stay_numbers():
     for parameter in model.decoder.parameters():
         nn.init.zeros_(parameter)  # every pixel is on with probability one half
     x = torch.rand(1, 2, 1, 28, 28)
-    assert model.attractor_read(x, 3, state=model.write(x).state).energy.isfinite().all()
+    state = model.write(x).state
+    assert model.attractor_read(x, 3, state=state).energy.isfinite().all()
+    tie = torch.full_like(x, 0.5)  # what is read next: the mean of the pixel, and so it stays
+    assert (model.attractor_read(tie, 3, state=state).num_iters == 3).all()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ KL = "tests/test_matrix_normal.py::test_kl_memory_is_that_of_matrix_normals_and_
 LOGDET = "tests/test_matrix_normal.py::test_logdet"
 GRADIENT = "tests/test_gradients.py::test_equals_the_reference"
 LEVELS = "tests/test_registration.py::test_every_instruction_set_is_as_good_as_the_reference"
+BLOCKS = "tests/test_matrix_normal.py::test_a_direction_without_a_variance_is_found_in_every_block"
 COVARIANCE = "tests/test_check.py::test_covariance_that_is_none"
 
 LINALG = [
@@ -27,7 +28,7 @@ LINALG = [
         " f.inverse_transposed_block(j).data);",
         after="good = factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,"
         " f.inverse_transposed_block(j).data);",
-        tests=(COVARIANCE, LOGDET),
+        tests=(BLOCKS,),
     ),
     fault(
         "cholesky-admits-zero",
@@ -35,7 +36,7 @@ LINALG = [
         before="pivot > 0",
         within="floors.slack[j] : pivot > 0;",
         after="pivot >= 0",
-        tests=("tests/test_matrix_normal.py::test_logdet_and_kl_memory_name_the_memories_that_fail",),
+        tests=("tests/test_check.py::test_a_gram_matrix_that_is_singular_in_its_dtype", BLOCKS),
     ),
     fault(
         "product-repeats-a-run",
@@ -324,7 +325,7 @@ READING = [
         "the second tile of queries overwrites the gradient of the first",
         before="product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);",
         after="product<Into::kSet>(gradient.mean, count, transposed(weights), grad_values);",
-        tests=(GRADIENT,),
+        tests=("tests/test_gradients.py::test_many_queries",),
     ),
     fault(
         "read-backward-gram-once",

@@ -493,7 +493,7 @@ ENGINE = [
         "the check of a kernel allows errors a thousand times as large",
         before="allowance.factor * (rounding[name]",
         after="1000 * allowance.factor * (rounding[name]",
-        tests=("tests/test_cli.py::test_a_wrong_kernel_is_found",),
+        tests=("tests/test_cli.py::test_an_error_is_allowed_as_far_as_it_says",),
     ),
 ]
 
