@@ -324,7 +324,7 @@ def write_launcher(mean, cov, values, noise_var, ridge, num_opt_iters, squared_g
         matrices(mean), matrices(cov), patterns, numbers(ridge), to, gain, energy,
         workspace(mean, B, write_layout, K, C, T, ld, refactor), K, C, T, ld, tiles, num_opt_iters,
         ALIGNED=rows_aligned(mean, values), REFACTOR=refactor, APPLY=apply, SQUARED=squared_gram,
-        **factoring(K) | search_options(K),
+        **factoring(K) | search_options(K, refactor or K % 16 != 0),
     )  # fmt: skip
     if not apply:
         patterns = patterns._replace(weights=matrices(to.weights))

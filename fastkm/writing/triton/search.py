@@ -62,9 +62,14 @@ class Attempt(NamedTuple):
     delta_delta: Any
 
 
-def search_options(rows: int) -> dict[str, int]:
-    """Options of a kernel that holds vectors of ``rows`` numbers in registers."""
-    return {"SIZE": padded(rows), **warps(4 if rows <= 32 else 8, 255)}
+def search_options(rows: int, many_registers: bool = True) -> dict[str, int]:
+    """Options of a kernel that holds vectors of ``rows`` numbers in registers.
+
+    A search without refactoring takes 128 to 151 registers at 16 or 32 rows, which leaves room for one more program on
+    a multiprocessor than no limit does. At other numbers of rows it spills with 168, and a search that refactors may.
+    """
+    number = 4 if rows <= 32 else 8
+    return {"SIZE": padded(rows), **warps(number, 255 if many_registers or number > 4 else None)}
 
 
 @triton.jit
