@@ -31,7 +31,7 @@ def test_each_pattern_is_addressed_then_stored(kernels, shape, way, masked):
 
 
 def test_a_long_episode_stays_accurate(kernels):
-    p = problem(4, 70, 0, 17, 9, torch.float32)
+    p = problem(8, 70, 0, 17, 9, torch.float32)
     kernels.judge("write", p, truth(p), draws=8, times={"weights": 3})
 
 
@@ -51,14 +51,13 @@ def test_gradients(kernels, shape, way):
 
 @pytest.mark.parametrize("way", WAYS[:2], ids=str)
 def test_two_segments_are_the_whole(kernels, way):
-    T, first_T = (6, 2) if way else (20, 7)  # refactoring for every solve is slow
-    p = kernels.put(problem(2, T, 0, 9, 6, torch.float32))
+    p = kernels.put(problem(2, 20, 0, 9, 6, torch.float32))
 
     def segment(state, part):
         return write(state, p.values[:, part], p.noise_var[:, part], p.ridge, backend=kernels.backend, **way)
 
-    whole, first = segment(p.state, slice(None)), segment(p.state, slice(0, first_T))
-    rest = segment(first.state, slice(first_T, None))
+    whole, first = segment(p.state, slice(None)), segment(p.state, slice(0, 7))
+    rest = segment(first.state, slice(7, None))
     oracle.assert_close(rest.state.mean, whole.state.mean.double(), "mean")
     oracle.assert_close(rest.state.cov, whole.state.cov.double(), "cov")
     oracle.assert_close(torch.cat([first.weights, rest.weights], 1), whole.weights.double(), "weights")
