@@ -39,8 +39,10 @@ def test_a_covariance_that_is_none_is_named(kernels):
     indefinite[2] = -indefinite[2]
     with pytest.raises(torch.linalg.LinAlgError, match=r"not symmetric in memory \[1\]"):
         logdet(asymmetric, backend=kernels.backend)
-    with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite in memory \[2\]"):
-        kl_memory(MemoryState(mean, cov), MemoryState(mean, indefinite), backend=kernels.backend)
+    good, bad = MemoryState(mean, cov), MemoryState(mean, indefinite)
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(torch.linalg.LinAlgError, match=r"not positive definite in memory \[2\]"):
+            kl_memory(*pair, backend=kernels.backend)
 
 
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
