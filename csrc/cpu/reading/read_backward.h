@@ -67,8 +67,11 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   for (int64_t n = args.num_iters - 1; n > 0; --n) {
     copy_rows(solved, cotangent);
     solve(solved);
-    scale(solved, ridge);
-    subtract_scaled(cotangent, Real(1), solved);
+    for (int64_t q = 0; q < count; ++q)
+      for (int64_t k = 0; k < K; ++k) {
+        solved.row(q)[k] *= ridge;
+        cotangent.row(q)[k] -= solved.row(q)[k];
+      }
     product<Into::kAdd>(gradient.solved, count, transposed(solved), solution(n));
     gradient.ridge -= inner_product(cotangent, solution(n));
   }
