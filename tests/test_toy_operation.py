@@ -22,7 +22,7 @@ BLOCK = re.compile(
 ANCHORS = {
     "fastkm/_runtime/schema.py": r"^# ---- backward",
     "in CAPABILITIES": r'^    "logdet": ',
-    "before the table": r"^// Every kernel computes memories",
+    "before the table": r"^// The CPU kernels\. Each computes memories",
     "in Kernels": r"^  void \(\*logdet_backward\)",
     "in the table": r"^      \.logdet_backward = ",
     "in namespace cuda": r"^const char\* logdet_backward\(",
