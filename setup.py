@@ -23,6 +23,7 @@ PYTHON_TAG = "cp310"  # the oldest Python; the extension itself uses no Python A
 SOURCES = sorted(glob("csrc/**/*.cpp", recursive=True))
 CUDA_SOURCES = sorted(glob("csrc/**/*.cu", recursive=True))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True))
+CUDA_HEADERS = [path for path in HEADERS if not path.startswith(("csrc/cpu/", "csrc/bindings/"))]
 CUDA_ARCHITECTURES = (80, 90, 100)  # compute capability × 10; devices after the last compile its PTX
 
 
@@ -52,7 +53,7 @@ def find_nvcc() -> str | None:
 
 def compile_cuda(nvcc: str, compiler: str, folder: Path) -> list[str]:
     """Objects of the CUDA kernels, which know nothing of torch; only what is out of date is compiled."""
-    headers = max(os.path.getmtime(path) for path in [__file__, *HEADERS])
+    headers = max(os.path.getmtime(path) for path in [__file__, *CUDA_HEADERS])
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHITECTURES]
     targets += [f"-gencode=arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}"]
 
