@@ -151,11 +151,15 @@ def find_suspects(tree: Tree, faults: list[Fault], options: tuple[str, ...], fol
 # ---- the report ----------------------------------------------------------------------------------------------------
 
 
-def table(faults: list[Fault], results: Results) -> str:
+def page(faults: list[Fault], results: Results) -> str:
+    """The page of results that the documentation shows."""
     found = {fault: results.get(fault) for fault in faults}
     caught = sum(bool(x and x["caught_by"]) for x in found.values())
     lines = [
-        f"{caught} of {len(faults)} planted faults are caught.",
+        "# Planted faults",
+        "",
+        f"Printed by `make mutants`: {caught} of {len(faults)} planted faults are caught.",
+        "How it is done: [planted faults](../development/planted-faults.md).",
         "",
         "| fault | what it is | where | caught by | seconds |",
         "| --- | --- | --- | --- | --- |",
@@ -209,7 +213,7 @@ def main() -> int:
     parser.add_argument("--named", action="store_true", help="leave the whole suite out for what its tests let live")
     parser.add_argument("--again", action="store_true", help="do not use results of earlier runs")
     parser.add_argument("--red", action="store_true", help="go on where tests fail without a fault, and leave them out")
-    parser.add_argument("--output", type=Path, default=BUILD / "planted-faults.md", help="where the table goes")
+    parser.add_argument("--output", type=Path, default=BUILD / "planted-faults.md", help="where the page goes")
     options = parser.parse_args()
     if wrong := check():
         print("\n".join(wrong), file=sys.stderr)
@@ -231,7 +235,7 @@ def main() -> int:
         run_named(new, trees, results, options.jobs)
         if not options.named:
             run_whole([fault for fault in new if not results.get(fault)["caught_by"]], trees, results)
-    text = table(chosen, results)
+    text = page(chosen, results)
     options.output.write_text(text)
     print(text)
     alive = [fault for fault in chosen if not (results.get(fault) or {}).get("caught_by")]
