@@ -88,7 +88,7 @@ def line_of_group(group: dict[str, Any]) -> Line | None:
     best = min(forms, key=lambda c: c["seconds"]["median"])
     loop_ms, best_ms, own_ms = (1e3 * c["seconds"]["median"] for c in (loop[0], best, own[0]))
     error = own[0]["error"] / own[0]["allowed"]
-    return Line(line_name(group), loop_ms, best_ms, best["candidate"], own_ms, error, "make bench-full")
+    return Line(line_name(group), loop_ms, best_ms, best["candidate"], own_ms, error, "make readme")
 
 
 def line_of_records(records: list[dict[str, Any]]) -> Line:
