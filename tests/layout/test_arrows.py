@@ -174,3 +174,16 @@ def test_both_wings_have_the_same_rooms():
     cpu, cuda = ({path.name for path in (CSRC / wing).iterdir() if path.is_dir()} for wing in ("cpu", "cuda"))
     assert cpu - cuda == {"levels"}
     assert cuda <= cpu
+
+
+# What several kernels of a family share on a GPU, and what is part of one file on a CPU.
+ON_GPUS_ONLY = {"posterior/chunk", "reading/addressing"}
+
+
+def test_both_wings_have_the_same_files():
+    def files(wing: str) -> set[str]:
+        folders = (CSRC / wing / family for family in ("posterior", "reading", "writing", "matrix_normal"))
+        return {f"{folder.name}/{path.stem}" for folder in folders for path in folder.iterdir()}
+
+    assert files("cuda") - files("cpu") == ON_GPUS_ONLY
+    assert files("cpu") <= files("cuda")
