@@ -62,7 +62,7 @@ test: setup ## the tests of the package, in as many processes as there are proce
 test-kernels: setup ## the tests of the GPU kernels, once for each way of running them without a GPU
 	for rung in $(RUNGS); do $(BIN)/python -m pytest $(PARALLEL) --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
 
-mutants: setup ## plant small faults one by one, each of which the tests must catch; half an hour, and less when repeated
+mutants: setup ## plant small faults one by one, each of which the tests must catch; ten to thirty minutes, and less when repeated
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)
 
 lint: setup ## ruff, mypy and clang-format, changing nothing
