@@ -11,7 +11,6 @@ MATRIX_NORMAL, MEMORY, MODELS = "tests/test_matrix_normal.py", "tests/test_memor
 READING, STATE, TRAIN = "tests/test_reading.py", "tests/test_state.py", "tests/test_train.py"
 ATTRACTOR = f"{READING}::test_attractor_read_equals_one_query_at_a_time"
 UPDATE = "tests/test_posterior.py::test_update_equals_one_rank_one_step_per_pattern"
-LOSS = f"{MODELS}::test_parts_are_the_equations"
 
 RUNTIME = [
     fault(

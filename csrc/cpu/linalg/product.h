@@ -53,8 +53,9 @@ template <Into INTO, int VECS, class Real>
   product_tiles<INTO, 1, VECS>(i, c, d, rows, k, a, b, prefetch);
 }
 
-// Whether a column is inlined was measured. At AVX2, inlining makes the backward of a read 3 % faster, but the
-// divergence, which subtracts, 5 % slower; at AVX-512 it makes the backward of an update 7 % slower.
+// Whether a column is inlined was measured. At AVX2, inlining makes the backward of a read faster, but the divergence,
+// which subtracts, slower; at AVX-512 it makes the backward of an update slower. benchmarks/kernels times
+// single kernels.
 template <Into INTO, int VECS, class Real>
 [[gnu::noinline]] void product_column_called(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t k,
                                              const Operand<Real>& a, Rows<const Real> b, Prefetch* prefetch) {
