@@ -151,7 +151,7 @@ def test_errors_of_a_compiled_graph():
     oracle.assert_close(compiled(p.state.mean, p.queries, p.ridge), solve(p.state.mean, p.queries, p.ridge))
     with pytest.raises(RuntimeError, match="ridge must be positive"):
         compiled(p.state.mean, p.queries, -p.ridge)
-    with pytest.raises(Exception, match="queries must have shape"):
+    with pytest.raises(Exception, match="(?s)queries.* must have shape"):  # torch 2.10 prints the words one by one
         compiled(p.state.mean, p.queries[:, :, 1:], p.ridge)
 
 

@@ -31,7 +31,7 @@ class Differentiable:
     operator computed from the inputs their gradient.
     """
 
-    def __init__(self, operator: OpOverload, pull_back: Callable, keep: slice) -> None:
+    def __init__(self, operator: OpOverload, pull_back: Callable, keep: tuple[int, ...]) -> None:
         self.operator: Callable = without_python_frame(operator)
         self.run, self.attach = _run_and_attach(operator, pull_back, keep)
 
@@ -40,13 +40,13 @@ class Differentiable:
 
 
 def differentiable(
-    operator: OpOverload, backward: OpOverload, arguments: Callable | None = None, *, keep: slice = slice(0)
+    operator: OpOverload, backward: OpOverload, arguments: Callable | None = None, *, keep: tuple[int, ...] = ()
 ) -> Differentiable:
     """``operator`` with the gradient that ``backward`` computes.
 
-    By convention ``backward(*inputs, *kept, *cotangents)`` takes the inputs of ``operator``, the outputs that ``keep``
-    selects, and a cotangent, or None for zero, of every output but the last, which is the status. It returns the
-    gradients of the leading inputs. ``arguments`` maps these to the arguments of a ``backward`` that differs.
+    By convention ``backward(*inputs, *kept, *cotangents)`` takes the inputs of ``operator``, the outputs at the
+    positions ``keep``, and a cotangent, or None for zero, of every output but the last, which is the status. It returns
+    the gradients of the leading inputs. ``arguments`` maps these to the arguments of a ``backward`` that differs.
 
     A second derivative raises: ``backward`` has none.
     """
@@ -57,7 +57,7 @@ def differentiable(
             f"{_short_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
         )
 
-    gradient, _ = _run_and_attach(backward, refuse, slice(0))
+    gradient, _ = _run_and_attach(backward, refuse, ())
 
     def pull_back(*known_and_cotangents):
         known_and_cotangents = known_and_cotangents[:-1]  # the last cotangent is that of the status
@@ -74,10 +74,11 @@ def wants_gradient(inputs: Sequence) -> bool:
     return False
 
 
-def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: slice) -> tuple[Callable, Callable]:
+def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: tuple[int, ...]) -> tuple[Callable, Callable]:
     """``run`` and ``attach`` of a :class:`Differentiable`, with gradients ``pull_back(*inputs, *kept, *cotangents)``.
 
-    Both are functions, not methods: torch.compile traces a function that a backward refers to, but not an object.
+    Both are functions, not methods: torch.compile traces a function that a backward refers to, but not an object. For
+    the same reason ``keep`` holds numbers: up to torch 2.11 a slice cannot be traced.
     """
     names = argument_names(operator)
     variances = [
@@ -107,7 +108,7 @@ def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: slice) -> t
     return run, attach
 
 
-def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: slice, run: Callable) -> tuple:
+def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: tuple[int, ...], run: Callable) -> tuple:
     """Two functions of autograd with the gradients ``pull_back(*inputs, *kept, *cotangents)``.
 
     The first computes the outputs, in the two halves that torch.func and torch.compile ask for. The second takes
@@ -123,7 +124,7 @@ def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: slice, 
         @staticmethod
         def setup_context(ctx, inputs, outputs):
             outputs = _as_tuple(outputs)
-            known = (*inputs, *outputs[keep])
+            known = (*inputs, *[outputs[position] for position in keep])
             ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in known])
             ctx.plain = [None if isinstance(x, Tensor) else x for x in known]
             ctx.num_inputs = len(inputs)

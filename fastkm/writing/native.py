@@ -7,5 +7,5 @@ from fastkm._runtime.autograd import differentiable
 
 _operators = torch.ops.fastkm
 
-WEIGHTS = slice(2, 3)  # the output that the backward takes
-write = differentiable(_operators.write.default, _operators.write_backward.default, keep=WEIGHTS)
+WEIGHTS = 2  # the output that the backward takes
+write = differentiable(_operators.write.default, _operators.write_backward.default, keep=(WEIGHTS,))

@@ -9,5 +9,5 @@ from fastkm._runtime.autograd import differentiable
 write = differentiable(
     torch.ops.fastkm_triton.write.default,
     torch.ops.fastkm_triton.write_backward.default,
-    keep=slice(2, 3),  # the weights it found
+    keep=(2,),  # the weights it found
 )
