@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fastkm._runtime.guards import spread_variance
+from fastkm._runtime.second_derivatives import gradient_of_gradient
 from fastkm._runtime.torch_private import (
     OpOverload,
     argument_names,
     is_transformed,
-    operator_name,
+    short_name,
     without_python_frame,
 )
 
@@ -33,7 +34,8 @@ class Differentiable:
 
     def __init__(self, operator: OpOverload, pull_back: Callable, keep: tuple[int, ...]) -> None:
         self.operator: Callable = without_python_frame(operator)
-        self.run, self.attach = _run_and_attach(operator, pull_back, keep)
+        name, variances = short_name(operator), _variances_of(operator)
+        self.run, self.attach = _run_and_attach(operator, name, variances, pull_back, keep)
 
     def __call__(self, *inputs):
         return self.run(*inputs)
@@ -42,26 +44,23 @@ class Differentiable:
 def differentiable(
     operator: OpOverload, backward: OpOverload, arguments: Callable | None = None, *, keep: tuple[int, ...] = ()
 ) -> Differentiable:
-    """``operator`` with the gradient that ``backward`` computes.
+    """``operator`` with the gradient that ``backward`` computes, and the derivatives of that gradient.
 
     By convention ``backward(*inputs, *kept, *cotangents)`` takes the inputs of ``operator``, the outputs at the
     positions ``keep``, and a cotangent, or None for zero, of every output but the last, which is the status. It returns
     the gradients of the leading inputs. ``arguments`` maps these to the arguments of a ``backward`` that differs.
 
-    A second derivative raises: ``backward`` has none.
+    Second and further derivatives are those of the reference form, see :mod:`fastkm._runtime.second_derivatives`.
     """
 
-    def refuse(*_):
-        backend = "triton" if operator_name(operator).startswith("fastkm_triton::") else "native"
-        raise NotImplementedError(
-            f"{_short_name(operator)} has no second derivative on the {backend} backend; take backend='reference'"
-        )
+    def run_backward(*known_and_cotangents):
+        return backward(*(arguments(*known_and_cotangents) if arguments else known_and_cotangents))
 
-    gradient, _ = _run_and_attach(backward, refuse, ())
+    second = gradient_of_gradient(operator, backward)
+    gradient, _ = _run_and_attach(run_backward, short_name(backward), [], second, ())
 
     def pull_back(*known_and_cotangents):
-        known_and_cotangents = known_and_cotangents[:-1]  # the last cotangent is that of the status
-        return gradient(*(arguments(*known_and_cotangents) if arguments else known_and_cotangents))
+        return gradient(*known_and_cotangents[:-1])  # the last cotangent is that of the status
 
     return Differentiable(operator, pull_back, keep)
 
@@ -74,18 +73,24 @@ def wants_gradient(inputs: Sequence) -> bool:
     return False
 
 
-def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: tuple[int, ...]) -> tuple[Callable, Callable]:
+def _variances_of(operator: OpOverload) -> list[tuple[int, int, int]]:
+    """The position of each variance, of the argument with the same leading axes, and how many axes these are."""
+    names = argument_names(operator)
+    return [
+        (names.index(variance), names.index(like), axes)
+        for variance, (like, axes) in VARIANCE_AXES.items()
+        if variance in names
+    ]
+
+
+def _run_and_attach(
+    operator: Callable, name: str, variances: list, pull_back: Callable, keep: tuple[int, ...]
+) -> tuple[Callable, Callable]:
     """``run`` and ``attach`` of a :class:`Differentiable`, with gradients ``pull_back(*inputs, *kept, *cotangents)``.
 
     Both are functions, not methods: torch.compile traces a function that a backward refers to, but not an object. For
     the same reason ``keep`` holds numbers: up to torch 2.11 a slice cannot be traced.
     """
-    names = argument_names(operator)
-    variances = [
-        (names.index(variance), names.index(like), axes)
-        for variance, (like, axes) in VARIANCE_AXES.items()
-        if variance in names
-    ]
 
     def run(*inputs):
         if not (wants_gradient(inputs) or is_transformed()):
@@ -104,11 +109,13 @@ def _run_and_attach(operator: OpOverload, pull_back: Callable, keep: tuple[int, 
         attached = computed.apply(_as_tuple(outputs), *inputs)
         return attached if isinstance(outputs, tuple) else attached[0]
 
-    whole, computed = _autograd_functions(operator, pull_back, keep, run)
+    whole, computed = _autograd_functions(operator, name, pull_back, keep, run)
     return run, attach
 
 
-def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: tuple[int, ...], run: Callable) -> tuple:
+def _autograd_functions(
+    operator: Callable, name: str, pull_back: Callable, keep: tuple[int, ...], run: Callable
+) -> tuple:
     """Two functions of autograd with the gradients ``pull_back(*inputs, *kept, *cotangents)``.
 
     The first computes the outputs, in the two halves that torch.func and torch.compile ask for. The second takes
@@ -153,12 +160,7 @@ def _autograd_functions(operator: OpOverload, pull_back: Callable, keep: tuple[i
         def backward(ctx, *cotangents):
             return (None, *Whole.backward(ctx, *cotangents))
 
-    name = _short_name(operator)  # the graph of autograd shows the name of the class
-    return new_class(name, (Whole,)), new_class(name, (Computed,))
-
-
-def _short_name(operator: OpOverload) -> str:
-    return operator_name(operator).partition("::")[2]
+    return new_class(name, (Whole,)), new_class(name, (Computed,))  # the graph of autograd shows the name
 
 
 def _fold_into_batch(run: Callable, info, in_dims: tuple, *inputs):

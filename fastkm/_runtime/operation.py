@@ -7,6 +7,7 @@ from typing import Any
 from fastkm._runtime.arguments import Argument, Codes, Count, State, Word
 from fastkm._runtime.autograd import Differentiable
 from fastkm._runtime.guards import Signature
+from fastkm._runtime.second_derivatives import REFERENCES
 
 
 class Operation:
@@ -37,6 +38,7 @@ class Operation:
         self.factored = factored
         self.native = native if isinstance(native, Differentiable) else None
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
+        REFERENCES[name] = reference
         if native is not None:
             self.kernels["native"] = native
         if triton is not None:

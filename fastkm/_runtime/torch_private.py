@@ -20,7 +20,8 @@ __all__ = [
     "has_kernel",
     "is_any_autocast_enabled",
     "is_transformed",
-    "operator_name",
+    "num_returns",
+    "short_name",
     "tree_leaves",
     "tree_map",
     "without_python_frame",
@@ -60,9 +61,14 @@ def without_python_frame(operator: OpOverload) -> Any:
     return getattr(operator, "_op", operator)
 
 
-def operator_name(operator: OpOverload) -> str:
-    """``namespace::name`` of an operator."""
-    return operator._schema.name
+def short_name(operator: OpOverload) -> str:
+    """The name of an operator without its namespace."""
+    return operator._schema.name.partition("::")[2]
+
+
+def num_returns(operator: OpOverload) -> int:
+    """How many tensors the schema of an operator returns."""
+    return len(operator._schema.returns)
 
 
 def argument_names(operator: OpOverload) -> list[str]:
