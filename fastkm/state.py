@@ -14,10 +14,14 @@ n       read iterations
 Layout is batch first: values ``[B, T, C]``, weights ``[B, T, K]``, mean ``[B, K, C]``, cov ``[B, K, K]``.
 """
 
-from os import PathLike
+import os
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastkm._files import AnyPath, replace_file
+from fastkm._runtime import guards
 
 
 class MemoryState(NamedTuple):
@@ -31,15 +35,56 @@ class MemoryState(NamedTuple):
     cov: Tensor  # [B, K, K], symmetric positive definite
 
 
-def save_memory_state(state: MemoryState, path: str | PathLike[str]) -> None:
-    """Write ``state`` to ``path`` in the safetensors format (needs the ``safetensors`` extra)."""
+def save_memory_state(state: MemoryState, path: AnyPath) -> None:
+    """Write ``state`` to ``path`` in the safetensors format (needs the ``safetensors`` extra).
+
+    The file is written beside ``path`` and then takes its place, so ``path`` never holds a part of a state.
+
+    Args:
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64; any pair of tensors.
+        path: a file in a folder that exists. A file that is there is replaced and keeps its permissions.
+
+    Raises:
+        TypeError, ValueError: ``state`` is no pair of tensors of these shapes and one dtype.
+        OSError: ``path`` cannot be written.
+    """
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state._asdict().items()}, path)
+    mean, cov = guards.Signature().state("state", state)
+    # A clone has the values that a negated or expanded view stands for, and shares no memory with the other tensor.
+    tensors = {"mean": _own_copy(mean), "cov": _own_copy(cov)}
+    with replace_file(path) as partial:
+        save_file(tensors, partial)
 
 
-def load_memory_state(path: str | PathLike[str], device: str = "cpu") -> MemoryState:
-    """Read back what :func:`save_memory_state` wrote (needs the ``safetensors`` extra)."""
-    from safetensors.torch import load_file
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> MemoryState:
+    """Read back what :func:`save_memory_state` wrote (needs the ``safetensors`` extra).
 
-    return MemoryState(**load_file(path, device=device))
+    The tensors are copies: they stay as they are when the file is written again.
+
+    Raises:
+        TypeError, ValueError: the file holds something else than one state.
+        OSError: ``path`` cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = os.fsdecode(path)
+    with open(path, "rb"):  # Python's errors name the path
+        pass
+    try:
+        with safe_open(path, "pt") as file:
+            names = sorted(file.keys())
+            if names != sorted(MemoryState._fields):
+                held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
+                raise ValueError(f"it must hold mean and cov and nothing else, it holds {held}")
+            # Before version 0.8 of safetensors these tensors are views of the file.
+            state = MemoryState(*(file.get_tensor(name) for name in MemoryState._fields))
+            guards.Signature().state("state", state)
+            return MemoryState(*(tensor.to(device, copy=True) for tensor in state))
+    except (SafetensorError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path} holds no memory state: {error}") from error
+
+
+def _own_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -144,7 +144,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(classes, tmp_path, monkeypatch,
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(training.os, {"write": "fsync", "replace": "replace"}[fails], fail)
+    monkeypatch.setattr(os, {"write": "fsync", "replace": "replace"}[fails], fail)
     with pytest.raises(OSError, match="no space"):
         trainer.save(tmp_path / "model")
     assert (tmp_path / "model").read_bytes() == before

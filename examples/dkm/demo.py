@@ -1,6 +1,7 @@
 """``python -m examples.dkm.demo``: held-out images stored, corrupted and cleaned up, in three pictures."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -11,9 +12,9 @@ from examples.dkm.patterns import CORRUPTIONS, Patterns, load_patterns
 from examples.dkm.study import NUM_ITERS, capacity_table
 from examples.dkm.train import train
 from examples.dkm.training import Settings, Trainer, fingerprint, load_model
-from fastkm.cli.console import add_threads, exit_status
+from fastkm.cli.console import add_threads, check_writable, exit_status
 from fastkm.models import DynamicKanervaMachine
-from fastkm.testing.extras import UserError
+from fastkm.testing.extras import UserError, import_extra
 
 PROGRAM = "python -m examples.dkm.demo"
 SHOWN = ("salt and pepper 15 %", "a quarter occluded", "Gaussian 0.3")
@@ -34,23 +35,25 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     folder = Path(options.output)
+    reads, samples, capacities = (folder / f"demo_{name}.png" for name in ("reads", "samples", "capacity"))
+    import_extra("matplotlib")
+    check_writable(reads, samples, capacities)
     model, data = open_or_train(Path(options.checkpoint), folder)
     print(f"Images: {data.source}; {data.split}")
-    folder.mkdir(parents=True, exist_ok=True)
     episode = draw_episodes(data.test, 1, model.memory.memory_size, seed=0)
     corruptions = {name: CORRUPTIONS[name] for name in SHOWN}
-    pictures.draw_reads(model, episode, corruptions, folder / "demo_reads.png")
-    pictures.draw_samples(model, episode, NUM_ITERS, folder / "demo_samples.png")
+    pictures.draw_reads(model, episode, corruptions, reads)
+    pictures.draw_samples(model, episode, NUM_ITERS, samples)
     rows = capacity(model, data.train, data.test, NUM_ITERS)
     capacity_table(data.source, model.memory.memory_size, rows).show()
-    pictures.draw_capacity(rows, folder / "demo_capacity.png")
+    pictures.draw_capacity(rows, capacities)
     print(f"Pictures: demo_reads.png, demo_samples.png and demo_capacity.png in {folder}")
     return 0
 
 
 def open_or_train(path: Path, folder: Path) -> tuple[DynamicKanervaMachine, Patterns]:
     """The model of the checkpoint and its images; without one, a model trained for a few minutes and kept."""
-    if path.exists():
+    if os.path.exists(path):
         model, settings, images = load_model(path)
         data = load_patterns(settings.data)
         if fingerprint(data) != images:
@@ -60,6 +63,7 @@ def open_or_train(path: Path, folder: Path) -> tuple[DynamicKanervaMachine, Patt
     quick = folder / "demo.safetensors"
     print(f"There is no checkpoint at {path}: training on MNIST for a few minutes first, {QUICK.steps:,} steps")
     print(f"That is kept in {quick}; for a better model: python -m examples.dkm.train")
+    check_writable(quick)
     data = load_patterns(QUICK.data)
     trainer = Trainer(QUICK, data)
     if quick.exists():

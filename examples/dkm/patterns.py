@@ -1,14 +1,14 @@
 """Binary patterns to train the generative model on, with a part held out that training never sees."""
 
 from collections.abc import Callable
-from pathlib import Path, PurePath
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastkm.testing.images import SIDE, read_digits, read_pngs
+from fastkm.testing.images import SIDE, read_images, refuse_equal
 
 HELD_OUT = 5  # one image, or one class of images, in this many
 INK = 0.5  # a pixel brighter than this is on
@@ -28,19 +28,18 @@ def load_patterns(data: str) -> Patterns:
     Of classes a fifth is held out whole, so that the test part holds classes nobody has seen; where there are none,
     and of the digits, it is a fifth of the images. The same split every time.
     """
-    if data == "mnist":
-        pixels, source = read_digits()
-        classes = [str(i) for i in range(len(pixels))]  # ten digits are too few to hold some of them out
-    else:
-        names, pixels, source = read_pngs(Path(data))
-        classes = [str(PurePath(name).parent) for name in names]
-        if len(set(classes)) < 2 * HELD_OUT:
-            classes = names
+    names, pixels, source = read_images(data)
+    if names is None:
+        names = [str(i) for i in range(len(pixels))]  # ten digits are too few to hold some of them out
+    classes = [str(PurePosixPath(name).parent) for name in names]
+    if len(set(classes)) < 2 * HELD_OUT:
+        classes = names
     distinct = sorted(set(classes))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0)).tolist()
     held_out = {distinct[i] for i in order[: len(distinct) // HELD_OUT]}
     test = torch.tensor([name in held_out for name in classes])
     images = pixels.float().unflatten(1, (1, SIDE, SIDE))
+    refuse_equal(binary(images[~test]), f"the training images, with a pixel on where it is above {INK},")
     what = "images" if len(distinct) == len(images) else "classes"
     split = f"{len(held_out):,} of {len(distinct):,} {what} held out: {len(images) - int(test.sum()):,} images train, "
     return Patterns(source, f"{split}{int(test.sum()):,} test", images[~test], binary(images[test]))

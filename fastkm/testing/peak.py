@@ -24,7 +24,7 @@ def step(preset: Preset, batch: int, backend: str) -> None:
 
 def resident(field: str) -> int:
     """Bytes resident now (``VmRSS``), or the most that were (``VmHWM``)."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    lines = dict(line.split(":", 1) for line in STATUS.read_text(encoding="utf-8", errors="replace").splitlines())
     return int(lines[field].split()[0]) * 1024
 
 
@@ -39,7 +39,7 @@ def peak_of_step(preset: Preset, batch: int, backend: str) -> int | None:
 def main() -> None:
     backend, name, batch = sys.argv[1:]
     step(PRESETS["S"], 2, backend)  # loads what the first call loads, which is not counted
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts here
     before = resident("VmRSS")
     step(PRESETS[name], int(batch), backend)
     print(resident("VmHWM") - before)

@@ -31,9 +31,10 @@ SYSTEM = {"cuda/linalg": {"simt.h"}}  # the simulator that stands in for the CUD
 
 # Room of fastkm/ -> the rooms it may import beside itself.
 FAMILIES = {"posterior", "addressing", "reading", "writing", "matrix_normal"}
-FLOOR = {"state", "_runtime", "_linalg"}
+FLOOR = {"state", "_runtime", "_linalg", "_files"}
 IMPORTS = {
-    "state": {"_runtime"},
+    "_files": set(),
+    "state": {"_runtime", "_files"},
     "_runtime": {"state"},
     "_linalg": FLOOR,
     "addressing": FLOOR,
