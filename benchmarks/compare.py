@@ -25,7 +25,17 @@ from benchmarks.cases import Setting, episode
 from benchmarks.compare_worker import one_entry_calls
 from benchmarks.suite import cases_of
 from benchmarks.timing import LARGEST_GAP, pin
-from fastkm.cli.console import exit_status, markdown_table, progress, show_table
+from fastkm._files import write_text
+from fastkm.cli.console import (
+    add_threads,
+    check_writable,
+    exit_status,
+    markdown_table,
+    positive_number,
+    progress,
+    show_table,
+    whole_number,
+)
 from fastkm.cli.machine import machine
 from fastkm.testing.extras import UserError
 from fastkm.testing.operations import KERNEL_OPERATIONS, Case
@@ -41,7 +51,7 @@ OVERHEAD_HEADERS = ("operation", "numbers as", "base µs", "this µs", *COLUMNS)
 
 
 def git(*words: str) -> str:
-    done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(("git", *words), cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"git {' '.join(words)}: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -65,7 +75,12 @@ def build(revision: str) -> Path:
         print("building it, a few minutes ...", flush=True)
         command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
         done = subprocess.run(
-            command, cwd=folder, env=os.environ | {"FASTKM_CUDA": "0"}, capture_output=True, text=True
+            command,
+            cwd=folder,
+            env=os.environ | {"FASTKM_CUDA": "0"},
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if done.returncode:
             raise UserError(f"{revision} does not build:\n{done.stderr[-2000:]}")
@@ -211,17 +226,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--presets", nargs="+", choices=PRESETS, default=["S", "M", "L"], metavar="NAME")
     command.add_argument("--families", nargs="+", choices=KERNEL_OPERATIONS, default=list(KERNEL_OPERATIONS),
                          metavar="NAME")  # fmt: skip
-    command.add_argument("--batch", nargs="+", type=int, default=[16], metavar="B")
+    command.add_argument("--batch", nargs="+", type=whole_number(1), default=[16], metavar="B")
     command.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    command.add_argument("--seconds", type=float, default=2.0, help="of each comparison (default: %(default)s)")
+    command.add_argument(
+        "--seconds", type=positive_number, default=2.0, help="of each comparison (default: %(default)s)"
+    )
     command.add_argument("--forward", action="store_true", help="no gradients")
     command.add_argument("--overhead", action="store_true", help="calls on one entry instead of the presets")
-    command.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_threads(command)
     command.add_argument("--output", type=Path, default=ROOT / "results" / "compare", metavar="FOLDER")
     return command
 
 
 def run(options: argparse.Namespace) -> int:
+    name = "overhead" if options.overhead else "compare"
+    results = options.output / f"{name}.json", options.output / f"{name}.md"
+    check_writable(*results)
     about = {**machine(), "pinned": pin(options.threads)}  # workers inherit the cores
     print(*(f"{name:<18} {value}" for name, value in about.items()), sep="\n")
     folder = build(options.base)
@@ -234,18 +254,12 @@ def run(options: argparse.Namespace) -> int:
     what = "calls on B = T = K = C = Q = 1" if options.overhead else options.dtype
     title = f"{options.base} against this tree, {what}; above 1 this tree is faster"
     show_table(title, headers, rows, right=headers[2:], group=0 if options.overhead else 1)
-    write(options, about, records, f"{title}\n\n{markdown_table(headers, rows)}\n")
-    return 0
-
-
-def write(options: argparse.Namespace, about: dict[str, Any], records: list[dict[str, Any]], page: str) -> None:
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = "overhead" if options.overhead else "compare"
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     report = {"machine": about, "settings": settings, "records": records}
-    (options.output / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / f"{name}.md").write_text(page)
-    print(f"Wrote {options.output}/{name}.json and {name}.md")
+    write_text(results[0], json.dumps(report, indent=1) + "\n")
+    write_text(results[1], f"{title}\n\n{markdown_table(headers, rows)}\n")
+    print(f"Wrote {results[0]} and {results[1].name}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:

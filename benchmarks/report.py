@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.cases import NATIVE, QUERIES
 from benchmarks.claims import best_pytorch, by_name, candidate, median, ratio
 from benchmarks.forms import LOOP
+from fastkm._files import replace_file, write_text
 from fastkm.cli.console import markdown_table, show_table
 from fastkm.testing.extras import import_extra
 from fastkm.testing.operations import Case
@@ -16,6 +17,8 @@ HEADERS = ("operation", "preset", "B", "Q", "dtype", "candidate", "error", "allo
            "Gflop/s", "% product", "GB/s", "% copy", "native is × faster")  # fmt: skip
 SUMMARY = ("operation", "preset", "B", "Q", "dtype", "native ms", "% product / copy", "PyTorch ms", "best of PyTorch",
            "× best", "× loop")  # fmt: skip
+TIME_PICTURE, CEILING_PICTURE = "time.png", "ceiling.png"
+RESULTS = ("suite.json", "suite.md", TIME_PICTURE, CEILING_PICTURE)
 CLAIMS = ("", "promise", "target", "measured", "verdict")
 EAGER_OF_SWEEPS = {
     "write": "Gram space, Woodbury, state only",
@@ -105,8 +108,7 @@ def facts_of_calls(calls: dict[str, Any]) -> list[str]:
 
 
 def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "suite.json").write_text(json.dumps(data, indent=1, default=str) + "\n")
+    write_text(output / "suite.json", json.dumps(data, indent=1, default=str) + "\n")
     lines = rows(data["groups"])
     if data["groups"]:
         title = "Medians; every candidate is in suite.md"
@@ -130,7 +132,7 @@ def write(data: dict[str, Any], ceilings: str, output: Path) -> None:
         "## Every candidate\n\n" + markdown_table(HEADERS, lines) if lines else "",
         "\n".join(f"![{name}]({name})" for name in pictures),
     ]
-    (output / "suite.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+    write_text(output / "suite.md", "\n\n".join(part for part in parts if part) + "\n")
     print(f"Wrote {output}/suite.json, suite.md {' '.join(pictures)} in {data['machine']['minutes']} minutes")
 
 
@@ -142,13 +144,14 @@ def draw(data: dict[str, Any], output: Path) -> list[str]:
     plt = import_extra("matplotlib.pyplot")
     made = []
     if data["sweeps"]:
-        made.append("time.png")
-        draw_sweeps(plt, data["sweeps"]).savefig(output / made[-1], dpi=120)
+        made.append((TIME_PICTURE, draw_sweeps(plt, data["sweeps"])))
     if any(candidate(g, NATIVE) for g in data["groups"]):
-        made.append("ceiling.png")
-        draw_ceiling(plt, data["groups"]).savefig(output / made[-1], dpi=120)
+        made.append((CEILING_PICTURE, draw_ceiling(plt, data["groups"])))
+    for name, figure in made:
+        with replace_file(output / name) as file:
+            figure.savefig(file, dpi=120)
     plt.close("all")
-    return made
+    return [name for name, _ in made]
 
 
 def draw_sweeps(plt, sweeps: list[dict[str, Any]]):

@@ -18,8 +18,9 @@ from benchmarks.cases import NATIVE, Group, Setting
 from benchmarks.ceiling import DTYPES, Ceiling
 from benchmarks.claims import MANY_QUERIES, verdicts
 from benchmarks.timing import keep_freed_memory, pin
-from fastkm.cli.console import progress
+from fastkm.cli.console import add_threads, check_writable, exit_status, positive_number, progress, whole_number
 from fastkm.cli.machine import machine
+from fastkm.testing.extras import import_extra
 from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, Case
 from fastkm.testing.presets import LARGE, PRESETS
 
@@ -112,26 +113,28 @@ def measure_sweeps(options: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make bench-full", description=__doc__.partition("\n")[0])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME", help="(default: all)")
     parser.add_argument("--families", nargs="+", choices=KERNEL_OPERATIONS, default=list(KERNEL_OPERATIONS),
                         metavar="NAME", help=f"of {', '.join(KERNEL_OPERATIONS)} (default: all)")  # fmt: skip
-    parser.add_argument("--batch", nargs="+", type=int, metavar="B", help="memories (default: 1 16 256)")
+    parser.add_argument("--batch", nargs="+", type=whole_number(1), metavar="B", help="memories (default: 1 16 256)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: both)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timing a group (default: %(default)s)")
+    parser.add_argument("--seconds", type=positive_number, default=2.0, help="of timing a group (default: %(default)s)")
     parser.add_argument("--sections", nargs="+", choices=("groups", "sweeps", "calls"), metavar="NAME",
                         default=("groups", "sweeps", "calls"), help="(default: groups sweeps calls)")  # fmt: skip
     parser.add_argument("--forward", action="store_true", help="no gradients")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
-    parser.add_argument("--compile-limit", type=int, default=120, help="seconds a compilation may take")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: %(default)s)")
+    parser.add_argument("--compile-limit", type=whole_number(0), default=120, help="seconds a compilation may take")
+    add_threads(parser)
     parser.add_argument("--output", type=Path, default=Path("results/full"), metavar="FOLDER")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options, begin = parse(arguments), time.perf_counter()
+def run(options: argparse.Namespace) -> int:
+    begin = time.perf_counter()
+    check_writable(*(options.output / name for name in report.RESULTS))
+    import_extra("matplotlib")  # pictures are drawn at the end
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\._inductor")  # torch about itself
     pinned, ceiling = pin(options.threads), Ceiling()
     about = {**machine(), "pinned": pinned, "freed memory": keep_freed_memory()}
@@ -154,6 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
     report.write(data, ceiling.describe(), options.output)
     failed = [r for g in data["groups"] for r in g["candidates"] if r["status"] == "failed" and r["kind"] == NATIVE]
     return 1 if failed else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return exit_status("bench-full", run, parser().parse_args(arguments))
 
 
 if __name__ == "__main__":

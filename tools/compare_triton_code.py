@@ -97,11 +97,11 @@ def main() -> None:
         parser.error("name a revision to compare with")
     kept = options.base_counts
     if kept and kept.exists():
-        before = json.loads(kept.read_text())
+        before = json.loads(kept.read_text(encoding="utf-8"))
     else:
         before = measure_base(options.base, options.targets)
         if kept:
-            kept.write_text(json.dumps(before))
+            kept.write_text(json.dumps(before), encoding="utf-8")
     after = measure_revision(ROOT, options.targets)
     print_table({name: x for name, x in before.items() if name.split()[0] in options.targets}, after)
 

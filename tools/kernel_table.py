@@ -232,7 +232,7 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
 
 def kept_rows(table: str) -> list[tuple[str, ...]]:
     """The rows of a table as the page holds it."""
-    text = PAGE.read_text().split(f"<!-- {table} -->")[1].partition(f"<!-- /{table} -->")[0]
+    text = PAGE.read_text(encoding="utf-8").split(f"<!-- {table} -->")[1].partition(f"<!-- /{table} -->")[0]
     return [tuple(cell.strip() for cell in line.strip("|").split(" | ")) for line in text.strip().splitlines()[2:]]
 
 

@@ -31,7 +31,7 @@ def sources(revision: str | None) -> Iterator[tuple[str, str]]:
             show = ["git", "show", f"{revision}:{path}"]
             yield path, subprocess.run(show, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         elif (ROOT / path).exists():
-            yield path, (ROOT / path).read_text()
+            yield path, (ROOT / path).read_text(encoding="utf-8")
 
 
 def functions(path: str, text: str) -> list:

@@ -35,10 +35,10 @@ FRONT_HEADERS = ("", "PyTorch loop", "PyTorch, best form", "fastkm", "times fast
 
 def collect() -> dict[str, Any]:
     """What the pages need of results/bench.json and, for the front page, of results/front/suite.json."""
-    report = json.loads((RESULTS / "bench.json").read_text())
-    title = (RESULTS / "bench.md").read_text().partition("\n")[0]
+    report = json.loads((RESULTS / "bench.json").read_text(encoding="utf-8"))
+    title = (RESULTS / "bench.md").read_text(encoding="utf-8").partition("\n")[0]
     suite = RESULTS / "front" / "suite.json"
-    groups = json.loads(suite.read_text())["groups"] if suite.exists() else []
+    groups = json.loads(suite.read_text(encoding="utf-8"))["groups"] if suite.exists() else []
     records = [bench_record(r) for r in report["records"] if r["ok"] is not None]  # None: cannot run here
     return {"machine": report["machine"], "title": title, "records": records, "front": front(records, groups)}
 
@@ -212,9 +212,9 @@ def bench_row(record: dict[str, Any], times: dict[str, float]) -> tuple[str, ...
 
 
 def study_section() -> str:
-    machine = json.loads((RESULTS / "study" / "study.json").read_text())["machine"]
+    machine = json.loads((RESULTS / "study" / "study.json").read_text(encoding="utf-8"))["machine"]
     facts = ", ".join(f"{name} {machine[name]}" for name in ("processor", "threads", "torch"))
-    return f"Printed by `make study` on {facts}.\n\n" + (RESULTS / "study" / "study.md").read_text()
+    return f"Printed by `make study` on {facts}.\n\n" + (RESULTS / "study" / "study.md").read_text(encoding="utf-8")
 
 
 def fill(text: str, marker: str, content: str) -> str:
@@ -226,14 +226,14 @@ def fill(text: str, marker: str, content: str) -> str:
 
 
 def update(path: Path, **sections: str) -> None:
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     for marker, content in sections.items():
         text = fill(text, marker, content)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def write_pages() -> None:
-    kept = json.loads(BENCHMARK.read_text())
+    kept = json.loads(BENCHMARK.read_text(encoding="utf-8"))
     update(ROOT / "README.md", capabilities=capability_table(), front=front_table(kept))
     update(DOCS / "results" / "benchmark.md", bench=benchmark_page(kept))
     update(DOCS / "results" / "capabilities.md", capabilities=capability_table())
@@ -245,7 +245,8 @@ def main(arguments: list[str]) -> None:
         update(DOCS / "results" / "generative-model.md", study=study_section())
         return
     if "--pages" not in arguments:
-        BENCHMARK.write_text(json.dumps(collect(), indent=1, default=str, ensure_ascii=False) + "\n")
+        text = json.dumps(collect(), indent=1, default=str, ensure_ascii=False) + "\n"
+        BENCHMARK.write_text(text, encoding="utf-8")
     write_pages()
 
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.compare import BUILT, COLUMNS, ROOT, Clock, cells, check_out, time_both
 from benchmarks.timing import pin
-from fastkm.cli.console import exit_status, progress, show_table
+from fastkm.cli.console import exit_status, positive_number, progress, show_table, whole_number
 from fastkm.testing.extras import UserError
 from fastkm.testing.presets import PRESETS, Preset
 
@@ -48,7 +48,7 @@ def build_library(tree: Path, name: str, level: str, flags: list[str]) -> ctypes
     library.parent.mkdir(parents=True, exist_ok=True)
     command = ["g++", *FLAGS, *flags, f"-I{tree / 'csrc'}", *(f"-D{key}={value}" for key, value in defined.items())]
     print(f"building {name} ...", flush=True)
-    done = subprocess.run([*command, "-o", str(library), str(PROGRAM)], capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", str(library), str(PROGRAM)], capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"the kernels in {tree} do not build:\n{done.stderr[-2000:]}")
     return ctypes.CDLL(str(library))
@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["S", "M", "L"], metavar="NAME")
     parser.add_argument("--level", choices=LEVELS.values(), default=LEVELS[torch.backends.cpu.get_cpu_capability()],
                         help="instruction set (default: the best of this processor)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=BATCH, help="memories (default: %(default)s)")
+    parser.add_argument("--batch", type=whole_number(1), default=BATCH, help="memories (default: %(default)s)")
     parser.add_argument("--flags", default="", help="of the compiler, for this tree alone")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each comparison (default: %(default)s)")
+    parser.add_argument("--seconds", type=positive_number, default=1.0, help="of each comparison (default: %(default)s)")
     return exit_status("benchmarks.kernels", run, parser.parse_args(arguments))
 
 

@@ -52,11 +52,30 @@ def kl_weights(weights: Tensor, weight_var: float | Tensor, prior_var: float | T
     Returns:
         ``[...]``. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
 
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape or value.
+
     Source: Wu et al., NeurIPS 2018, eq. 12.
     """
-    weight_var = guards.positive_like("weight_var", weight_var, weights)
-    prior_var = guards.positive_like("prior_var", prior_var, weights)
+    if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.dim() == 0:
+        got = (
+            f"{weights.dtype} of shape {list(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        )
+        raise TypeError(f"weights must be a floating-point tensor of shape [..., K], got {got}")
+    weight_var = _spreading("weight_var", weight_var, weights)
+    prior_var = _spreading("prior_var", prior_var, weights)
     return reference.kl_weights(weights, weight_var, prior_var)
+
+
+def _spreading(name: str, value: float | Tensor, weights: Tensor) -> Tensor:
+    """A positive variance that broadcasts against the vectors ``weights [..., K]`` without making more of them."""
+    value, vectors = guards.positive_like(name, value, weights), weights.shape[:-1]
+    fits = value.dim() <= len(vectors) and all(
+        size in (1, other) for size, other in zip(reversed(value.shape), reversed(vectors), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name} must be a float or broadcast to [...] = {list(vectors)}, got {list(value.shape)}")
+    return value
 
 
 def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", backend: str | None = None) -> Tensor:

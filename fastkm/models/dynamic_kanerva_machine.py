@@ -69,25 +69,40 @@ class DynamicKanervaMachine(nn.Module):
             raise TypeError(f"memory must be a KanervaMemory, got {type(memory).__name__}")
         self.encoder, self.decoder, self.memory = encoder, decoder, memory
 
-    def encode(self, patterns: Tensor) -> Tensor:
-        """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``."""
+    def encode(self, patterns: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``; 0 where ``mask [B, T]`` is False.
+
+        A masked pattern does not enter the encoder, so that batch normalisation does not see it either.
+        """
         if not isinstance(patterns, Tensor):
             raise TypeError(f"patterns must be a tensor of shape [B, T, *pattern], got {type(patterns).__name__}")
         if patterns.dim() < 3 or not patterns.is_floating_point():
             got = f"{guards.dtype_name(patterns.dtype)} of shape {list(patterns.shape)}"
             raise ValueError(f"patterns must be floating point of shape [B, T, *pattern], got {got}")
-        codes = self.encoder(patterns.flatten(0, 1))
-        wanted = (patterns.shape[0] * patterns.shape[1], self.memory.code_size)
+        _check_mask(mask, patterns)
+        rows = _unmasked(patterns, mask)  # [N, *pattern]
+        codes = self.encoder(rows)
+        wanted = (len(rows), self.memory.code_size)
         if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
             returned = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {returned}")
-        return codes.unflatten(0, patterns.shape[:2])
+        return _spread(codes, patterns.shape[:2], mask)
 
     def decode(self, codes: Tensor) -> Distribution:
         """The distribution of the patterns behind ``codes [B, T, C]``, with ``batch_shape [B T]``."""
-        decoded = self.decoder(codes.flatten(0, 1))
+        return self._decode(codes.flatten(0, 1))
+
+    def _decode(self, rows: Tensor) -> Distribution:
+        """The distribution of the patterns behind ``rows [N, C]``, with ``batch_shape [N]``."""
+        decoded = self.decoder(rows)
         if not isinstance(decoded, Distribution):
             raise TypeError(f"decoder must return a torch.distributions.Distribution, got {type(decoded).__name__}")
+        if tuple(decoded.batch_shape) != (len(rows),):
+            raise ValueError(
+                f"decoder must return a distribution of batch_shape [{len(rows)}], one for each code, whose "
+                f"event_shape is that of a pattern; got batch_shape {list(decoded.batch_shape)} and event_shape "
+                f"{list(decoded.event_shape)}. torch.distributions.Independent makes axes of a batch axes of the event"
+            )
         return decoded
 
     def loss(
@@ -102,7 +117,9 @@ class DynamicKanervaMachine(nn.Module):
 
         Args:
             episode: the patterns x_t, written into the memory one after the other.
-            mask: ``[B, T]``, leaves patterns out where it is False; T counts the others.
+            mask: ``[B, T]``, leaves patterns out where it is False; T counts the others. What a pattern that is left
+                out holds reaches nothing, be it NaN: neither the loss, nor a gradient, nor batch normalisation. How
+                many there are decides shapes, so that ``torch.compile`` breaks its graph there.
             cues: what q(w_t) is inferred from, like ``episode``; None for the patterns themselves, as in the paper.
                 The objective is a bound for any q(w); with corrupted patterns here the memory learns to be addressed
                 by them.
@@ -115,25 +132,23 @@ class DynamicKanervaMachine(nn.Module):
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
         guards.count("num_reads", num_reads)
-        codes = self.encode(episode)
+        codes = self.encode(episode, mask)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
             raise ValueError(f"cues must have the shape of episode, {list(episode.shape)}, got {got}")
         written = self.memory.write(codes, mask=mask)
-        queries = codes if cues is None else self.encode(cues)
-        negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state)
-        autoencoder = self._negative_log_likelihood(episode, codes)
+        queries = codes if cues is None or _are_same(cues, episode, mask) else self.encode(cues, mask)
+        negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state, mask)
+        autoencoder = self._negative_log_likelihood(episode, codes, mask)
 
         if mask is None:
-            counts = torch.full_like(autoencoder[:, 0], autoencoder.shape[1])
+            counts = autoencoder.new_full(autoencoder.shape[:1], max(autoencoder.shape[1], 1))
         else:
             counts = mask.sum(1).clamp_min(1).to(autoencoder.dtype)
 
         def a_pattern(nats: Tensor) -> Tensor:
-            """Per pattern [B, T], or per episode [B], to the mean over patterns and episodes."""
-            if nats.dim() == 2:
-                nats = (nats if mask is None else nats.masked_fill(~mask, 0)).sum(1)
-            return (nats / counts).mean()
+            """Per pattern [B, T], 0 where masked, or per episode [B], to the mean over patterns and episodes."""
+            return ((nats.sum(1) if nats.dim() == 2 else nats) / counts).mean()
 
         parts = [
             a_pattern(x)
@@ -143,7 +158,7 @@ class DynamicKanervaMachine(nn.Module):
 
     def write(self, episode: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
         """Write the codes of ``episode [B, T, *pattern]`` into ``state``, or the prior; see :func:`fastkm.write`."""
-        return self.memory.write(self.encode(episode), state, mask)
+        return self.memory.write(self.encode(episode, mask), state, mask)
 
     @torch.no_grad()
     def reconstruct(self, cues: Tensor, *, state: MemoryState) -> Tensor:
@@ -164,7 +179,7 @@ class DynamicKanervaMachine(nn.Module):
         The step to x_{i+1} minimises it exactly; the step to w_{i+1} lowers it as far as the encoder has learned to.
         So the energy of a read never rises: an iteration that would raise it is not taken, and the query rests where
         it is. It also stops once the root mean square change of the decoder's mean is at most ``tol``, with ``tol = 0``
-        at a fixed point. No gradient is recorded: the loop is not part of training.
+        at a fixed point. A query of NaN does neither. No gradient is recorded: the loop is not part of training.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
@@ -177,7 +192,8 @@ class DynamicKanervaMachine(nn.Module):
         for i in range(num_iters):
             new_weights = self._address(self.encode(x), state)
             decoded = self.decode(new_weights @ state.mean)
-            new_energy = self._nats(decoded, x) + self.memory.kl_weights(new_weights)
+            nats = _nats(decoded, x.flatten(0, 1)).unflatten(0, cues.shape[:2])
+            new_energy = nats + self.memory.kl_weights(new_weights)
             new_patterns, x = (y.unflatten(0, cues.shape[:2]) for y in (decoded.mean, _mode(decoded)))
             if i == 0:
                 active = torch.ones_like(new_energy, dtype=torch.bool)
@@ -185,14 +201,14 @@ class DynamicKanervaMachine(nn.Module):
                 patterns, weights, energy = new_patterns, new_weights, new_energy
                 moved = torch.full_like(energy, torch.inf)
             else:
-                active = active & (new_energy <= energy)
+                active = active & ~(new_energy > energy)  # so a query of NaN goes on
                 moved = (new_patterns - patterns).flatten(2).square().mean(-1).sqrt()
                 patterns = _where(active, new_patterns, patterns)
                 weights, energy = _where(active, new_weights, weights), _where(active, new_energy, energy)
             taken = taken + active
             energies.append(energy)
             if tol is not None:
-                active = active & (moved > tol)
+                active = active & ~(moved <= tol)
             if not active.any():
                 break
         energies += [energy] * (num_iters - len(energies))
@@ -227,24 +243,66 @@ class DynamicKanervaMachine(nn.Module):
         nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]
         return torch.stack(nats).mean((0, 2))
 
-    def _conditional(self, episode: Tensor, codes: Tensor, state: MemoryState) -> tuple[Tensor, Tensor]:
-        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T]."""
+    def _conditional(
+        self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T], 0 where masked."""
         weights = self._address(codes, state)
-        sampled = weights + self.memory.log_weight_stddev.exp() * torch.randn_like(weights)
-        return self._negative_log_likelihood(episode, sampled @ state.mean), self.memory.kl_weights(weights)
+        # Drawn for unmasked patterns alone, so that an episode has the samples of a shorter one without the others.
+        noise = _spread(torch.randn_like(_unmasked(weights, mask)), weights.shape[:2], mask)
+        sampled = weights + self.memory.log_weight_stddev.exp() * noise
+        kl_weights = self.memory.kl_weights(weights)
+        if mask is not None:
+            kl_weights = kl_weights.masked_fill(~mask, 0)
+        return self._negative_log_likelihood(episode, sampled @ state.mean, mask), kl_weights
 
     def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
         # The memory is factored again in every iteration of a read: little beside the encoder and the decoder.
         return solve_addressing(state.mean, codes, self.memory.ridge, backend=self.memory.backend)
 
-    def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor) -> Tensor:
-        return self._nats(self.decode(codes), patterns)
+    def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
+        """``−ln p(x | d(z))`` [B, T], 0 where masked; a masked code does not enter the decoder."""
+        nats = _nats(self._decode(_unmasked(codes, mask)), _unmasked(patterns, mask))
+        return _spread(nats, patterns.shape[:2], mask)
 
-    def _nats(self, decoded: Distribution, patterns: Tensor) -> Tensor:
-        """−ln p [B, T] of ``patterns [B, T, *pattern]``."""
-        if patterns.numel() == 0:  # torch.distributions.Independent does not take an empty batch
-            return patterns.new_zeros(patterns.shape[:2])
-        return -decoded.log_prob(patterns.flatten(0, 1)).unflatten(0, patterns.shape[:2])
+
+def _nats(decoded: Distribution, patterns: Tensor) -> Tensor:
+    """−ln p [N] of ``patterns [N, *pattern]``."""
+    if decoded.event_shape != patterns.shape[1:]:
+        wanted, got = list(patterns.shape[1:]), list(decoded.event_shape)
+        raise ValueError(
+            f"decoder must return a distribution whose event_shape is that of a pattern, {wanted}, got {got}"
+        )
+    if patterns.numel() == 0:  # torch.distributions.Independent does not take an empty batch
+        return patterns.new_zeros(len(patterns))
+    return -decoded.log_prob(patterns)
+
+
+def _check_mask(mask: Tensor | None, patterns: Tensor) -> None:
+    signature = guards.Signature()
+    signature.first = ("patterns", patterns)
+    signature.sizes.update(zip("BT", patterns.shape[:2], strict=True))
+    signature.mask("mask", mask, "BT")
+
+
+def _are_same(cues: Tensor, episode: Tensor, mask: Tensor | None) -> bool:
+    """Whether the cues are the patterns themselves, so that one pass of the encoder serves both.
+
+    Only with a mask are values compared: without one, nothing here waits for a GPU.
+    """
+    return cues is episode or (mask is not None and torch.equal(_unmasked(cues, mask), _unmasked(episode, mask)))
+
+
+def _unmasked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows [N, ...] of ``x [B, T, ...]`` that are not masked."""
+    return x.flatten(0, 1) if mask is None else x[mask]
+
+
+def _spread(rows: Tensor, sizes: torch.Size, mask: Tensor | None) -> Tensor:
+    """The rows [N, ...] where they came from, [B, T, ...]; 0 where masked."""
+    if mask is None:
+        return rows.unflatten(0, sizes)
+    return rows.new_zeros(*sizes, *rows.shape[1:]).masked_scatter(mask.reshape(*sizes, *[1] * (rows.dim() - 1)), rows)
 
 
 def _mode(decoded: Distribution) -> Tensor:
