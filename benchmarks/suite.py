@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import overhead, report
 from benchmarks.cases import NATIVE, Group, Setting
 from benchmarks.ceiling import DTYPES, Ceiling

@@ -28,9 +28,11 @@ class GaussianDecoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(C, PIXELS)
+        self.validate = None  # torch's default: it refuses a mean of NaN
 
     def forward(self, codes):
-        return Independent(Normal(self.linear(codes).unflatten(1, SHAPE), 1.0), len(SHAPE))
+        mean = self.linear(codes).unflatten(1, SHAPE)
+        return Independent(Normal(mean, 1.0, self.validate), len(SHAPE), self.validate)
 
 
 def build(backend="reference", dtype=torch.float64):
@@ -81,6 +83,154 @@ def test_a_masked_pattern_is_as_if_it_were_not_there():
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[:, -2:] = False
     torch.testing.assert_close(model.loss(x, mask), model.loss(x[:, :-2]))
+
+
+HOLES = [float("nan"), float("inf"), -1e30]
+
+
+def normalised():
+    """A model whose encoder and decoder both move every row by the mean of the batch."""
+    model = build()
+    model.encoder = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, C), nn.BatchNorm1d(C)).double()
+    model.decoder.linear = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, PIXELS)).double()
+    return model
+
+
+def loss_and_gradients(model, *arguments, **options):
+    torch.manual_seed(3)
+    model.zero_grad()
+    loss = model.loss(*arguments, **options)
+    loss.total.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss, gradients, {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def masked(*holes):
+    mask = torch.ones(B, T, dtype=torch.bool)
+    for hole in holes:
+        mask[hole] = False
+    return mask
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("where", ["episode", "cues", "both"])
+def test_what_a_masked_pattern_holds_reaches_nothing(hole, where):
+    """Not the loss, no gradient, and through batch normalisation no other pattern and no running mean."""
+    mask, x, cues = masked((0, 3), (2, 0), (2, 1)), patterns(B, T), patterns(B, T).flip(1)
+    spoilt = x.masked_fill(~mask[..., None, None], hole), cues.masked_fill(~mask[..., None, None], hole)
+    want = loss_and_gradients(normalised(), x, mask, cues=cues)
+    episode, other = spoilt[0] if where != "cues" else x, spoilt[1] if where != "episode" else cues
+    torch.testing.assert_close(loss_and_gradients(normalised(), episode, mask, cues=other), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cues", [False, True])
+def test_masked_patterns_are_as_if_the_episode_were_shorter(cues):
+    """Everything is bitwise equal, the samples of w too."""
+    x, other = patterns(B, T), patterns(B, T).flip(1)
+    short = {"cues": other[:, :-2]} if cues else {}
+    want = loss_and_gradients(normalised(), x[:, :-2], **short)
+    mask = torch.arange(T).expand(B, T) < T - 2
+    found = loss_and_gradients(normalised(), x, mask, **({"cues": other} if cues else {}))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
+
+
+def test_a_mask_that_masks_nothing_is_none():
+    x = patterns(B, T)
+    want, found = (loss_and_gradients(normalised(), x, mask) for mask in (None, masked()))
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_cues_that_are_the_patterns_cost_nothing_more():
+    x, mask = patterns(B, T), masked((1, 2))
+    want = loss_and_gradients(normalised(), x, mask)
+    for cues in (x, x.masked_fill(~mask[..., None, None], math.nan)):
+        torch.testing.assert_close(loss_and_gradients(normalised(), x, mask, cues=cues), want, rtol=0, atol=0)
+
+
+def test_a_masked_pattern_is_not_written():
+    model, x, mask = normalised(), patterns(B, T), masked((0, 1), (1, 4))
+    hole = x.masked_fill(~mask[..., None, None], math.nan)
+    written = normalised().write(hole, mask=mask)
+    torch.testing.assert_close(written, model.write(x, mask=mask), rtol=0, atol=0)
+    assert all(y.isfinite().all() for y in (*written.state, *written[1:]))
+    assert (model.encode(x, mask)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("model", [build, normalised])
+def test_an_episode_of_no_patterns_has_no_loss(model):
+    for x, mask in ((patterns(B, 0), None), (patterns(B, T) * math.nan, torch.zeros(B, T, dtype=torch.bool))):
+        loss, _, buffers = loss_and_gradients(model(), x, mask)
+        torch.testing.assert_close(torch.stack(loss), torch.zeros(5, dtype=x.dtype))
+        assert all(buffer.isfinite().all() for buffer in buffers.values())
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "words"),
+    [
+        (torch.ones(B, T), TypeError, "mask must be a bool tensor of shape [B, T] = [3, 5], got float32"),
+        (torch.ones(B, 1, dtype=torch.bool), ValueError, "mask must have shape [B, T] = [3, 5], got [3, 1]"),
+        (torch.ones(T, dtype=torch.bool), ValueError, "mask must have shape [B, T] = [3, 5], got [5]"),
+        ([[True] * T] * B, TypeError, "mask must be a bool tensor of shape [B, T] = [3, 5], got list"),
+    ],
+)
+def test_a_wrong_mask_is_named(mask, error, words):
+    for call in (build().loss, build().encode, lambda x, mask: build().write(x, mask=mask)):
+        with pytest.raises(error) as caught:
+            call(patterns(B, T), mask=mask)
+        assert words in str(caught.value)
+
+
+class WrongDecoder(nn.Module):
+    """What a decoder may get wrong: axes of the event that are not declared, too few rows, another pattern."""
+
+    def __init__(self, shape=SHAPE, independent=0, rows=None, batch=()):
+        super().__init__()
+        self.shape, self.independent, self.rows, self.batch = shape, independent, rows, batch
+
+    def forward(self, codes):
+        mean = codes.new_zeros(*codes.shape[:1], *self.batch, *self.shape)[: self.rows]
+        return Independent(Normal(mean, 1.0), self.independent) if self.independent else Normal(mean, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "words"),
+    [
+        (WrongDecoder(), "batch_shape [{N}, 2, 4] and event_shape []"),
+        (WrongDecoder(independent=1), "batch_shape [{N}, 2] and event_shape [4]"),
+        (WrongDecoder(independent=3), "batch_shape [] and event_shape [{N}, 2, 4]"),
+        (WrongDecoder(independent=2, rows=-1), "and event_shape [2, 4]"),
+        (WrongDecoder(independent=2, batch=(1,)), "batch_shape [{N}, 1] and event_shape [2, 4]"),
+        (WrongDecoder(shape=(4,), independent=1), "event_shape [2, 4], that of a pattern, got [4]"),
+        (WrongDecoder(shape=(1, 4), independent=2), "event_shape [2, 4], that of a pattern, got [1, 4]"),
+    ],
+)
+@pytest.mark.parametrize(("batch", "length"), [(1, 4), (4, 4), (4, 1), (1, 1), (2, 4), (3, 2)])
+def test_a_decoder_of_other_axes_is_refused(decoder, words, batch, length):
+    """Whatever sizes coincide."""
+    model, x = build(), patterns(batch, length)
+    state = model.write(x).state
+    model.decoder = decoder
+    calls = [lambda: model.loss(x), lambda: model.conditional_bound(x), lambda: model.attractor_read(x, 2, state=state)]
+    if decoder.shape == SHAPE:  # what it generates has the shape of a pattern
+        calls.append(lambda: model.generate(length, state=state))
+    for call in calls:
+        with pytest.raises(ValueError, match="decoder must return a distribution") as caught:
+            call()
+        assert words.format(N=batch * length) in str(caught.value)
+
+
+def test_a_query_of_nan_never_settles():
+    model, x = build(), patterns(B, T)
+    model.decoder.validate = False
+    state = model.write(x).state
+    spoilt = x.clone()
+    spoilt[1, 2] = math.nan
+    read, clean = (model.attractor_read(cues, 4, 1e9, state=state) for cues in (spoilt, x))
+    assert (clean.num_iters == 2).all()
+    assert read.num_iters[1, 2] == 4
+    others = masked((1, 2))
+    assert (read.num_iters[others] == 2).all()
+    torch.testing.assert_close(read.patterns[others], clean.patterns[others])
 
 
 def test_an_episode_without_patterns_costs_what_its_memory_costs():

@@ -48,7 +48,8 @@ def build_library(tree: Path, name: str, level: str, flags: list[str]) -> ctypes
     library.parent.mkdir(parents=True, exist_ok=True)
     command = ["g++", *FLAGS, *flags, f"-I{tree / 'csrc'}", *(f"-D{key}={value}" for key, value in defined.items())]
     print(f"building {name} ...", flush=True)
-    done = subprocess.run([*command, "-o", str(library), str(PROGRAM)], capture_output=True, encoding="utf-8", errors="replace")
+    command += ["-o", str(library), str(PROGRAM)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise UserError(f"the kernels in {tree} do not build:\n{done.stderr[-2000:]}")
     return ctypes.CDLL(str(library))
@@ -90,7 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
                         help="instruction set (default: the best of this processor)")  # fmt: skip
     parser.add_argument("--batch", type=whole_number(1), default=BATCH, help="memories (default: %(default)s)")
     parser.add_argument("--flags", default="", help="of the compiler, for this tree alone")
-    parser.add_argument("--seconds", type=positive_number, default=1.0, help="of each comparison (default: %(default)s)")
+    parser.add_argument("--seconds", type=positive_number, default=1.0,
+                        help="of each comparison (default: %(default)s)")  # fmt: skip
     return exit_status("benchmarks.kernels", run, parser.parse_args(arguments))
 
 

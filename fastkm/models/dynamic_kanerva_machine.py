@@ -270,9 +270,7 @@ def _nats(decoded: Distribution, patterns: Tensor) -> Tensor:
     """−ln p [N] of ``patterns [N, *pattern]``."""
     if decoded.event_shape != patterns.shape[1:]:
         wanted, got = list(patterns.shape[1:]), list(decoded.event_shape)
-        raise ValueError(
-            f"decoder must return a distribution whose event_shape is that of a pattern, {wanted}, got {got}"
-        )
+        raise ValueError(f"decoder must return a distribution of event_shape {wanted}, that of a pattern, got {got}")
     if patterns.numel() == 0:  # torch.distributions.Independent does not take an empty batch
         return patterns.new_zeros(len(patterns))
     return -decoded.log_prob(patterns)

@@ -479,8 +479,8 @@ TRAINING = [
     fault(
         "checkpoint-overwritten-in-place",
         "a save writes over the old checkpoint, so that a failure destroys it",
-        before='os.path.join(folder, f".{secrets.token_hex(4)}.{name}")',
-        after="target",
+        before="yield partial",
+        after="yield target",
         tests=(f"{TRAIN}::test_a_failed_save_leaves_the_old_checkpoint",),
     ),
 ]
