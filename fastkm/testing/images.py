@@ -213,7 +213,9 @@ def _decode_png(name: str, read: Reader) -> _Decoded:
 
 def _to_grey(image: Any, png: Any) -> Any:
     """A picture of mode L, 8 bits a pixel, with white behind it."""
-    transparency = png.info.get("transparency")
+    transparency = png.info.get("transparency")  # an index, a grey or a colour
+    if transparency is not None:
+        png.info["transparency"] = _as_decoded(transparency, png.tile[0][3])
     if png.mode.startswith("I"):  # 16 bits; Pillow would cut them off at 255
         deep = np.asarray(png)
         grey = np.where(deep == transparency, 255, deep // 256) if transparency is not None else deep // 256
@@ -222,6 +224,13 @@ def _to_grey(image: Any, png: Any) -> Any:
         return png.convert("L")
     behind = image.new("RGBA", png.size, "white")
     return image.alpha_composite(behind, png.convert("RGBA")).convert("L")
+
+
+def _as_decoded(transparency: Any, stored: Any) -> Any:
+    """Pillow decodes pixels of 2, 4 and 16 bits to 8, but not the value that is transparent."""
+    if stored in ("L;2", "L;4"):
+        return transparency * (85 if stored == "L;2" else 17)
+    return tuple(value >> 8 for value in transparency) if stored == "RGB;16B" else transparency
 
 
 def principal_components(train: Tensor) -> Components:
