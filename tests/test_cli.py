@@ -1,5 +1,7 @@
 """The commands: they run, they tell the truth, and a kernel that is wrong is neither passed nor timed."""
 
+import argparse
+import io
 import json
 import os
 import re
@@ -13,8 +15,11 @@ import pytest
 import torch
 from planted import KERNELS, replace_kernel
 
+import fastkm
 from fastkm.__main__ import main
 from fastkm._runtime import dispatch, schema
+from fastkm.cli import bench as bench_command
+from fastkm.cli import console
 from fastkm.cli.doctor import capability_table
 from fastkm.testing import timing, verification
 from fastkm.testing.episodes import CUES, build_episode, draw_images, remarks, reverse_rows
@@ -109,6 +114,10 @@ def test_check_passes(pngs, capsys):
         for backend in capable
     )
     assert f"{2 * runs} of {2 * runs} within the allowed error" in out
+    if schema.unavailable is None:  # what native did not check is named, for it checked the rest
+        assert "native was not checked for attractor_read: it runs on cuda" in out
+        assert "native was not checked:" not in out
+        assert "triton was not checked:" in out
 
 
 def test_bench_writes_json_picture_and_table(bench, tmp_path):
@@ -129,6 +138,88 @@ def test_bench_writes_json_picture_and_table(bench, tmp_path):
     assert set(GRADIENT_CASES) <= measured
     report = json.loads((tmp_path / "bench.json").read_text())
     assert {"processor", "threads", "torch", "date", "instruction level"} <= report["machine"].keys()
+
+
+# Options, results and terminals.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["check", "--threads", "100000"],
+        ["check", "--threads", "1025"],
+        ["check", "--threads", "0"],
+        ["check", "--batch", "-1"],
+        ["check", "--batch", "nan"],
+        ["check", "--queries", str(2**63)],
+        ["bench", "--iters", "9" * 5000],
+        ["bench", "--batch", "\u0663"],  # a digit of another script
+        ["roofline", "--batch", "1e9"],
+    ],
+    ids=lambda options: " ".join(options)[:30],
+)
+def test_numbers_out_of_range_are_refused_by_the_parser(options, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert f"argument {options[1]}: must be a whole number from 1 to" in told
+    assert len(told) < 2000
+
+
+def test_as_many_threads_as_the_environment_asks_for_are_refused_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 100_000)  # OMP_NUM_THREADS
+    with pytest.raises(SystemExit):
+        main(["check"])
+    assert "--threads: must be a whole number from 1 to 1,024; got '100000'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan", "0", "-1", "1e999", "", "x", "1,5"])
+def test_a_number_that_is_not_positive_and_finite_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a positive and finite number"):
+        console.positive_number(text)
+    assert console.positive_number("4e-3") == 4e-3
+
+
+@pytest.mark.parametrize("command", ["doctor", "capabilities", "roofline"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_of_another_encoding_shows_what_it_can(command, encoding, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main([command]) == 0
+    stdout.flush()
+    assert "write" in stdout.buffer.getvalue().decode(encoding)
+
+
+@pytest.mark.parametrize(
+    "folder", ["/proc/results", "/etc/hostname/results", "a" * 300, "file", "blocked"], ids=lambda name: name[:20]
+)
+def test_where_results_go_is_checked_before_the_work(folder, pngs, tmp_path, monkeypatch, capsys):
+    """``blocked`` has a folder in the place of one result."""
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    (tmp_path / "blocked" / "bench.md").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench_command, "load_images", lambda path: pytest.fail("the work has begun"))
+    assert main(["bench", "--data", str(pngs), "--output", folder]) == 2
+    told = capsys.readouterr().err
+    assert "cannot be written: " in told
+    assert told.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["bench.md", "blocked", "file"]
+
+
+def test_a_backend_of_the_environment_that_does_not_exist_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "CHOSEN", "native2")
+    for command in ("doctor", "check", "bench"):
+        assert main([command]) == 2
+        assert "FASTKM_BACKEND must be one of native, triton, reference; got 'native2'" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_run_is_an_error_in_words(capsys):
+    def run(_):
+        fastkm.logdet(torch.eye(2)[None], backend="triton")
+
+    assert console.exit_status("test", run, argparse.Namespace()) == 2
+    assert capsys.readouterr().err.startswith("test: backend 'triton' cannot run logdet: ")
 
 
 # A kernel that is wrong.

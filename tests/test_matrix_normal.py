@@ -6,6 +6,7 @@ theorem 10.3), so a log-determinant moves by at most n times that, a trace or qu
 """
 
 import math
+import re
 
 import pytest
 import torch
@@ -374,6 +375,30 @@ def test_kl_weights_is_that_of_independent_normals():
     torch.testing.assert_close(kl_weights(weights, weight_var, prior_var), truth, rtol=20 * eps, atol=40 * eps)
     truth = kl_divergence(Normal(weights, 0.3), Normal(torch.zeros_like(weights), 2.0)).sum(-1)
     torch.testing.assert_close(kl_weights(weights, 0.09, 4.0), truth, rtol=20 * eps, atol=40 * eps)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 1), (1, 3), (2, 3)], ids=str)
+@pytest.mark.parametrize("which", [0, 1])
+def test_kl_weights_takes_variances_that_spread_over_the_vectors(shape, which):
+    weights, variances = randn(2, 3, 4), [torch.tensor(0.3).double(), torch.tensor(1.2).double()]
+    variances[which] = randn(*shape).exp()
+    truth = kl_weights(weights, *(x.expand(2, 3).clone() for x in variances))
+    torch.testing.assert_close(kl_weights(weights, *variances), truth)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 3, 4), (4,), (3, 2), (1, 1, 1), (5, 2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["weight_var", "prior_var"])
+def test_kl_weights_refuses_variances_of_another_shape(shape, name):
+    """Broadcasting would make more of the answer, or take another axis for [...]."""
+    variances = {"weight_var": 1.0, "prior_var": 1.0, name: torch.ones(shape, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=re.escape(f"{name} must be a float or broadcast to [...] = [2, 3], got ")):
+        kl_weights(randn(2, 3, 4), **variances)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(2, 3, dtype=torch.int64), torch.tensor(1.0), [1.0]], ids=str)
+def test_kl_weights_refuses_weights_that_are_no_vectors(weights):
+    with pytest.raises(TypeError, match="weights must be a floating-point tensor"):
+        kl_weights(weights, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(("bad", "name"), [((0.0, 1.0), "weight_var"), ((1.0, -1.0), "prior_var")])

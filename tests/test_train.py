@@ -1,11 +1,13 @@
 """Training from the command line: killed, resumed, repeated, and never on what was held out."""
 
 import itertools
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+safetensors = pytest.importorskip("safetensors", reason="checkpoints need safetensors")
+pytest.importorskip("safetensors.torch")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
 from examples.dkm import demo, evaluation, study, training  # noqa: E402
@@ -185,6 +188,118 @@ def test_resume_refuses_other_images(classes, tmp_path, capsys):
         extra.parent.rmdir()
         extra.parent.parent.rmdir()
     assert "was trained on other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--learning-rate", "inf"],
+        ["--learning-rate", "nan"],
+        ["--learning-rate", "-1"],
+        ["--seed", "-1"],
+        ["--seed", str(2**63)],
+        ["--backend", "native2"],
+        ["--threads", "100000"],
+        ["--steps", "0"],
+    ],
+    ids=" ".join,
+)
+def test_options_are_checked_by_the_parser(options, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train_command.main(["--checkpoint", str(tmp_path / "model"), *options])
+    assert ended.value.code == 2
+    assert f"argument {options[0]}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [20261012123456, 2**63 - 1])
+def test_a_date_is_a_seed(classes, tmp_path, seed):
+    for name in ("one", "two"):
+        assert train(classes, tmp_path / name, "--steps", 1, "--seed", seed) == 0
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "name", ["/proc/model", "/etc/hostname/model", "a" * 250, "a" * 300, "file/model", "/dev/null"]
+)
+def test_where_the_checkpoint_goes_is_checked_before_the_first_step(classes, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_command, "train", lambda *_: pytest.fail("the training has begun"))
+    assert train(classes, name, "--steps", 2) == 2
+    told = capsys.readouterr().err
+    assert "cannot be written: " in told or "exists; go on with it" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("command", [demo, study])
+def test_demo_and_study_check_where_results_go(command, classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("the training has begun"))
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    data = ["--data", str(classes)] if command is study else ["--checkpoint", str(tmp_path / "none")]
+    assert command.main([*data, "--output", str(tmp_path / "file")]) == 2
+    assert "cannot be written: " in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_says_so_and_keeps_its_checkpoint(classes, tmp_path, capsys):
+    assert train(classes, tmp_path / "model", "--steps", 50, "--learning-rate", "1e30", "--checkpoint-every", 0) == 2
+    assert "the training has diverged at step " in capsys.readouterr().err
+    assert all(tensor.isfinite().all() for name, tensor in contents(tmp_path / "model")[0].items() if name == "history")
+
+
+def test_a_checkpoint_is_named_after_the_whole_name(tmp_path, monkeypatch):
+    def named(data):
+        return train_command.checkpoint_of(data, Path("results")).name
+
+    (tmp_path / "images.v1").mkdir()
+    monkeypatch.chdir(tmp_path / "images.v1")
+    assert named("mnist") == "mnist.safetensors"
+    assert named(".") == named("../images.v1") == named("../images.v1/") == "images.v1.safetensors"
+    assert named("..") == f"{tmp_path.name}.safetensors"
+    assert named("a/images.v2") == "images.v2.safetensors"
+    assert named("a/images.zip") == "images.zip.safetensors"
+    assert named("/") == "images.safetensors"
+
+
+def test_a_study_of_two_folders_of_one_name_is_refused(classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("the training has begun"))
+    for data in (["a/digits", "b/digits"], ["mnist", "./mnist"], [str(classes), f"{classes}/"]):
+        assert study.main(["--data", *data, "--output", str(tmp_path / "study")]) == 2
+        assert "--data names two folders or zips called" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_trainers_that_share_a_checkpoint_never_tear_it(classes, tmp_path):
+    data, errors = load_patterns(str(classes)), []
+    tiny = Settings(str(classes), steps=1, batch=1, patterns=4, rows=4, code_size=4, width=1)
+    trainers = [Trainer(tiny._replace(width=width), data) for width in (1, 8)]
+    for trainer in trainers:
+        list(trainer.run())
+
+    def work(trainer):
+        try:
+            for _ in range(15):
+                trainer.save(tmp_path / "model")
+                load_model(tmp_path / "model")
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(trainer,)) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_words(classes, tmp_path, capsys):
+    train(classes, tmp_path / "model", "--steps", 2)
+    tensors, settings, data = read_checkpoint(tmp_path / "model")
+    tensors["model.memory.of_a_later_version"] = torch.zeros(1)
+    metadata = {"settings": json.dumps(settings._asdict()), "data": data}
+    safetensors.torch.save_file(tensors, tmp_path / "model", metadata)
+    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "model")]) == 2
+    assert "holds a model of another version of fastkm" in capsys.readouterr().err
 
 
 def test_whole_classes_are_held_out(classes, tmp_path):

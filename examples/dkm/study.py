@@ -133,9 +133,7 @@ def checkpoints_of(data: list[str], folder: Path) -> list[Path]:
     paths = [checkpoint_of(name, folder) for name in data]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(
-                f"--data names more than one folder or zip called {path.stem}; rename one, or study each alone"
-            )
+            raise UserError(f"--data names two folders or zips called {path.stem}; rename one, or study each alone")
     return paths
 
 
