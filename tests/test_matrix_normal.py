@@ -381,7 +381,7 @@ def test_kl_weights_is_that_of_independent_normals():
 @pytest.mark.parametrize("which", [0, 1])
 def test_kl_weights_takes_variances_that_spread_over_the_vectors(shape, which):
     weights, variances = randn(2, 3, 4), [torch.tensor(0.3).double(), torch.tensor(1.2).double()]
-    variances[which] = randn(*shape).exp()
+    variances[which] = randn(*shape, 1)[..., 0].exp()
     truth = kl_weights(weights, *(x.expand(2, 3).clone() for x in variances))
     torch.testing.assert_close(kl_weights(weights, *variances), truth)
 

@@ -8,6 +8,7 @@ fault = partial(Fault, place="python")
 
 CHECK, BACKEND, TRANSFORMS = "tests/test_check.py", "tests/test_backend.py", "tests/test_transforms.py"
 MATRIX_NORMAL, MEMORY, MODELS = "tests/test_matrix_normal.py", "tests/test_memory.py", "tests/test_models.py"
+IMAGES = "tests/test_images.py"
 READING, STATE, TRAIN = "tests/test_reading.py", "tests/test_state.py", "tests/test_train.py"
 ATTRACTOR = f"{READING}::test_attractor_read_equals_one_query_at_a_time"
 UPDATE = "tests/test_posterior.py::test_update_equals_one_rank_one_step_per_pattern"
@@ -413,6 +414,41 @@ MODEL = [
 ]
 
 TRAINING = [
+    fault(
+        "decoder-of-other-axes",
+        "a decoder that leaves axes of the pattern in its batch is taken",
+        before="if tuple(decoded.batch_shape) != (len(rows),):",
+        after="if False:",
+        tests=(f"{MODELS}::test_a_decoder_of_other_axes_is_refused",),
+    ),
+    fault(
+        "masked-patterns-have-samples",
+        "samples of w are drawn for masked patterns too, so that those of the others depend on where they lie",
+        before="torch.randn_like(_unmasked(weights, mask))",
+        after="_unmasked(torch.randn_like(weights), mask)",
+        tests=(f"{MODELS}::test_masked_patterns_are_as_if_the_episode_were_shorter",),
+    ),
+    fault(
+        "images-cut-off-at-255",
+        "a picture of 16 bits is cut off at 255",
+        before='png.mode.startswith("I")',
+        after="False",
+        tests=(IMAGES,),
+    ),
+    fault(
+        "images-without-a-ground",
+        "what is transparent has the colour that lies under it",
+        before='image.alpha_composite(behind, png.convert("RGBA")).convert("L")',
+        after='png.convert("L")',
+        tests=(IMAGES,),
+    ),
+    fault(
+        "images-in-hidden-folders",
+        "previews in hidden folders count as images",
+        before="if not _is_hidden(name)]",
+        after="]",
+        tests=(IMAGES,),
+    ),
     fault(
         "training-repeats-its-numbers",
         "every step of a training draws the same random numbers",
