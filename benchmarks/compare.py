@@ -29,9 +29,9 @@ from fastkm._files import write_text
 from fastkm.cli.console import (
     add_threads,
     check_writable,
+    duration,
     exit_status,
     markdown_table,
-    positive_number,
     progress,
     show_table,
     whole_number,
@@ -228,9 +228,7 @@ def parser() -> argparse.ArgumentParser:
                          metavar="NAME")  # fmt: skip
     command.add_argument("--batch", nargs="+", type=whole_number(1), default=[16], metavar="B")
     command.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    command.add_argument(
-        "--seconds", type=positive_number, default=2.0, help="of each comparison (default: %(default)s)"
-    )
+    command.add_argument("--seconds", type=duration, default=2.0, help="of each comparison (default: %(default)s)")
     command.add_argument("--forward", action="store_true", help="no gradients")
     command.add_argument("--overhead", action="store_true", help="calls on one entry instead of the presets")
     add_threads(command)

@@ -16,7 +16,7 @@ from benchmarks.cases import NATIVE, Group, Setting
 from benchmarks.ceiling import DTYPES, Ceiling
 from benchmarks.claims import MANY_QUERIES, verdicts
 from benchmarks.timing import keep_freed_memory, pin
-from fastkm.cli.console import add_threads, check_writable, exit_status, positive_number, progress, whole_number
+from fastkm.cli.console import add_threads, check_writable, duration, exit_status, progress, whole_number
 from fastkm.cli.machine import machine
 from fastkm.testing.extras import import_extra
 from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, Case
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
                         metavar="NAME", help=f"of {', '.join(KERNEL_OPERATIONS)} (default: all)")  # fmt: skip
     parser.add_argument("--batch", nargs="+", type=whole_number(1), metavar="B", help="memories (default: 1 16 256)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: both)")
-    parser.add_argument("--seconds", type=positive_number, default=2.0, help="of timing a group (default: %(default)s)")
+    parser.add_argument("--seconds", type=duration, default=2.0, help="of timing a group (default: %(default)s)")
     parser.add_argument("--sections", nargs="+", choices=("groups", "sweeps", "calls"), metavar="NAME",
                         default=("groups", "sweeps", "calls"), help="(default: groups sweeps calls)")  # fmt: skip
     parser.add_argument("--forward", action="store_true", help="no gradients")

@@ -179,6 +179,10 @@ def test_a_number_that_is_not_positive_and_finite_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a positive and finite number"):
         console.positive_number(text)
     assert console.positive_number("4e-3") == 4e-3
+    if text != "0":
+        with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number of seconds"):
+            console.duration(text)
+    assert console.duration("0") == 0
 
 
 @pytest.mark.parametrize("command", ["doctor", "capabilities", "roofline"])

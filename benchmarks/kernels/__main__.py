@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.compare import BUILT, COLUMNS, ROOT, Clock, cells, check_out, time_both
 from benchmarks.timing import pin
-from fastkm.cli.console import exit_status, positive_number, progress, show_table, whole_number
+from fastkm.cli.console import duration, exit_status, progress, show_table, whole_number
 from fastkm.testing.extras import UserError
 from fastkm.testing.presets import PRESETS, Preset
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="instruction set (default: the best of this processor)")  # fmt: skip
     parser.add_argument("--batch", type=whole_number(1), default=BATCH, help="memories (default: %(default)s)")
     parser.add_argument("--flags", default="", help="of the compiler, for this tree alone")
-    parser.add_argument("--seconds", type=positive_number, default=1.0,
+    parser.add_argument("--seconds", type=duration, default=1.0,
                         help="of each comparison (default: %(default)s)")  # fmt: skip
     return exit_status("benchmarks.kernels", run, parser.parse_args(arguments))
 

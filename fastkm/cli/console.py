@@ -37,13 +37,24 @@ def whole_number(least: int, most: int = MOST) -> Callable[[str], int]:
 
 def positive_number(text: str) -> float:
     """The type of an option that is a positive and finite number."""
+    if not (number := _finite_or_nan(text)) > 0:
+        raise argparse.ArgumentTypeError(f"must be a positive and finite number; got {text!r:.60}")
+    return number
+
+
+def duration(text: str) -> float:
+    """The type of an option that is a number of seconds, 0 or more."""
+    if not (number := _finite_or_nan(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"must be a finite number of seconds, at least 0; got {text!r:.60}")
+    return number
+
+
+def _finite_or_nan(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive and finite number; got {text!r:.60}")
-    return number
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def add_threads(command: argparse.ArgumentParser) -> None:
