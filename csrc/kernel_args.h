@@ -33,7 +33,7 @@ enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // What a kernel reports of each memory, in `info`. fastkm/_runtime/status.py turns it into words.
-enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2 };
+enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2, kLost = 3 };
 
 // An update of memories with given weights. It is part of a write too.
 template <class Real>

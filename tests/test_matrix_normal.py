@@ -7,6 +7,7 @@ theorem 10.3), so a log-determinant moves by at most n times that, a trace or qu
 
 import math
 import re
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from fastkm import KroneckerCovariance, MatrixNormal, MemoryState, kl_memory, kl_weights
+from fastkm._linalg.reference import variance_divergence
 from fastkm.matrix_normal import logdet
 
 CONDITION = 30.0  # of every covariance below
@@ -438,6 +440,92 @@ def test_kl_memory_is_differentiable():
     assert torch.autograd.gradcheck(compute, [x.requires_grad_() for x in inputs])
 
 
+# ---- laws that are close to each other: a divergence is far below the terms that its formula subtracts --------------
+
+
+def exact_divergence(gap: float) -> float:
+    """r − 1 − ln r for r = 1 + gap, to a hundred digits."""
+    with localcontext() as context:
+        context.prec = 100
+        return float(Decimal(gap) - (1 + Decimal(gap)).ln())
+
+
+def gaps(dtype):
+    """What a variance may exceed 1 by, of either sign and of every size."""
+    sizes = 10 ** torch.arange(-18, 0.05, 0.1, dtype=torch.float64)
+    return torch.cat([sizes, 10**3 * sizes, -sizes[:-1], sizes[-60:-1] - 1]).to(dtype)
+
+
+def test_variance_divergence_keeps_its_digits(dtype):
+    """u has three roundings, which u² doubles; the sum and its product have five more."""
+    excess = gaps(dtype)
+    got = variance_divergence(1 + excess, excess)
+    # Outside the series the ratio itself is rounded, which is all of ln r near r = 0.
+    exact = torch.tensor([exact_divergence(x) for x in excess.tolist()], dtype=torch.float64)
+    rounded = torch.where(excess < -0.5, torch.finfo(dtype).eps / (1 + excess.double()), 0)
+    assert ((got.double() - exact).abs() <= 12 * torch.finfo(dtype).eps * exact + rounded).all()
+    assert (got >= 0).all()
+
+
+def test_gradient_of_variance_divergence_keeps_its_digits(dtype):
+    """1 − 1/r = (r − 1)/r."""
+    excess = gaps(dtype)
+    excess = excess[(excess.abs() > 1e-12) & (excess > -0.999)].requires_grad_()
+    (got,) = torch.autograd.grad(variance_divergence(1 + excess, excess).sum(), excess)
+    exact = excess.detach().double() / (1 + excess.detach().double())
+    rounding = torch.finfo(dtype).eps / (1 + excess.detach().double()).clamp_max(1) ** 2
+    assert ((got.double() - exact).abs() <= 16 * rounding * exact.abs()).all()
+
+
+def test_kl_weights_of_nearly_equal_variances(dtype):
+    weights = torch.zeros(3, 7, dtype=dtype)
+    for gap in (0, 1e-6, -1e-4, 0.03):
+        prior_var = torch.tensor(0.7, dtype=dtype)
+        weight_var = (1 + gap) * prior_var
+        exact = 3.5 * exact_divergence(weight_var.item() / prior_var.item() - 1)
+        got = kl_weights(weights, weight_var, prior_var)
+        # float64 holds r − 1 to eps, which its square doubles.
+        bound = 12 * torch.finfo(dtype).eps * exact + 8 * torch.finfo(torch.float64).eps * abs(gap)
+        assert ((got.double() - exact).abs() <= bound).all()
+        assert (got >= 0).all()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1e-3, 0.1])
+@pytest.mark.parametrize("rows", [1, 6, 33])
+def test_kl_memory_of_nearly_equal_memories(rows, size, backend):
+    """With M = L0⁻¹L the KL is about C/2 ‖M − I‖²: its root moves as M does, by the bound above."""
+    torch.manual_seed(rows)
+    columns, batch = 5, 4
+    prior = MemoryState(randn(batch, rows, columns).float(), spd(batch, rows).float())
+    change = size * randn(batch, rows, rows)
+    factor = torch.linalg.cholesky(prior.cov.double()) @ (torch.eye(rows, dtype=torch.float64) + change)
+    state = MemoryState(prior.mean, (factor @ factor.mT).float() if size else prior.cov)
+    got = kl_memory(state, prior, backend=backend)
+    exact = kl_memory(*(MemoryState(*(x.double() for x in law)) for law in (state, prior)), backend="reference")
+    if not size:
+        assert torch.equal(got, torch.zeros(batch))
+    assert (got >= 0).all()
+    bound = 2 * math.sqrt(columns) * rows * (rows + 1) * torch.finfo(torch.float32).eps * CONDITION
+    assert ((got.double().sqrt() - exact.sqrt()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("with_columns", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-3])
+def test_kl_of_nearly_equal_laws(size, with_columns, dtype):
+    p = law((3,), 4, 3, with_columns, dtype)
+    row_cov = p.row_cov * (1 + size)
+    col_cov = p.col_cov / (1 + size) if with_columns else None
+    q = MatrixNormal(p.loc, row_cov, col_cov)
+    got = kl_divergence(p, q)
+    if not size:
+        assert torch.equal(got, torch.zeros(3, dtype=dtype))
+    assert (got >= 0).all()
+    # Rows and columns compensate each other exactly but for rounding; alone, each entry has r = 1/(1 + size).
+    exact = 0.0 if with_columns else 6 * exact_divergence(1 / (1 + size) - 1)
+    bound = 2 * math.sqrt(12) * 4 * 5 * torch.finfo(dtype).eps * CONDITION
+    assert ((got.double().sqrt() - math.sqrt(exact)).abs() <= bound).all()
+
+
 def test_kl_memory_deepmind_is_the_released_formula():
     """google-deepmind/dynamic-kanerva-machines, memory.py, ``get_dkl_total``, term by term."""
     batch, rows, columns = 2, 4, 3
@@ -486,10 +574,11 @@ def test_logdet_does_not_overflow(backend):
 def test_logdet_and_kl_memory_name_the_memories_that_fail(poison, backend):
     state, prior = memory(4, 3, 2), memory(4, 3, 2)
     cov, message = _poisoned(state.cov, poison, 2)
+    message = "not finite" if poison == "nan" else message
     with pytest.raises(LinAlgError, match=f"cov is {message} in memory .2."):
         logdet(cov, backend=backend)
-    for pair in ((state._replace(cov=cov), prior), (prior, state._replace(cov=cov))):
-        with pytest.raises(LinAlgError, match=f"cov is {message} in memory .2."):
+    for name, pair in (("state", (state._replace(cov=cov), prior)), ("prior", (prior, state._replace(cov=cov)))):
+        with pytest.raises(LinAlgError, match=rf"^{name}\.cov is {message} in memory \[2\]$"):
             kl_memory(*pair, backend=backend)
 
 

@@ -1,5 +1,7 @@
 """update_posterior: four ways to one posterior, and what a posterior must satisfy."""
 
+from decimal import Decimal, localcontext
+
 import numpy as np
 import oracle
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import EMPTY_SHAPES, SHAPES, assert_close, assert_result, batched, problem
 
-from fastkm import MemoryState, update_posterior
+from fastkm import MemoryState, kl_memory, update_posterior
 from fastkm.posterior.reference import update_sequential
 
 FLOAT64 = torch.float64
@@ -200,3 +202,124 @@ def test_state_can_be_any_pair(backend):
     result = update(p, backend, state=pair)
     assert isinstance(result.state, MemoryState)
     assert oracle.equal(result, update(p, backend))
+
+
+# ---- small steps: what a pattern says can be far below the rounding of its variances -------------------------------
+
+
+def divergence_of_step(x: float) -> float:
+    """log1p(x) − x/(1 + x), to a hundred digits."""
+    with localcontext() as context:
+        context.prec = 100
+        step = Decimal(x)
+        return float((1 + step).ln() - step / (1 + step))
+
+
+@pytest.mark.parametrize("noise", [1.0, 0.125])
+def test_kl_of_a_step_has_its_digits_whatever_its_size(noise, backend, dtype):
+    """One row, values on the mean: KL = C/2 (log1p(x) − x/(1 + x)), x = w²U/σ².
+
+    The kernel's x has three roundings, which the divergence, about x²/2, doubles. Its own sum has ten more.
+    """
+    eps, C = torch.finfo(dtype).eps, 5
+    sizes = 10.0 ** torch.arange(-12 if dtype == torch.float32 else -30, 4.5, 0.25, dtype=FLOAT64)
+    w = (sizes * noise).sqrt().to(dtype).view(-1, 1, 1)
+    state = MemoryState(torch.zeros(len(w), 1, C, dtype=dtype), torch.ones(len(w), 1, 1, dtype=dtype))
+    result = update_posterior(state, w, torch.zeros(len(w), 1, C, dtype=dtype), noise, backend=backend)
+    for kl, weight in zip(result.kl.flatten().tolist(), w.flatten().tolist(), strict=True):
+        expected = C / 2 * divergence_of_step(weight**2 / noise)
+        assert abs(kl - expected) <= 16 * eps * expected, f"x = {weight**2 / noise:.3g}: {kl:.9g} for {expected:.9g}"
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1e-1])
+def test_kl_of_small_steps_of_many_patterns(size, backend):
+    """float32 against float64. The kernel's wᵀUw is a sum of K² terms that are eliminated at most t times."""
+    p = problem(3, 20, 0, 9, 6)
+    p = p._replace(weights=size * p.weights)
+    p = p._replace(values=p.weights @ p.state.mean)  # no surprise: only the covariance tells what was learnt
+    exact = update(p, backend).kl
+    got = update(oracle.map_tensors(p, lambda x: x.float() if x.is_floating_point() else x), backend).kl
+    # The values are rounded to float32, which is a surprise of eps ‖z‖: β ‖E‖² is as small as eps² times the energy.
+    bound = 4 * (9 + 20) * torch.finfo(torch.float32).eps * exact
+    surprise = (torch.finfo(torch.float32).eps * 9) ** 2 * p.values.square().sum(-1) / p.noise_var
+    assert ((got.double() - exact).abs() <= bound + surprise).all()
+
+
+@given(size=st.floats(1e-12, 30), masked=st.booleans(), seed=st.integers(0, 99))
+def test_kl_of_a_step_is_never_negative(size, masked, seed, backend, dtype):
+    p = problem(4, 18, 0, 5, 3, dtype, seed=seed, masked=masked)
+    result = update(p, backend, weights=size * p.weights, values=size * p.weights @ p.state.mean)
+    assert (result.kl >= 0).all()
+    if masked:
+        assert torch.equal(result.kl[~p.mask], torch.zeros_like(result.kl[~p.mask]))
+
+
+def gradients_of_kl(p, backend):
+    leaves = [x.detach().requires_grad_() for x in (p.state.cov, p.weights, p.noise_var)]
+    kl = update_posterior(
+        MemoryState(p.state.mean, leaves[0]), leaves[1], p.weights @ p.state.mean, leaves[2], backend=backend
+    ).kl
+    return torch.autograd.grad(kl.sum(), leaves)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_gradient_of_a_small_step_keeps_its_digits(size, backend):
+    """d/dx (log1p(x) − x/(1 + x)) = x/(1 + x)²: what reaches σ² is of the size x², of what reaches S of the size x."""
+    p = problem(2, 20, 0, 7, 5)
+    state = MemoryState(torch.zeros_like(p.state.mean), p.state.cov)  # no energy, whatever is rounded
+    p = p._replace(state=state, weights=size * p.weights)
+    exact = gradients_of_kl(p, backend)
+    got = gradients_of_kl(oracle.map_tensors(p, lambda x: x.float() if x.is_floating_point() else x), backend)
+    for name, mine, truth in zip(("cov", "weights", "noise_var"), got, exact, strict=True):
+        # Each is a sum over the patterns, K² terms each, which the reverse sweep passes through twice.
+        bound = 8 * (7 + 20) * torch.finfo(torch.float32).eps * oracle.largest(truth)
+        assert oracle.error(mine, truth) <= bound, f"{name}: {oracle.error(mine, truth):.3g} of {bound:.3g}"
+
+
+# ---- little noise: a covariance is held, or refused where it is made -----------------------------------------------
+
+
+@given(
+    exponent=st.floats(-12, 0),
+    count=st.sampled_from([1, 3, 16, 40]),
+    kind=st.sampled_from(["random", "repeated", "one row"]),
+    seed=st.integers(0, 99),
+)
+def test_a_covariance_that_is_returned_can_be_factored(exponent, count, kind, seed, backend):
+    p = problem(1, count, 0, 8, 4, torch.float32, seed=seed)
+    weights = p.weights
+    if kind == "repeated":
+        weights = weights[:, :1].expand(-1, count, -1)
+    if kind == "one row":
+        weights = torch.eye(8)[:1].expand(1, count, -1)
+    state = MemoryState(p.state.mean, torch.eye(8)[None])
+    words = ""
+    try:
+        after = update_posterior(state, weights, p.values, 10**exponent, backend=backend).state
+    except torch.linalg.LinAlgError as error:
+        words = str(error)
+    if words:
+        assert "float64" in words
+        return
+    assert (after.cov.diagonal(dim1=1, dim2=2) > 0).all()
+    assert kl_memory(after, state, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 40])
+def test_the_range_that_is_documented(count, backend, dtype):
+    """wᵀUw/σ² up to 1/(512 eps), 1.6e4 in float32: a chunk of 16 such patterns leaves 1/16 of that, 32 eps."""
+    x = 1 / (512 * torch.finfo(dtype).eps)
+    state = MemoryState(torch.zeros(1, 3, 2, dtype=dtype), torch.eye(3, dtype=dtype)[None])
+    weights = torch.eye(3, dtype=dtype)[:1].expand(1, count, 3)
+    after = update_posterior(state, weights, torch.zeros(1, count, 2, dtype=dtype), 1 / x, backend=backend).state
+    # 16 terms of GᵀG, each rounded at the size of 1, against 1/(1 + count x); later chunks only shrink the error.
+    left = 1 / (1 + count * x)
+    assert abs(after.cov[0, 0, 0].item() - left) <= 16 * torch.finfo(dtype).eps * min(1.0, (16 / count) ** 2)
+
+
+def test_a_thousandfold_of_that_range_is_refused(backend, dtype):
+    x = 2 / torch.finfo(dtype).eps
+    state = MemoryState(torch.zeros(2, 3, 2, dtype=dtype), torch.eye(3, dtype=dtype).repeat(2, 1, 1))
+    weights = torch.stack([torch.zeros(1, 3, dtype=dtype), torch.ones(1, 3, dtype=dtype)])
+    with pytest.raises(torch.linalg.LinAlgError, match=r"memory \[1\].*noise"):
+        update_posterior(state, weights, torch.zeros(2, 1, 2, dtype=dtype), 1 / x, backend=backend)

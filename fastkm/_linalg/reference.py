@@ -1,4 +1,4 @@
-"""What the reference forms of several families share: the status of a covariance."""
+"""What the reference forms of several families share: the status of a covariance, and one divergence."""
 
 import torch
 from torch import Tensor
@@ -13,6 +13,27 @@ def symmetry(cov: Tensor) -> Tensor:
     finite = cov.isfinite().flatten(1).all(-1)
     status = torch.where((gap > tolerance * scale).any(-1), ASYMMETRIC, 0)
     return torch.where(finite, status, NOT_POSITIVE_DEFINITE).int()
+
+
+def variance_divergence(ratio: Tensor, excess: Tensor) -> Tensor:
+    """``r − 1 − ln r ≥ 0``: twice the KL of two centred normal laws whose variances have the ratio ``r``.
+
+    ``excess`` is ``r − 1``, which the caller knows with more digits than ``ratio`` holds. Near ``r = 1`` both terms
+    cancel to ``(r − 1)² / 2``. Between ½ and 2 this is therefore summed, with ``u = (1 − r)/(1 + r)``, ``|u| ≤ 1/3``::
+
+        r − 1 − ln r = 2 [u²/(1 + u) + u³ (1/3 + u²/5 + u⁴/7 + …)]
+
+    N terms leave a relative error below ``|u|^(2N+1) / (2N + 3)``, and in the derivative below ``|u|^(2N+1)``; N = 7 in
+    float32 and 16 in float64 bring both below the rounding of one operation. The result is never negative: for
+    ``u ≥ 0`` no term is, and for ``u < 0`` the second is at most 0.13 of the first.
+    """
+    u = -excess / (1 + ratio)
+    square = u * u
+    series = torch.zeros_like(u)
+    for n in range(16 if u.dtype == torch.float64 else 7, 0, -1):
+        series = series * square + 1 / (2 * n + 1)
+    near = 2 * square * (1 / (1 + u) + u * series)
+    return torch.where((ratio >= 0.5) & (ratio <= 2), near, excess - ratio.log())
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

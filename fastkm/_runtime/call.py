@@ -97,7 +97,7 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
         operation.raise_in_words(arguments)
         raise
     if any(outputs[-1].tolist()):
-        raise factorisation_error(outputs[-1], operation.factored)
+        raise factorisation_error(outputs[-1], operation, inputs)
     return native.attach(outputs, inputs) if wants_gradient else outputs
 
 
@@ -119,5 +119,5 @@ def _call_checked(operation: Operation, backend: str | None, *arguments: Any) ->
         inputs = [x.to(memory.dtype) if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in inputs]
     outputs = operation.kernels[backend](*inputs)
     if operation.factored:
-        raise_failures(outputs[-1], operation.factored)
+        raise_failures(outputs[-1], operation, inputs)
     return outputs

@@ -69,6 +69,14 @@ class Operation:
             inputs.extend(argument.check(signature, value))
         return inputs
 
+    def input_names(self) -> list[str]:
+        """The name of each input of the operator, for errors."""
+        names: list[str] = []
+        for argument in self.arguments:
+            name = argument.name
+            names.extend((f"{name}.mean", f"{name}.cov") if isinstance(argument, State) else (name,))
+        return names
+
     def raise_in_words(self, given: tuple) -> None:
         """Say what is wrong with arguments that the operator has refused; return if nothing is."""
         try:

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints, register_kl, transform_to, transforms
 from torch.distributions.utils import lazy_property
 
+from fastkm._linalg.reference import variance_divergence
 from fastkm.matrix_normal.kronecker import KroneckerCovariance, broadcast_batch, check_matrix
+from fastkm.matrix_normal.reference import relative_factor
 
 
 class _RealMatrix(constraints.Constraint):
@@ -137,17 +139,27 @@ class MatrixNormal(Distribution):
 def _kl_matrix_normal(p: MatrixNormal, q: MatrixNormal) -> Tensor:
     if p.event_shape != q.event_shape:
         raise ValueError(f"q must have event shape {list(p.event_shape)} like p, got {list(q.event_shape)}")
-    rows, columns = p.event_shape
-    of_rows = _relative_trace(p.covariance.row_factor, q.covariance.row_factor, rows)
-    of_columns = _relative_trace(p.covariance.col_factor, q.covariance.col_factor, columns)
-    growth = q.covariance.logdet(columns) - p.covariance.logdet(columns)
-    return 0.5 * (of_columns * of_rows - rows * columns + growth + q.covariance.quadratic_form(p.loc - q.loc))
+    spread = _spread(p.covariance, q.covariance, p.event_shape[1])
+    return 0.5 * (spread + q.covariance.quadratic_form(p.loc - q.loc))
 
 
-def _relative_trace(factor: Tensor | None, prior_factor: Tensor | None, size: int) -> Tensor | int:
-    """``tr(A0⁻¹ A) = ‖L0⁻¹ L‖²  [...]`` of two covariances by their factors; ``None`` is the identity's."""
-    if prior_factor is None:
-        return size if factor is None else factor.square().sum((-2, -1))
-    if factor is None:
-        factor = torch.eye(size, dtype=prior_factor.dtype, device=prior_factor.device)
-    return torch.linalg.solve_triangular(prior_factor, factor, upper=False).square().sum((-2, -1))
+def _spread(p: KroneckerCovariance, q: KroneckerCovariance, columns: int) -> Tensor:
+    """``tr(Σ0⁻¹Σ) − KC − ln|Σ0⁻¹Σ|  [...]`` of ``Σ = V ⊗ U``, as a sum of terms that are not negative.
+
+    The factor of Σ relative to that of Σ0 is ``N ⊗ M``, with ``M = L0_U⁻¹L_U`` and ``N = L0_V⁻¹L_V``. It has the
+    diagonal entries ``n_c m_k``, and below its diagonal the squared norm ``‖N‖² below(M) + below(N) ‖diag M‖²``.
+    """
+    ratio, excess, below = relative_factor(p.row_factor, q.row_factor)
+    of_rows = below.square().sum((-2, -1))
+    if p.col_factor is None and q.col_factor is None:
+        return columns * (variance_divergence(ratio, excess).sum(-1) + of_rows)
+    identity = torch.eye(columns, dtype=ratio.dtype, device=ratio.device)
+    col_factor, prior = (identity if x is None else x for x in (p.col_factor, q.col_factor))
+    col_ratio, col_excess, col_below = relative_factor(*torch.broadcast_tensors(col_factor, prior))
+    of_columns = col_below.square().sum((-2, -1))
+    ratio, excess, col_ratio, col_excess = (
+        ratio.unsqueeze(-1), excess.unsqueeze(-1), col_ratio.unsqueeze(-2), col_excess.unsqueeze(-2)
+    )  # fmt: skip
+    of_diagonal = variance_divergence(ratio * col_ratio, excess + col_excess + excess * col_excess)  # [..., K, C]
+    norm = col_ratio.sum((-2, -1)) + of_columns  # ‖N‖²
+    return of_diagonal.sum((-2, -1)) + norm * of_rows + of_columns * ratio.sum((-2, -1))

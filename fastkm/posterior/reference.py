@@ -1,12 +1,20 @@
 """The specification in plain PyTorch: the update pattern by pattern, and the block form that equals it."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkm._linalg.reference import first_failure, symmetry
-from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
+from fastkm._linalg.reference import first_failure, symmetry, variance_divergence
+from fastkm._runtime.status import LOST, NOT_POSITIVE_DEFINITE
+
+# Patterns that are absorbed at once. The subtraction U − GᵀG rounds at the size of U, which more patterns would leave
+# further behind.
+CHUNK = 16
+
+# A variance is lost when it is less than this many times the rounding of the sum that gives it.
+LEAST_DIGITS = 16
 
 
 def update_sequential(mean, cov, weights, values, noise_var):
@@ -23,40 +31,76 @@ def update_sequential(mean, cov, weights, values, noise_var):
 
 
 def update_block(mean, cov, weights, values, noise_var, mask, precision=0):
-    """All patterns at once; see :func:`fastkm.update_posterior` for the equations. ``precision`` is for GPU kernels."""
+    """A chunk of patterns at once; see :func:`fastkm.update_posterior` for the equations. ``precision`` is for GPUs."""
     if mask is not None:
         weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
         values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    projected = weights @ cov  # V [B, T, K]
-    predictive = projected @ weights.mT + torch.diag_embed(noise_var)  # S [B, T, T]
-    factor, failed = torch.linalg.cholesky_ex(predictive)  # L [B, T, T]
-    gain = torch.linalg.solve_triangular(factor, projected, upper=False)  # G [B, T, K]
-    error = torch.linalg.solve_triangular(factor, values - weights @ mean, upper=False)  # E [B, T, C]
-
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()  # [B, T]
-    info = covariance_status(cov, pivots, noise_var, predictive.diagonal(dim1=-2, dim2=-1), failed)
-    innovation_var = torch.maximum(pivots, noise_var)
-    kl, log_evidence = information(innovation_var, noise_var, error, mask)
-    return mean + gain.mT @ error, cov - gain.mT @ gain, innovation_var, kl, log_evidence, info
+    info, explained, energy = symmetry(cov), [], []
+    for w, z, noise in zip(*(x.split(CHUNK, 1) for x in (weights, values, noise_var)), strict=True):
+        whitened = whiten(mean, cov, w, z, noise)
+        mean, cov = mean + whitened.gain.mT @ whitened.error, cov - whitened.gain.mT @ whitened.gain
+        info = first_failure(info, whitened.info)
+        explained.append(whitened.explained), energy.append(whitened.error.square().sum(-1))
+    explained = torch.cat(explained, 1)
+    kl, log_evidence = information(explained, noise_var, torch.cat(energy, 1), values.shape[-1], mask)
+    return mean, cov, explained + noise_var, kl, log_evidence, info
 
 
-def information(innovation_var, noise_var, error, mask):
-    """KL of every step and the log evidence, from the whitened errors ``E_t = δ_t / √s_t``.
+class Whitened(NamedTuple):
+    """A chunk of t patterns, whitened against the memory before it."""
 
-    With ``β = wᵀUw/s = 1 − σ²/s``:  KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²].
+    gain: Tensor  # G [B, t, K]
+    error: Tensor  # E [B, t, C]
+    explained: Tensor  # wᵀUw before each pattern [B, t]
+    info: Tensor  # [B]
+
+
+def whiten(mean: Tensor, cov: Tensor, weights: Tensor, values: Tensor, noise_var: Tensor) -> Whitened:
+    """``V = W U``, ``S = V Wᵀ + diag σ² = L Lᵀ``, ``G = L⁻¹ V``, ``E = L⁻¹ (Z − W R)``.
+
+    ``w_tᵀ U_{t−1} w_t = L_tt² − σ_t²`` would lose the digits of a small step in σ². It is what the elimination leaves
+    of ``V_t · w_t``, before σ² is added.
     """
-    code_size, energy = error.shape[-1], error.square().sum(-1)  # [B, T]
-    beta = 1 - noise_var / innovation_var
-    kl = 0.5 * (code_size * ((innovation_var / noise_var).log() - beta) + beta * energy)
+    projected = weights @ cov  # V [B, t, K]
+    factor, failed = torch.linalg.cholesky_ex(projected @ weights.mT + torch.diag_embed(noise_var))  # L [B, t, t]
+    gain = torch.linalg.solve_triangular(factor, projected, upper=False)
+    error = torch.linalg.solve_triangular(factor, values - weights @ mean, upper=False)
+    variances = (projected * weights).sum(-1)
+    explained = variances - factor.tril(-1).square().sum(-1)
+    status = covariance_status(cov, weights, noise_var, variances, explained, failed)
+    return Whitened(gain, error, explained.clamp_min(0), status)
+
+
+def information(explained, noise_var, energy, code_size, mask):
+    """KL of every step and the log evidence, from ``wᵀUw`` and ``‖E_t‖²`` of the whitened errors ``E_t = δ_t / √s_t``.
+
+    With ``β = wᵀUw/s``:  KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²].
+    """
+    innovation_var = explained + noise_var
+    beta = explained / innovation_var
+    kl = 0.5 * (code_size * variance_divergence(noise_var / innovation_var, -beta) + beta * energy)
     log_likelihood = -0.5 * (code_size * (2 * math.pi * innovation_var).log() + energy)
     if mask is not None:
         log_likelihood = log_likelihood * mask
     return kl, log_likelihood.sum(-1)
 
 
-def covariance_status(cov: Tensor, pivots: Tensor, noise_var: Tensor, variances: Tensor, failed: Tensor) -> Tensor:
-    """Status of each memory. A positive definite ``cov`` never lets a pivot of S fall below σ²."""
+def covariance_status(
+    cov: Tensor, weights: Tensor, noise_var: Tensor, variances: Tensor, explained: Tensor, failed: Tensor
+) -> Tensor:
+    """Status [B] of a chunk: whether its ``cov`` can be positive definite, and whether the next one can be held.
+
+    A positive definite ``cov`` explains nothing negative. Along a pattern, ``wᵀUw`` becomes ``wᵀUw σ²/s``; both are
+    sums of ``w_i w_j U_ij``, whose rounding is of the size ``eps Σ w_i² U_ii``. Below a few times that size nothing is
+    left of the variance but rounding, and the covariance need not be positive definite.
+    """
     eps = torch.finfo(cov.dtype).eps
-    rounding = 4 * (cov.shape[-1] + pivots.shape[-1]) * eps * variances.detach().abs()
-    indefinite = (failed != 0) | ~(pivots >= noise_var - rounding).all(-1)
-    return first_failure(symmetry(cov), NOT_POSITIVE_DEFINITE * indefinite.int())
+    noise_var, variances, explained = noise_var.detach(), variances.detach(), explained.detach()
+    rounding = 4 * (cov.shape[-1] + explained.shape[-1]) * eps * (variances + noise_var).abs()
+    indefinite = (failed != 0) | ~(explained >= -rounding).all(-1)
+    explained = explained.clamp_min(0)
+    left = explained * (noise_var / (explained + noise_var))
+    scale = weights.detach().square() @ cov.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [B, t, 1]
+    lost = ~(left >= LEAST_DIGITS * eps * scale.squeeze(-1)).all(-1)
+    status = first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int())
+    return status.int()

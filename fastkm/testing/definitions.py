@@ -87,15 +87,15 @@ UPDATE = ("mean", "cov", "innovation_var", "kl", "log_evidence")
 
 
 def update_one_by_one(e: Episode) -> Result:
-    (mean, cov), variances, errors = e.prior, [], []
+    (mean, cov), variances, energies = e.prior, [], []
     for w, z, noise in zip(e.weights.split(1, 1), e.values.split(1, 1), e.noise_var.split(1, 1), strict=True):
         delta = z - w @ mean
+        variances.append((w @ cov @ w.mT).flatten(1))
         mean, cov, s = posterior.update_sequential(mean, cov, w, z, noise)
-        variances.append(s)
-        errors.append(delta / s.sqrt().unsqueeze(-1))
-    innovation_var = torch.cat(variances, 1)
-    gains = posterior.information(innovation_var, e.noise_var, torch.cat(errors, 1), None)
-    return dict(zip(UPDATE, (mean, cov, innovation_var, *gains), strict=True))
+        energies.append(delta.square().sum(-1) / s)
+    explained = torch.cat(variances, 1)
+    gains = posterior.information(explained, e.noise_var, torch.cat(energies, 1), e.values.shape[-1], None)
+    return dict(zip(UPDATE, (mean, cov, explained + e.noise_var, *gains), strict=True))
 
 
 def update_normal_equations(e: Episode) -> Result:

@@ -24,9 +24,9 @@ LINALG = [
     fault(
         "cholesky-forgets-a-block",
         "only the last diagonal block of a factor tells whether the matrix is positive definite",
-        before="good &= factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,"
+        before="good &= factor_block(column, width, added.from(j), inverted ? f.inverse_block(j).data : nullptr,"
         " f.inverse_transposed_block(j).data);",
-        after="good = factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,"
+        after="good = factor_block(column, width, added.from(j), inverted ? f.inverse_block(j).data : nullptr,"
         " f.inverse_transposed_block(j).data);",
         tests=(BLOCKS,),
     ),
@@ -34,7 +34,7 @@ LINALG = [
         "cholesky-admits-zero",
         "a pivot of zero counts as positive",
         before="pivot > 0",
-        within="floors.slack[j] : pivot > 0;",
+        within="added.slack[j] : pivot > 0);",
         after="pivot >= 0",
         tests=("tests/test_check.py::test_a_gram_matrix_that_is_singular_in_its_dtype", BLOCKS),
     ),
@@ -158,8 +158,8 @@ POSTERIOR = [
     fault(
         "update-evidence-of-masked",
         "masked patterns count in the log evidence",
-        before="!unmasked",
-        within="if (!log_evidence || !unmasked) continue;",
+        before="!chunk.observed.unmasked[t]",
+        within="if (!log_evidence || !chunk.observed.unmasked[t]) continue;",
         after="false",
         tests=(UPDATE,),
     ),
@@ -173,8 +173,9 @@ POSTERIOR = [
     fault(
         "update-status-overwritten",
         "the status of the last chunk replaces that of the covariance itself",
-        before="if (status == kGood && !chunk.good) status = kNotPositiveDefinite;",
-        after="status = chunk.good ? kGood : kNotPositiveDefinite;",
+        before="if (status == kGood) status = chunk.status;",
+        within="if (status == kGood) status = chunk.status; } store_memory",
+        after="status = chunk.status;",
         tests=(COVARIANCE,),
     ),
     fault(
@@ -203,9 +204,9 @@ POSTERIOR = [
     fault(
         "update-backward-noise-term",
         "the gradient of the KL by the noise leaves out the energy",
-        before="energy / s",
-        within="1 / noise) - energy / s",
-        after="Real(0)",
+        before="+ energy)",
+        within="(C * (explained / noise) + energy)",
+        after=")",
         tests=(GRADIENT,),
     ),
     fault(
@@ -355,7 +356,7 @@ WRITING = [
         "write-sign-of-d",
         "the ridge's share in ‖δ‖² has the wrong sign",
         before="ridge * dot(padded, w, w)",
-        within="ridge * dot(padded, w, w); search.s[t] = s; search.d[t] = d; // (4), (5) and (6)",
+        within="ridge * dot(padded, w, w); search.d[t] = d; // (4), (5) and (6)",
         after="-ridge * dot(padded, w, w)",
         tests=(WRITE,),
     ),
@@ -383,10 +384,10 @@ WRITING = [
         tests=(WRITE_PRESETS,),
     ),
     fault(
-        "write-masked-variance",
-        "a masked pattern's variance is that of the search, which skipped it",
-        before="observed.unmasked[t] ? search.s[from + t] : noise",
-        after="search.s[from + t]",
+        "write-pivot-without-noise",
+        "the noise is left out of a pattern's innovation variance",
+        before="pivot = rest + added.value[j];",
+        after="pivot = rest;",
         tests=(WRITE,),
     ),
     fault(
@@ -406,15 +407,16 @@ WRITING = [
     fault(
         "write-search-status-lost",
         "that a search could not factor is forgotten when the update goes well",
-        before="if (!chunk.good) status = kNotPositiveDefinite;",
-        after="status = chunk.good ? kGood : kNotPositiveDefinite;",
+        before="if (status == kGood) status = chunk.status;",
+        within="if (status == kGood) status = chunk.status; } return status;",
+        after="status = chunk.status;",
         tests=("tests/test_check.py",),
     ),
     fault(
         "write-indefinite-unnoticed",
         "a write does not notice a variance below the noise",
-        before="chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
-        after="check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);",
+        before="positive &= check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[t]}, 0);",
+        after="check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[t]}, 0);",
         tests=("tests/test_check.py",),
     ),
     fault(

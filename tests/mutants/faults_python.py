@@ -130,7 +130,7 @@ RUNTIME = [
     fault(
         "bad-status-of-a-checked-call-lost",
         "a call that is not plain hands back what a failed factorisation left",
-        before="raise_failures(outputs[-1], operation.factored)",
+        before="raise_failures(outputs[-1], operation, inputs)",
         after="pass",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
     ),
@@ -161,8 +161,8 @@ REFERENCES = [
     fault(
         "indefinite-slack-reference",
         "a thousandfold slack for indefinite covariances in the reference",
-        before="4 * (cov.shape[-1] + pivots.shape[-1])",
-        after="4000 * (cov.shape[-1] + pivots.shape[-1])",
+        before="4 * (cov.shape[-1] + explained.shape[-1])",
+        after="4000 * (cov.shape[-1] + explained.shape[-1])",
         tests=(CHECK,),
     ),
     fault(
@@ -212,8 +212,8 @@ REFERENCES = [
     fault(
         "kl-weights-without-prior",
         "the norm of the weights is not divided by the prior's variance",
-        before="weights.square().sum(-1) / prior_var + weights.shape[-1] * (ratio",
-        after="weights.square().sum(-1) + weights.shape[-1] * (ratio",
+        before="weights.square().sum(-1) / prior_var + weights.shape[-1] * spread",
+        after="weights.square().sum(-1) + weights.shape[-1] * spread",
         tests=(f"{MATRIX_NORMAL}::test_kl_weights_is_that_of_independent_normals",),
     ),
     fault(

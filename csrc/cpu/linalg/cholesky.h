@@ -39,12 +39,17 @@ Factor<Real> allocate_factor(Arena& arena, int64_t n) {
   return {lower.rows_from(0, n), arena.allocate<Real>(padded * kBlock), arena.allocate<Real>(padded * kBlock)};
 }
 
-// The least value of each pivot. A pivot that is below its floor by at most its slack is raised to the floor; a pivot
-// further below, or NaN, means that the matrix is not positive definite. With no floors, pivots must be positive.
+// A positive diagonal that is added to the matrix, each entry when its pivot is taken: what is left of the matrix
+// itself keeps its digits, however small it is beside the diagonal. A negative rest within its slack becomes zero; one
+// further below, or NaN, means that the matrix is not positive semidefinite. Without a diagonal, pivots must be
+// positive.
 template <class Real>
-struct PivotFloors {
+struct AddedDiagonal {
   const Real* value = nullptr;  // [n]
   const Real* slack = nullptr;  // [n]
+  Real* rest = nullptr;         // [n], out: the pivots without the diagonal
+
+  AddedDiagonal from(int64_t j) const { return value ? AddedDiagonal{value + j, slack + j, rest + j} : *this; }
 };
 
 // A diagonal block in working memory of its own.
@@ -83,17 +88,19 @@ template <int64_t COUNT, class F>
   }(std::make_integer_sequence<int, static_cast<int>(COUNT)>());
 }
 
-// Whether a pivot is that of a positive definite matrix. It is replaced by a value that is safe to divide by.
+// Add the diagonal to a pivot. Returns whether the pivot is that of a positive definite matrix. If not, it is replaced
+// by a value that is safe to divide by.
 template <class Real>
-bool check_pivot(Real& pivot, const PivotFloors<Real>& floors, int64_t j) {
-  const Real floor = floors.value ? floors.value[j] : Real(0);
-  const bool holds = floors.value ? pivot >= floor - floors.slack[j] : pivot > 0;
+bool check_pivot(Real& pivot, const AddedDiagonal<Real>& added, int64_t j) {
   const bool finite = pivot - pivot == 0;
-  if (!holds || !finite)
+  const bool holds = finite && (added.value ? pivot >= -added.slack[j] : pivot > 0);
+  if (added.value) {
+    const Real rest = added.rest[j] = holds && pivot > 0 ? pivot : 0;
+    pivot = rest + added.value[j];
+  } else if (!holds) {
     pivot = 1;
-  else if (pivot < floor)
-    pivot = floor;
-  return holds && finite;
+  }
+  return holds;
 }
 
 // One vector of columns of rows [first, first + W) of a block, in registers, while it is eliminated. The multipliers
@@ -155,7 +162,7 @@ template <class Real>
 // positive. The elimination that turns A into √D Lᵀ turns the identity into √D L⁻¹, where D holds the pivots. The
 // square roots come last, because no row of the elimination needs them.
 template <class Real>
-bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& floors, Real* inverse,
+bool factor_block(const Matrix<Real>& a, int64_t n, const AddedDiagonal<Real>& added, Real* inverse,
                   Real* inverse_transposed) {
   constexpr int64_t W = kLanes<Real>;
   SquareBlock<Real> upper;           // √D Lᵀ, then Lᵀ; only its upper triangle matters
@@ -173,7 +180,7 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const PivotFloors<Real>& flo
       constexpr int J = constant;
       const int64_t j = first + J;
       const auto& row = panel.row;
-      if (j < n) good &= check_pivot(pivot, floors, j);
+      if (j < n) good &= check_pivot(pivot, added, j);
       pivots[j] = pivot;
       const Real reciprocal = reciprocals[j] = 1 / pivot;
       // Compute the next pivot before its row: the next division needs only the pivot.
@@ -239,10 +246,10 @@ void invert_block(const Factor<Real>& f) {
 // The diagonal blocks that `cholesky` inverts. The last inverse is needed only by solves, not by the factorisation.
 enum class Inverses { kAll, kAllButLast };
 
-// Factor the lower triangle of f.lower in place. Returns whether the matrix is positive definite; if not, the factor is
-// finite but meaningless.
+// Factor the lower triangle of f.lower, plus a diagonal, in place. Returns whether the matrix is positive definite; if
+// not, the factor is finite but meaningless.
 template <class Real>
-bool cholesky(const Factor<Real>& f, Arena& arena, const PivotFloors<Real>& floors = {}, Prefetch* prefetch = nullptr,
+bool cholesky(const Factor<Real>& f, Arena& arena, const AddedDiagonal<Real>& added = {}, Prefetch* prefetch = nullptr,
               Inverses inverses = Inverses::kAll) {
   const int64_t n = f.size();
   const Matrix<Real> row_transposed = allocate_matrix<Real>(arena, n, kBlock);  // (L_j,<j)ᵀ
@@ -255,10 +262,9 @@ bool cholesky(const Factor<Real>& f, Arena& arena, const PivotFloors<Real>& floo
       transpose(row_transposed.block(0, j, 0, width), f.lower.block(j, width, 0, j));
       product<Into::kSubtract>(column, j, operand(f.lower.rows_from(j, n - j)), row_transposed, prefetch);
     }
-    const PivotFloors<Real> here{floors.value ? floors.value + j : nullptr, floors.slack ? floors.slack + j : nullptr};
     const int64_t below = n - j - width;
     const bool inverted = below > 0 || inverses == Inverses::kAll;
-    good &= factor_block(column, width, here, inverted ? f.inverse_block(j).data : nullptr,
+    good &= factor_block(column, width, added.from(j), inverted ? f.inverse_block(j).data : nullptr,
                          f.inverse_transposed_block(j).data);
     if (below > 0) {
       const Matrix<Real> rest = column.rows_from(width, below);

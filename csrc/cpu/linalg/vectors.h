@@ -22,6 +22,18 @@ Real dot(int64_t n, const Real* x, const Real* y) {
   return total;
 }
 
+// Σ_i weight_i x_i²
+template <class Real>
+Real weighted_norm(int64_t n, const Real* x, const Real* weight) {
+  constexpr int64_t W = kLanes<Real>;
+  Vec<Real> sum = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W) sum += load(x + i) * load(x + i) * load(weight + i);
+  Real total = lane_sum<Real>(sum);
+  for (; i < n; ++i) total += x[i] * x[i] * weight[i];
+  return total;
+}
+
 // norms = ‖row‖² of every row. `norms` has room for a whole number of vector registers.
 template <class Real>
 void squared_norms(const Matrix<Real>& m, Real* norms) {

@@ -3,18 +3,22 @@
 // With U = L Lᵀ, U0 = L0 L0ᵀ and Δ = R − R0,
 //   (1)  KL = ½ [C (tr(U0⁻¹U) − K + ln|U0| − ln|U|) + tr(ΔᵀU0⁻¹Δ)]
 //   (2)  tr(U0⁻¹U) = ‖L0⁻¹L‖²,  tr(ΔᵀU0⁻¹Δ) = ‖L0⁻¹Δ‖²,  ln|U| = 2 Σ ln L_ii.
+// With M = L0⁻¹L and D its diagonal, whose entries are m_i = L_ii/L0_ii, this is a sum of terms that are not negative,
+// so that nothing cancels where U is close to U0:
+//   (3)  KL = ½ [C (Σ (m_i² − 1 − ln m_i²) + ‖M − D‖²) + ‖L0⁻¹Δ‖²],  M − D = L0⁻¹(L − L0 D).
 // Bytes: both means and both covariances once. Operations: two factors, K³/3 each, a solve with a lower triangle, K³/3,
-// and a solve with C columns, K² C. The solutions of (2) are never stored: a strip of columns is solved, squared and
+// and a solve with C columns, K² C. The solutions of (3) are never stored: a strip of columns is solved, squared and
 // summed.
 //
-// Sums over a whole matrix are taken in double, because the result is a small difference of large terms. Of a
-// covariance only the lower triangle is used, but it must be symmetric.
+// Sums over a whole matrix are taken in double. Of a covariance only the lower triangle is used, but it must be
+// symmetric.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/linalg/cholesky.h"
 #include "cpu/linalg/symmetric.h"
+#include "cpu/linalg/variance_divergence.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -105,14 +109,25 @@ double solution_norm(const Factor<Real>& f, int64_t columns, const First& first,
   return sum;
 }
 
-// ‖L0⁻¹ L‖². A column of L is zero above its diagonal, and so is its solution.
+// Σ (m_i² − 1 − ln m_i²) + ‖M − D‖² of (3). A column of L − L0 D is zero above its diagonal and on it, and so is its
+// solution.
 template <class Real>
-double spread_norm(const Factor<Real>& prior, const Matrix<Real>& lower, Arena& arena) {
+double spread(const Factor<Real>& prior, const Factor<Real>& factor, Arena& arena) {
+  const int64_t n = factor.size(), padded = round_up(n, kLanes<Real>);
+  Real* m = arena.allocate<Real>(padded);
+  double diagonal = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const Real own = factor.lower.row(i)[i], other = prior.lower.row(i)[i], gap = (own - other) / other;
+    m[i] = own / other;
+    diagonal += variance_divergence(m[i] * m[i], gap * (2 + gap));
+  }
+  for (int64_t i = n; i < padded; ++i) m[i] = 0;
   const auto lane = lane_numbers<Real>();
   const auto rhs = [&](int64_t i, int64_t j) {
-    return lane <= static_cast<LaneNumber<Real>>(i - j) ? load(lower.row(i) + j) : Vec<Real>{};
+    const Vec<Real> gap = load(factor.lower.row(i) + j) - load(prior.lower.row(i) + j) * load(m + j);
+    return lane < static_cast<LaneNumber<Real>>(i - j) ? gap : Vec<Real>{};
   };
-  return solution_norm<2>(prior, round_up(lower.rows, kLanes<Real>), [](int64_t j) { return j; }, rhs, arena);
+  return diagonal + solution_norm<2>(prior, padded, [](int64_t j) { return j; }, rhs, arena);
 }
 
 // ‖L0⁻¹ (R − R0)‖². If both means have contiguous rows, their difference is taken in registers.
@@ -167,11 +182,8 @@ void kl_memory(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
     args.info[b] = loaded > prior_loaded ? loaded : prior_loaded;
     if (args.info[b] != kGood) continue;
 
-    const double growth = log_det(prior) - log_det(factor);
-    const double spread = spread_norm(prior, factor.lower, arena);
     const double shift = shift_norm(prior, args.mean, args.prior_mean, b, args.C, arena);
-    const double columns = static_cast<double>(args.C), rows = static_cast<double>(args.K);
-    args.result[b] = static_cast<Real>(0.5 * (columns * (spread - rows + growth) + shift));
+    args.result[b] = static_cast<Real>(0.5 * (static_cast<double>(args.C) * spread(prior, factor, arena) + shift));
   }
 }
 

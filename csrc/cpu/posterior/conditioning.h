@@ -4,13 +4,18 @@
 //   (1)  S = W U Wᵀ + diag(σ²) = L Lᵀ
 //   (2)  G = L⁻¹ W U,  E = L⁻¹ (Z − W R)
 //   (3)  R' = R + Gᵀ E,  U' = U − Gᵀ G
-//   (4)  s_t = L_tt²,  KL_t = ½ [C (ln(s_t/σ_t²) − β_t) + β_t ‖E_t‖²] with β_t = 1 − σ_t²/s_t
+//   (4)  s_t = L_tt² = e_t + σ_t²,  KL_t = ½ [C (ln(s_t/σ_t²) − β_t) + β_t ‖E_t‖²] with β_t = e_t/s_t
 //   (5)  ln p(Z) = −½ Σ_t [C ln(2π s_t) + ‖E_t‖²].
 // A chunk reads and writes the memory once, K (C + K) numbers, and costs about 4 t K C + 3 t K² operations. G, E and L
 // stay in working memory.
 //
-// Rounding can leave L_tt² below σ_t², which is its least value; it is then raised to σ_t². A pivot further below, or
-// NaN, means that U is not positive definite: the status says so, and the results are finite but meaningless.
+// e_t = w_tᵀ U_{t−1} w_t is what the memory explains. It is found before σ_t² is added: L_tt² − σ_t² would lose the
+// digits of a small step. Rounding can leave e_t below zero; it is then zero. Further below, or NaN, means that U is
+// not positive definite: the status says so, and the results are finite but meaningless.
+//
+// After the pattern, the variance along w_t is e_t σ_t²/s_t. It is a sum of w_i w_j U_ij, whose rounding is of the size
+// ε Σ w_i² U_ii. If less than kLeastDigits times that is left, the new covariance need not be positive definite, and
+// the status says that it is lost.
 //
 // An update and a write share this file: a write finds weights and then conditions on them.
 #pragma once
@@ -21,6 +26,7 @@
 #include "cpu/linalg/cholesky.h"
 #include "cpu/linalg/solve.h"
 #include "cpu/linalg/symmetric.h"
+#include "cpu/linalg/variance_divergence.h"
 #include "cpu/linalg/vectors.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -94,8 +100,9 @@ struct WhitenedRows {
   Matrix<Real> gain;            // G [t, K]
   Matrix<Real> values;          // E [t, C]
   Observations<Real> observed;  // [t]
-  Real pivot[kChunk];           // L_tt² [t]
-  bool good = true;             // the pivots are those of a positive definite U
+  Real pivot[kChunk];           // L_tt² [t]; σ² where masked
+  Real explained[kChunk];       // e [t]; 0 where masked
+  Status status = kGood;        // of U before the chunk and after it
 
   int64_t count() const { return gain.rows; }
 };
@@ -108,26 +115,55 @@ WhitenedRows<Real> allocate_whitened_rows(int64_t K, int64_t C, int64_t count, c
           .observed = observed};
 }
 
-// How far below σ² rounding may bring a pivot, in a chunk of `count` patterns.
+// How far below zero rounding may bring e, in a chunk of `count` patterns; `variance` is that of w U wᵀ + σ².
 template <class Real>
 Real rounding_slack(int64_t K, int64_t count, Real variance) {
   return 4 * static_cast<Real>(K + count) * std::numeric_limits<Real>::epsilon() * std::abs(variance);
 }
 
-// (1) from W U Wᵀ, which is in the lower triangle of `factor`. `MOST` is the room of `pivot`. Returns whether U can be
-// positive definite.
+// (1) from W U Wᵀ, which is in the lower triangle of `factor`, and e. `MOST` is the room of `pivot`. Returns whether U
+// can be positive definite.
 template <class Real, size_t MOST>
-bool factor_variances(const Factor<Real>& factor, Real (&pivot)[MOST], int64_t K, const Real* noise_var, Arena& arena) {
+bool factor_variances(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST], int64_t K,
+                      const Real* noise_var, Arena& arena) {
   const int64_t count = factor.size();
   Real slack[MOST];
-  for (int64_t t = 0; t < count; ++t) {
-    Real& variance = factor.lower.row(t)[t];
-    variance += noise_var[t];
-    slack[t] = rounding_slack(K, count, variance);
-  }
-  const bool good = cholesky(factor, arena, PivotFloors<Real>{noise_var, slack});
-  for (int64_t t = 0; t < count; ++t) pivot[t] = factor.lower.row(t)[t] * factor.lower.row(t)[t];
+  for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t]);
+  const bool good = cholesky(factor, arena, AddedDiagonal<Real>{noise_var, slack, explained});
+  for (int64_t t = 0; t < count; ++t) pivot[t] = explained[t] + noise_var[t];
   return good;
+}
+
+// A variance is lost when it is less than this many times the rounding of the sum that gives it.
+constexpr int kLeastDigits = 16;
+
+// The diagonal of a covariance, with zeros up to a whole vector register.
+template <class Real>
+Real* copy_diagonal(const Matrix<Real>& cov, Arena& arena) {
+  Real* diagonal = allocate_zero<Real>(arena, 1, cov.rows).data;
+  for (int64_t k = 0; k < cov.rows; ++k) diagonal[k] = cov.row(k)[k];
+  return diagonal;
+}
+
+// Whether the type holds the variance along `w` after a pattern that left `pivot` of it; `diagonal` is that of U before
+// the chunk.
+template <class Real>
+bool holds_variance(int64_t K, const Real* w, const Real* diagonal, Real explained, Real noise_var, Real pivot) {
+  const Real least = kLeastDigits * std::numeric_limits<Real>::epsilon() * weighted_norm(K, w, diagonal);
+  return explained * (noise_var / pivot) >= least;
+}
+
+// The status of a chunk whose e are known; `positive` says whether U can be positive definite.
+template <class Real>
+Status chunk_status(bool positive, const WhitenedRows<Real>& chunk, const Matrix<Real>& cov,
+                    const Matrix<Real>& weights, Arena& arena) {
+  if (!positive) return kNotPositiveDefinite;
+  const Real* diagonal = copy_diagonal(cov, arena);
+  bool holds = true;
+  for (int64_t t = 0; t < chunk.count(); ++t)
+    holds &= holds_variance(cov.rows, weights.row(t), diagonal, chunk.explained[t], chunk.observed.noise_var[t],
+                            chunk.pivot[t]);
+  return holds ? kGood : kLost;
 }
 
 // E of (2). A long product W R is summed from parts, which does not fit into the registers of the solve.
@@ -155,7 +191,8 @@ WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real
   transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, operand(weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
-  chunk.good = factor_variances(factor, chunk.pivot, K, observed.noise_var, arena);
+  const bool positive = factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena);
+  chunk.status = chunk_status(positive, chunk, memory.cov, weights, arena);
   solve_lower(chunk.gain, factor, projected, 0, {}, projected);
   whiten_values(chunk, factor, memory.mean, weights, values, arena, prefetch);
   return chunk;
@@ -180,18 +217,16 @@ void store_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first, co
   const Real C = static_cast<Real>(args.C);
   Real log_noise = 0, log_noise_of = 0;  // ln(2πσ²) of the last σ²; patterns often share one
   for (int64_t t = 0; t < chunk.count(); ++t) {
-    const bool unmasked = chunk.observed.unmasked[t];
-    const Real noise = chunk.observed.noise_var[t], pivot = chunk.pivot[t];
-    const Real s = unmasked && pivot > noise ? pivot : noise;
-    const Real energy = energies[t], growth = std::log(s / noise), beta = 1 - noise / s;
+    const Real noise = chunk.observed.noise_var[t], s = chunk.pivot[t], beta = chunk.explained[t] / s;
+    const Real energy = energies[t], divergence = variance_divergence(noise / s, -beta);
     *args.innovation_var.at(b, first + t) = s;
-    *args.kl.at(b, first + t) = Real(0.5) * (C * (growth - beta) + beta * energy);
-    if (!log_evidence || !unmasked) continue;
+    *args.kl.at(b, first + t) = Real(0.5) * (C * divergence + beta * energy);
+    if (!log_evidence || !chunk.observed.unmasked[t]) continue;
     if (noise != log_noise_of) {
       log_noise = std::log(kTwoPi * noise);
       log_noise_of = noise;
     }
-    *log_evidence -= Real(0.5) * (C * (growth + log_noise) + energy);
+    *log_evidence -= Real(0.5) * (C * (divergence + beta + log_noise) + energy);
   }
 }
 

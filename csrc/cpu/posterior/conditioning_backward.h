@@ -8,8 +8,12 @@
 //   (2)  V̄ = L⁻ᵀ Ḡ,  Z̄ = L⁻ᵀ Ē
 //   (3)  N = Ḡ Gᵀ + Ē Eᵀ, its lower triangle mirrored,  S̄ = L⁻ᵀ (diag(L_tt² p̄_t) − ½ N) L⁻¹
 //   (4)  V̄ += S̄ W,  R̄ = R̄' − Wᵀ Z̄,  Ū = Ū' + sym(Wᵀ V̄),  W̄ = (V̄ + S̄ W) U − Z̄ Rᵀ.
-// In (3), p̄_t is the cotangent of L_tt². There L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt p̄_t), and only the lower triangle of
-// Lᵀ L̄ reaches S̄.
+// In (3), p̄_t is the cotangent of e_t, which is L_tt² − σ_t². There L̄ = −tril(L⁻ᵀ N) + 2 diag(L_tt p̄_t), and only the
+// lower triangle of Lᵀ L̄ reaches S̄.
+//
+// σ_t² enters S_tt and leaves e_t again, so that S̄_tt − p̄_t reaches it. With x = e/σ², the divergence of a small step
+// has p̄ of the size x, and its cotangent of σ² has the size x²: p̄_t is left out of the sum S̄_tt, not subtracted from
+// it.
 //
 // A chunk costs about 8 t K C + 6 t K² operations. The states before all chunks are computed first and kept: K (C + K)
 // numbers a chunk.
@@ -113,9 +117,10 @@ ChunkColumns<Real> load_chunk(const PosteriorArgs<Real>& args, const PosteriorGr
 // A chunk whitened against the memory before it.
 template <class Real>
 struct WhitenedColumns {
-  Matrix<Real> inputs;                // Gᵀ above Eᵀ [K + C, t]
-  Matrix<Real> inverse;               // L⁻¹ [t, t]
-  Real pivot[kLargestBackwardChunk];  // L_tt² [t]
+  Matrix<Real> inputs;                    // Gᵀ above Eᵀ [K + C, t]
+  Matrix<Real> inverse;                   // L⁻¹ [t, t]
+  Real pivot[kLargestBackwardChunk];      // L_tt² [t]
+  Real explained[kLargestBackwardChunk];  // e [t]
 };
 
 template <class Real>
@@ -134,7 +139,7 @@ void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& mem
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
   product<Into::kSet>(projected, K, memory.cov, weights_transposed);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.weights), projected);
-  factor_variances(factor, whitened.pivot, K, chunk.observed.noise_var, arena);
+  factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, arena);
   invert_lower(factor, whitened.inverse, arena);
   product<Into::kSubtract>(innovations, chunk.values, K, memory.mean_transposed, weights_transposed);
   product_of_triangle<true>(whitened.inputs, inputs, transposed_copy(whitened.inverse, arena));
@@ -158,24 +163,22 @@ struct ChunkCotangents {
   Real noise[kLargestBackwardChunk];
 };
 
-// Cotangents of a pattern's L_tt², ‖E_t‖² and σ² from those of its s and KL and of ln p(Z).
+// Cotangents of a pattern's e, ‖E_t‖² and σ², as if these were independent, from those of its s = e + σ² and KL and of
+// ln p(Z).
 template <class Real>
 struct PatternCotangents {
-  Real pivot = 0, energy = 0, noise = 0;
+  Real explained = 0, energy = 0, noise = 0;
 };
 template <class Real>
-PatternCotangents<Real> pattern_cotangents(const ChunkColumns<Real>& chunk, Real pivot, Real energy, int64_t t) {
+PatternCotangents<Real> pattern_cotangents(const ChunkColumns<Real>& chunk, Real explained, Real energy, int64_t t) {
   const Real grad_s = chunk.grad.s[t], grad_kl = chunk.grad.kl[t], grad_evidence = chunk.grad.log_evidence;
   if (!chunk.observed.unmasked[t]) return {.noise = grad_s};
-  const Real noise = chunk.observed.noise_var[t], s = pivot > noise ? pivot : noise;
-  const Real C = static_cast<Real>(chunk.values.rows);
-  PatternCotangents<Real> result;
-  const Real of_s =
-      grad_s + Real(0.5) * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
-  (pivot > noise ? result.pivot : result.noise) = of_s;
-  result.energy = Real(0.5) * (grad_kl * (1 - noise / s) - grad_evidence);
-  result.noise += Real(0.5) * grad_kl * (C * (1 / s - 1 / noise) - energy / s);
-  return result;
+  const Real noise = chunk.observed.noise_var[t], s = explained + noise, beta = explained / s;
+  const Real C = static_cast<Real>(chunk.values.rows), of_s = grad_s - Real(0.5) * grad_evidence * C / s;
+  const Real of_kl = Real(0.5) * grad_kl / s;
+  return {.explained = explained > 0 ? of_s + of_kl * (C * beta + energy * (noise / s)) : 0,
+          .energy = Real(0.5) * (grad_kl * beta - grad_evidence),
+          .noise = of_s - of_kl * beta * (C * (explained / noise) + energy)};
 }
 
 // energies = ‖E_t‖², from Eᵀ [C, t].
@@ -210,20 +213,31 @@ void whitened_cotangents(const Matrix<Real>& grad_whitened, const MemoryColumns<
     for (int64_t t = 0; t < padded; ++t) grad_E.row(c)[t] += 2 * grad_energy[t] * E.row(c)[t];
 }
 
-// (3): S̄ [t, t] from [Ḡ Ē]ᵀ and the cotangents of the pivots.
+// (3): S̄ [t, t] from [Ḡ Ē]ᵀ and the cotangents of e. Adds S̄_tt, without the term p̄_t of its sum, to `grad_noise`, which
+// has room for a whole number of vector registers.
 template <class Real>
 Matrix<Real> variance_cotangents(const Matrix<Real>& grad_whitened, const WhitenedColumns<Real>& whitened,
-                                 const Real* grad_pivot, Arena& arena) {
-  const int64_t count = whitened.inverse.rows, padded = round_up(count, kLanes<Real>);
+                                 const Real* grad_explained, Real* grad_noise, Arena& arena) {
+  constexpr int64_t W = kLanes<Real>;
+  const int64_t count = whitened.inverse.rows, padded = round_up(count, W);
+  const auto lane = lane_numbers<Real>();
   const Matrix<Real> grad_S = allocate_matrix<Real>(arena, count, count);
   const Matrix<Real> solved = allocate_matrix<Real>(arena, count, count);
   product_lower<Into::kSet>(grad_S, grad_whitened.rows, transposed(grad_whitened), whitened.inputs);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i)
     for (int64_t j = 0; j < padded; ++j) grad_S.row(i)[j] *= Real(-0.5);
-    grad_S.row(i)[i] += whitened.pivot[i] * grad_pivot[i];
-  }
   mirror(grad_S);
   product_of_triangle<false>(solved, grad_S, whitened.inverse);
+  for (int64_t i = 0; i < count; ++i) {
+    const Real of_pivot = whitened.pivot[i] * grad_explained[i];
+    for (int64_t t = 0; t <= i; t += W) {
+      const auto below = static_cast<LaneNumber<Real>>(i - t);
+      const Vec<Real> inverse = lane <= below ? load(whitened.inverse.row(i) + t) : Vec<Real>{};
+      const Vec<Real> row = load(solved.row(i) + t), term = of_pivot * inverse;
+      store<Real>(grad_noise + t, load(grad_noise + t) + inverse * (row + (lane < below ? term : Vec<Real>{})));
+      store<Real>(solved.row(i) + t, row + term);
+    }
+  }
   product<Into::kSet>(grad_S, count, transposed(whitened.inverse), solved);
   return grad_S;
 }
@@ -240,19 +254,19 @@ ChunkCotangents<Real> condition_backward(const MemoryColumns<Real>& grad, const 
   const Matrix<Real> V = solved.rows_from(0, K), Z = solved.rows_from(K, C);  // V̄ᵀ and Z̄ᵀ
   ChunkCotangents<Real> to{.weights = allocate_matrix<Real>(arena, K, count), .values = Z};
 
-  Real energy[kLargestBackwardChunk], grad_energy[kLargestBackwardChunk] = {}, grad_pivot[kLargestBackwardChunk] = {};
+  Real energy[kLargestBackwardChunk], grad_energy[kLargestBackwardChunk] = {};
+  Real grad_explained[kLargestBackwardChunk] = {};
   column_norms(whitened.inputs.rows_from(K, C), energy);
   for (int64_t t = 0; t < count; ++t) {
-    const PatternCotangents<Real> of = pattern_cotangents(chunk, whitened.pivot[t], energy[t], t);
+    const PatternCotangents<Real> of = pattern_cotangents(chunk, whitened.explained[t], energy[t], t);
     grad_energy[t] = of.energy;
-    grad_pivot[t] = of.pivot;
+    grad_explained[t] = of.explained;
     to.noise[t] = of.noise;
   }
 
-  whitened_cotangents(grad_whitened, grad, whitened, grad_energy, prefetch);                    // (1)
-  product_of_triangle<false>(solved, grad_whitened, whitened.inverse);                          // (2)
-  const Matrix<Real> grad_S = variance_cotangents(grad_whitened, whitened, grad_pivot, arena);  // (3)
-  for (int64_t t = 0; t < count; ++t) to.noise[t] += grad_S.row(t)[t];
+  whitened_cotangents(grad_whitened, grad, whitened, grad_energy, prefetch);                                  // (1)
+  product_of_triangle<false>(solved, grad_whitened, whitened.inverse);                                        // (2)
+  const Matrix<Real> grad_S = variance_cotangents(grad_whitened, whitened, grad_explained, to.noise, arena);  // (3)
 
   // (4). S̄ W enters V̄ once before Ū and once more before W̄.
   const Matrix<Real> S_W = allocate_matrix<Real>(arena, K, count);

@@ -56,7 +56,7 @@ void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t en
       update_memory(after, memory, chunk, &prefetch);
       store_reports(args, b, first, chunk, &log_evidence);
       memory = after;
-      if (status == kGood && !chunk.good) status = kNotPositiveDefinite;
+      if (status == kGood) status = chunk.status;
     }
     store_memory(memory, args, b);
     args.log_evidence[b] = static_cast<Real>(log_evidence);

@@ -61,7 +61,7 @@ struct Search {
   LowRankDifference<Real> cov;      // U, less c aᵀ for each pattern; row t of c and a belongs to pattern t
   Matrix<Real> c_dot_w;             // [t, t], c_earlier · w_t
   Matrix<Real> delta_dot_z;         // [t, t], δ_t · z_later
-  Real s[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};
+  Real explained[kLargestSearchChunk] = {}, d[kLargestSearchChunk] = {};  // w · a, and d
 };
 
 template <class Real>
@@ -161,10 +161,10 @@ Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, c
     search.cov.count = t;
     search.cov.product({a}, padded, {w});
     __builtin_memcpy(search.c_dot_w.row(t), search.cov.l_dot_x.row(0), static_cast<size_t>(t) * sizeof(Real));
-    const Real s = dot(padded, w, a) + observed.noise_var[t], reciprocal = 1 / s;
+    search.explained[t] = dot(padded, w, a);
+    const Real reciprocal = 1 / (search.explained[t] + observed.noise_var[t]);
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
-    search.s[t] = s;
     search.d[t] = d;
 
     // (4), (5) and (6): X, H and A follow.

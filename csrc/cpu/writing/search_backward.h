@@ -51,7 +51,7 @@ Search<Real> replay_search(const GramSpace<Real>& space, const ChunkColumns<Real
       c[i] = a[i] * reciprocal;
     }
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
-    search.s[t] = s;
+    search.explained[t] = whitened.explained[t];
     search.d[t] = d;
     product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t));
@@ -93,7 +93,7 @@ void find_weights_backward(SearchCotangents<Real>& grads, const GramSpace<Real>&
     search.cov.count = t;
     search.inverse.count -= 2;
     const Real *c = search.cov.left.row(t), *a = search.cov.right.row(t), *x = space.cross.row(t);
-    const Real *w = chunk.weights.row(t), s = search.s[t], d = search.d[t];
+    const Real *w = chunk.weights.row(t), d = search.d[t], s = search.explained[t] + chunk.observed.noise_var[t];
     Real* grad_x = grads.cross.row(t);
     __builtin_memcpy(grad_w, grads.weights.row(t), static_cast<size_t>(K) * sizeof(Real));
 

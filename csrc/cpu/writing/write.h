@@ -52,11 +52,11 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
   Real std_dev[kChunk];
+  bool positive = true;
   for (int64_t t = 0; t < count; ++t) {
-    const Real noise = observed.noise_var[t];
-    Real s = observed.unmasked[t] ? search.s[from + t] : noise;
-    const Real slack = rounding_slack(K, count, s);
-    chunk.good &= check_pivot(s, PivotFloors<Real>{&noise, &slack}, 0);
+    Real s = search.explained[from + t];  // before σ² is added
+    const Real noise = observed.noise_var[t], slack = rounding_slack(K, count, s + noise);
+    positive &= check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[t]}, 0);
     chunk.pivot[t] = s;
     std_dev[t] = std::sqrt(s);
     const Real reciprocal = 1 / std_dev[t];
@@ -66,6 +66,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
     lower[t] = std_dev[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
+  chunk.status = chunk_status(positive, chunk, memory.cov, weights, arena);
   invert_block(factor);
   whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
@@ -94,7 +95,7 @@ Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, cons
                                          : whiten_rows(memory, found, values, observed.from(t), arena);
     update_memory(memory, memory, chunk);
     store_reports<Real>(args.posterior, b, first + t, chunk, nullptr);
-    if (!chunk.good) status = kNotPositiveDefinite;
+    if (status == kGood) status = chunk.status;
   }
   return status;
 }
