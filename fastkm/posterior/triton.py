@@ -21,8 +21,10 @@ from fastkm._linalg.triton.factor import (
     EPS,
     IS_ASYMMETRIC,
     IS_INDEFINITE,
+    IS_LOST,
     SQRT_EPS,
     eliminate,
+    holds_variance,
     inverse_of_factor,
     load_symmetric,
 )
@@ -39,13 +41,14 @@ from fastkm._linalg.triton.launch import (
     vectors,
     warps,
 )
-from fastkm._linalg.triton.patterns import CHUNK, Patterns, is_written, load_patterns, patterns_of
+from fastkm._linalg.triton.patterns import CHUNK, Patterns, is_written, load_patterns, patterns_of, starts_chunk
 from fastkm._linalg.triton.product import product
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     assume_aligned,
     assume_fours,
     diagonal,
+    load_diagonal,
     load_tile,
     matrix_of,
     result_of,
@@ -77,27 +80,38 @@ class Results(NamedTuple):
 
 
 @triton.jit
-def factor_pattern_by_pattern(to, s, gain, cov, patterns, SIZE: tl.constexpr):
-    """U through all patterns:  a = U w,  s = wᵀa + σ²,  g = a/√s,  U ← U − g gᵀ.  Ends with a barrier."""
+def factor_pattern_by_pattern(to, s, explained, gain, cov, patterns, SIZE: tl.constexpr):
+    """U through all patterns:  a = U w,  s = wᵀa + σ²,  g = a/√s,  U ← U − g gᵀ.  Ends with a barrier.
+
+    ``explained`` is wᵀa. The status is that of the block form, which rounds at the size of U before its chunk.
+    """
     K, T = cov.rows, s.size
     o_k = tl.arange(0, SIZE)
     b_cov = load_tile(cov, o_k, o_k)
     gap, scale = tl.max(tl.abs(b_cov - load_tile(transposed(cov), o_k, o_k))), tl.max(tl.abs(b_cov))
     finite = tl.min((tl.abs(b_cov) < float("inf")).to(tl.int32))
     status = tl.where(finite == 0, IS_INDEFINITE, tl.where(gap > scale * SQRT_EPS, IS_ASYMMETRIC, 0))
+    variances = tl.sum(tl.where(o_k[:, None] == o_k[None, :], b_cov, 0.0), 0)
+    variances_before = variances
     for t in range(T):
         o_t = t + tl.arange(0, 1)
         w = tl.sum(load_patterns(patterns.weights, o_t, o_k, is_written(patterns.mask, o_t, T)), 0)
+        variances_before = tl.where(starts_chunk(t), variances, variances_before)
         noise = load_entry(patterns.noise, t)
         a = tl.sum(b_cov * w[:, None], 0)
-        b_s = tl.sum(w * a, 0) + noise
+        b_explained = tl.sum(w * a, 0)
         slack = (tl.sum(tl.abs(w * a), 0) + noise) * (4.0 * EPS) * (K + T)
-        holds = (b_s >= noise - slack) & (b_s < float("inf"))
+        holds = (b_explained >= -slack) & (b_explained < float("inf"))
         status = tl.where((status == 0) & (holds == 0), IS_INDEFINITE, status)
-        b_s = tl.maximum(b_s, noise)
+        b_explained = tl.where(holds & (b_explained > 0), b_explained, 0.0)
+        b_s = b_explained + noise
+        held = holds_variance(tl.sum(w * w * variances_before, 0), b_explained, noise, b_s)
+        status = tl.where((status == 0) & (held == 0), IS_LOST, status)
         g = a / tl.sqrt(b_s)
+        variances -= g * g
         b_cov -= g[:, None] * g[None, :]
         tl.store(s.p + t, b_s)
+        tl.store(explained.p + t, b_explained)
         store_vector(row_of(gain, t), g, o_k)
     store_tile(to, b_cov, o_k, o_k)
     tl.debug_barrier()
@@ -125,7 +139,8 @@ def update_kernel(
     s, gain = results_of(to.s, i_b, T), result_of(p_gain, i_b, T, K)
     if FACTOR:
         new_cov = result_of(to.cov, i_b, K, K)
-        status = factor_pattern_by_pattern(new_cov, s, gain, matrix_of(cov, i_b, K, K), patterns, SIZE)
+        kl = results_of(to.kl, i_b, T)
+        status = factor_pattern_by_pattern(new_cov, s, kl, gain, matrix_of(cov, i_b, K, K), patterns, SIZE)
         tl.store(to.status + i_b, status)
     if not (SPLIT and FACTOR):
         mean, new_mean = matrix_of(mean, i_b, K, C), result_of(to.mean, i_b, K, C)
@@ -145,7 +160,7 @@ def update_kernel(
 
 
 @triton.jit
-def factor_kernel(cov, patterns, p_new_cov, p_s, p_status, p_gain, K, T):
+def factor_kernel(cov, patterns, p_new_cov, p_s, p_explained, p_status, p_gain, K, T):
     """Chunk by chunk:  V = W U,  S = V Wᵀ + diag σ² = L Lᵀ,  G = L⁻¹ V,  U ← U − GᵀG.
 
     Bytes moved: cov in and out once a chunk of patterns, from the cache while K² stays there; weights in once.
@@ -153,21 +168,25 @@ def factor_kernel(cov, patterns, p_new_cov, p_s, p_status, p_gain, K, T):
     i_b = tl.program_id(0).to(tl.int64)
     patterns = patterns_of(patterns, i_b, T, K, 0, False)
     new_cov, s, gain = result_of(p_new_cov, i_b, K, K), results_of(p_s, i_b, T), result_of(p_gain, i_b, T, K)
+    explained = results_of(p_explained, i_b, T)
     status = load_symmetric(new_cov, matrix_of(cov, i_b, K, K))
     for first in range(0, T, CHUNK):
         count = tl.minimum(CHUNK, T - first)
         o_t = first + tl.arange(0, CHUNK)
         chunk_gain = rows_from(gain, first, T - first)
         noise = load_vector(patterns.noise, o_t, 1.0)
-        predictive = predict_chunk(chunk_gain, patterns, noise, new_cov, o_t)
+        predictive, variances = predict_chunk(chunk_gain, patterns, new_cov, o_t)
 
-        # L⁻¹. A positive definite U never lets a pivot fall below σ².
+        # L⁻¹. A positive definite U never lets wᵀUw fall below zero.
         o = tl.arange(0, CHUNK)
-        slack = tl.abs(diagonal(predictive, o)) * (4.0 * EPS) * (K + T)
-        tile, good = eliminate(predictive, count, noise, slack, True)
+        slack = tl.abs(diagonal(predictive, o) + noise) * (4.0 * EPS) * (K + T)
+        tile, good, rests = eliminate(predictive, count, noise, slack, True)
         status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
         pivots = diagonal(tile, o)
+        held = (o >= count) | holds_variance(variances, rests, noise, pivots)
+        status = tl.where((status == 0) & (tl.min(held.to(tl.int32), 0) == 0), IS_LOST, status)
         store_vector(s, pivots, o_t)
+        store_vector(explained, rests, o_t)
         whiten_rows(chunk_gain, inverse_of_factor(tile, pivots, o))
         chunk_gain = rows_from(gain, first, count)
         product(new_cov, transposed(chunk_gain), chunk_gain, scale=-1.0, accumulate=True)
@@ -175,11 +194,12 @@ def factor_kernel(cov, patterns, p_new_cov, p_s, p_status, p_gain, K, T):
 
 
 @triton.jit
-def predict_chunk(projected, patterns, noise, cov, o_t):
-    """S of one chunk of patterns; leaves V in ``projected``."""
+def predict_chunk(projected, patterns, cov, o_t):
+    """W U Wᵀ and Σ_k w_k² U_kk of one chunk of patterns; leaves V in ``projected``."""
     K = cov.rows
     o = tl.arange(0, CHUNK)
     m_written = is_written(patterns.mask, o_t, patterns.noise.size)
+    variances = tl.zeros((CHUNK,), tl.float32)
     for k in range(0, K, BLOCK):
         o_k = k + tl.arange(0, BLOCK)
         total = tl.zeros((CHUNK, BLOCK), tl.float32)
@@ -189,12 +209,13 @@ def predict_chunk(projected, patterns, noise, cov, o_t):
             total = tl.dot(b_weights, load_tile(cov, o_j, o_k), total, input_precision="ieee")
         store_tile(projected, total, o, o_k)
     tl.debug_barrier()
-    predictive = tl.where(o[:, None] == o[None, :], noise[:, None], 0.0)
+    predictive = tl.zeros((CHUNK, CHUNK), tl.float32)
     for k in range(0, K, CHUNK):
         o_k = k + tl.arange(0, CHUNK)
         b_weights = load_patterns(patterns.weights, o_t, o_k, m_written)
         predictive = tl.dot(load_tile(projected, o, o_k), tl.trans(b_weights), predictive, input_precision="ieee")
-    return predictive
+        variances += tl.sum(b_weights * b_weights * load_diagonal(cov, o_k, 0.0)[None, :], 1)
+    return predictive, variances
 
 
 @triton.jit
@@ -233,7 +254,7 @@ def update_posterior_launcher(
     if K <= LARGEST_TILE and precision_of(precision) == "ieee":
         launch_in_registers(mean, cov, patterns, to, gain)
     else:
-        factor_kernel[(B,)](matrices(cov), patterns, to.cov, to.s, to.status, gain, K, T, **warps(4))
+        factor_kernel[(B,)](matrices(cov), patterns, to.cov, to.s, to.kl, to.status, gain, K, T, **warps(4))
         launch_apply(mean, patterns, to.mean, to.s, to.kl, to.log_evidence, gain, precision)
     return tuple(to)
 

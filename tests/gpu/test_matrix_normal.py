@@ -68,3 +68,22 @@ def test_empty_axes(kernels, shape):
     oracle.assert_close(
         kernels.call("kl_memory", p)["kl_memory"], kernels.call("kl_memory", p, "reference")["kl_memory"]
     )
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-3])
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_kl_of_nearly_equal_memories(kernels, rows, size):
+    """The bound is that of tests/test_matrix_normal.py."""
+    torch.manual_seed(rows)
+    columns, condition = 5, 4.0
+    cov = torch.eye(rows) + (condition - 1) / rows * torch.ones(rows, rows)
+    prior = MemoryState(torch.randn(3, rows, columns), cov.expand(3, -1, -1).contiguous())
+    change = torch.eye(rows) + size * torch.randn(3, rows, rows)
+    state = MemoryState(prior.mean, (change @ prior.cov @ change.mT) if size else prior.cov)
+    state = state._replace(cov=(state.cov + state.cov.mT) / 2)
+    exact = kl_memory(*(MemoryState(*(x.double() for x in law)) for law in (state, prior)), backend="reference")
+    got = kl_memory(*kernels.put((state, prior)), backend=kernels.backend).cpu()
+    assert (got >= 0).all()
+    assert size or (got == 0).all()
+    bound = 2 * columns**0.5 * rows * (rows + 1) * torch.finfo(torch.float32).eps * condition
+    assert ((got.double().sqrt() - exact.sqrt()).abs() <= bound).all()

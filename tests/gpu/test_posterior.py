@@ -123,3 +123,66 @@ def test_empty_axes(kernels, shape, precision):
     expected = kernels.call("update_posterior", p, "reference")
     for name, x in kernels.call("update_posterior", p, precision=precision).items():
         oracle.assert_close(x, expected[name].double(), name, scale=5.0 if name == "kl" else 0.0)
+
+
+# The bounds of these are those of tests/test_posterior.py.
+
+
+@pytest.mark.parametrize("rows", [5, 33, 70])  # in registers, padded, and beyond
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1e-1])
+def test_kl_of_small_steps_keeps_its_digits(kernels, size, precision, rows):
+    exact = problem(2, 20, 0, rows, 6)
+    weights = size * exact.weights
+    exact = exact._replace(weights=weights, values=weights @ exact.state.mean)
+    p = map_tensors(exact, lambda x: x.float() if x.is_floating_point() else x)
+    truth = oracle.flat(oracle.call("update_posterior", exact, "reference"))["kl"]
+    got = kernels.call("update_posterior", p, precision=precision)["kl"]
+    assert (got >= 0).all()
+    eps = torch.finfo(torch.float32).eps
+    # A product with codes is rounded to float32, which is a surprise of eps ‖z‖ and three roundings more as tf32x3.
+    surprise = (4 * eps * rows) ** 2 * exact.values.square().sum(-1) / exact.noise_var
+    assert ((got.double() - truth).abs() <= 4 * (rows + 20) * eps * truth + surprise).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_kl_of_masked_patterns_is_zero(kernels, precision):
+    p = problem(2, 20, 0, 7, 6, torch.float32, masked=True)
+    assert (kernels.call("update_posterior", p, precision=precision)["kl"][~p.mask] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("size", [1e-4, 1e-2])
+def test_gradient_of_a_small_step_keeps_its_digits(kernels, size, rows):
+    p = problem(2, 20, 0, rows, 5)
+
+    def gradients(p, backend):
+        leaves = [x.detach().requires_grad_() for x in (p.state.cov, p.weights, p.noise_var)]
+        state = (torch.zeros_like(p.state.mean), leaves[0])
+        kl = update_posterior(state, leaves[1], torch.zeros_like(p.values), leaves[2], backend=backend).kl
+        to_cov, *rest = (x.cpu() for x in torch.autograd.grad(kl.sum(), leaves))
+        return to_cov + to_cov.mT, *rest  # only the symmetric part is defined
+
+    p = p._replace(weights=size * p.weights)
+    exact = gradients(p, "reference")
+    rounded = kernels.put(map_tensors(p, lambda x: x.float() if x.is_floating_point() else x))
+    for name, mine, truth in zip(
+        ("cov", "weights", "noise_var"), gradients(rounded, kernels.backend), exact, strict=True
+    ):
+        bound = 8 * (rows + 20) * torch.finfo(torch.float32).eps * oracle.largest(truth)
+        assert oracle.error(mine, truth) <= bound, f"{name}: {oracle.error(mine, truth):.3g} exceeds {bound:.3g}"
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_covariance_is_held_or_refused(kernels, precision, rows):
+    """As on the CPU: wᵀUw/σ² of 1/(512 eps) is held, and of 2/eps it is refused."""
+    eps = torch.finfo(torch.float32).eps
+    mean, cov = torch.zeros(2, rows, 2), torch.eye(rows).repeat(2, 1, 1)
+    weights = torch.zeros(2, 17, rows)
+    weights[1, :, 0] = 1
+    p = kernels.put((mean, cov, weights, torch.zeros(2, 17, 2)))
+    after = update_posterior(p[:2], *p[2:], 512 * eps, precision=precision, backend=kernels.backend).state
+    assert (after.cov.diagonal(dim1=1, dim2=2) > 0).all()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"new covariance is lost to rounding in memory \[1\]"):
+        update_posterior(p[:2], *p[2:], eps / 2, precision=precision, backend=kernels.backend)

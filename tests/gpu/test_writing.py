@@ -125,3 +125,30 @@ def test_empty_axes(kernels, shape, way):
     expected = kernels.call("write", p, "reference", **way)
     for name, x in kernels.call("write", p, **way).items():
         oracle.assert_close(x, expected[name].double(), name, scale=5.0 if name == "kl" else 0.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}], ids=str)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_weak_write_has_its_kl(kernels, rows, options):
+    """A covariance of 1e-4 beside a noise of 1: the weights are those of any covariance, wᵀUw/σ² is about 1e-4."""
+    p = problem(2, 20, 0, rows, 6, torch.float32)
+    p = p._replace(state=p.state._replace(cov=1e-4 * torch.eye(rows).repeat(2, 1, 1)))
+    got = kernels.call("write", p, **options)
+    exact = map_tensors(p, lambda x: x.double() if x.is_floating_point() else x)
+    truth = oracle.flat(oracle.call("write", exact, "reference", **options))
+    own = kernels.call("write", p, "reference", **options)
+    assert (got["kl"] >= 0).all()
+    # The weights have errors of their own, which the reference has too; the KL is a form of degree two in them.
+    worst = max(oracle.error(x["weights"], truth["weights"]) for x in (got, own)) / oracle.largest(truth["weights"])
+    bound = (4 * worst + 4 * (rows + 20) * torch.finfo(torch.float32).eps) * oracle.largest(truth["kl"])
+    assert oracle.error(got["kl"], truth["kl"]) <= bound
+
+
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}], ids=str)
+@pytest.mark.parametrize("rows", [5, 40])
+def test_a_covariance_that_would_be_lost_is_refused(kernels, rows, options):
+    p = problem(2, 3, 0, rows, 50, torch.float32)
+    cov = torch.eye(rows).repeat(2, 1, 1)
+    p = kernels.put(p._replace(state=p.state._replace(cov=cov), noise_var=torch.full_like(p.noise_var, 1e-9)))
+    with pytest.raises(torch.linalg.LinAlgError, match=r"new covariance is lost to rounding in memories \[0, 1\]"):
+        oracle.call("write", p, kernels.backend, **options)

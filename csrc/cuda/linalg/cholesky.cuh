@@ -21,16 +21,18 @@ struct Factor {
   __host__ __device__ static int64_t inverse_floats(int size) { return int64_t(round_up(size, kBlock)) * kBlock; }
 };
 
-// The least that each pivot of a block may become, and how far below it may fall by rounding.
-struct PivotFloors {
-  const float *floors = nullptr, *slack = nullptr;
+// A positive diagonal that is added to a block, each entry when its pivot is taken: what is left of the block itself
+// keeps its digits, however small it is beside the diagonal. A negative rest within its slack becomes zero.
+struct AddedDiagonal {
+  const float *value = nullptr, *slack = nullptr;
+  float* rest = nullptr;  // out: the pivots without the diagonal
 };
 
 // L and L⁻¹ of one diagonal block [size, size] into `factor` and `inverse_factor`, completed by the identity to 16
-// × 16. One warp computes it; lane i holds row i. A pivot must be positive. With floors it must not be below its floor
-// by more than the slack, and it is raised to its floor. `positive` becomes false if a pivot fails.
+// × 16. One warp computes it; lane i holds row i. A pivot must be positive; with a diagonal its rest must not be below
+// zero by more than the slack. `positive` becomes false if a pivot fails.
 __device__ FASTKM_OUT_OF_LINE inline void factor_block(ThreadBlock& thread_block, const float* from, int64_t ld,
-                                                       int size, PivotFloors pivots = {}) {
+                                                       int size, AddedDiagonal added = {}) {
   const int lane = threadIdx.x % 32, i = lane % kBlock;
   float row[kBlock];
 #pragma unroll
@@ -38,14 +40,15 @@ __device__ FASTKM_OUT_OF_LINE inline void factor_block(ThreadBlock& thread_block
 #pragma unroll
   for (int j = 0; j < kBlock; ++j) {
     float pivot = __shfl_sync(~0u, row[j], j);
-    const bool has_floor = pivots.floors && j < size;
-    const float floor = has_floor ? pivots.floors[j] : 0.f;
-    const bool holds = has_floor ? pivot >= floor - pivots.slack[j] : pivot > 0;
-    if (!(holds && pivot - pivot == 0)) {
-      if (lane == 0) thread_block.positive = false;
+    const bool adds = added.value && j < size;
+    const bool holds = (adds ? pivot >= -added.slack[j] : pivot > 0) && pivot - pivot == 0;
+    if (!holds && lane == 0) thread_block.positive = false;
+    if (adds) {
+      const float rest = holds && pivot > 0 ? pivot : 0;
+      if (lane == 0) added.rest[j] = rest;
+      pivot = rest + added.value[j];
+    } else if (!holds) {
       pivot = 1;
-    } else if (pivot < floor) {
-      pivot = floor;
     }
     const float root = sqrtf(pivot);
     row[j] = i == j ? root : row[j] / root;

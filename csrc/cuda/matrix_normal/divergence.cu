@@ -4,7 +4,10 @@
 //   (1)  ln|U| = 2 Σ ln L_ii
 //   (2)  KL = ½ [C tr(U0⁻¹ U) + tr(Δᵀ U0⁻¹ Δ) − K C + C (ln|U0| − ln|U|)]
 //   (3)  tr(U0⁻¹ U) = ‖L0⁻¹ L‖²      tr(Δᵀ U0⁻¹ Δ) = ‖L0⁻¹ Δ‖², on a tile of columns of Δ at a time
-// Sums over a whole matrix are in double: the result is their small difference.
+// With M = L0⁻¹ L and D its diagonal, whose entries are m_i = L_ii/L0_ii, the KL is a sum of terms that are not
+// negative:
+//   (4)  KL = ½ [C (Σ (m_i² − 1 − ln m_i²) + ‖M − D‖²) + ‖L0⁻¹ Δ‖²]      M − D = L0⁻¹ (L − L0 D)
+// Sums over a whole matrix are in double.
 //
 // Bytes: every covariance and mean is read once, the least possible.
 #include "cuda/matrix_normal/divergence.cuh"
@@ -42,6 +45,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+// Σ (m_i² − 1 − ln m_i²), and L − L0 D in the place of L. Leaves m in `tile`. This thread's part of the sum.
+__device__ double relative_factor(const Factor& cov, const Factor& prior, float* tile) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < cov.size; i += kThreads) {
+    const int64_t at = int64_t(i) * (cov.width + 1);
+    const float own = cov.data[at], other = prior.data[at], m = own / other, gap = (own - other) / other;
+    tile[i] = m;
+    sum += variance_divergence(m * m, gap * (2 + gap));
+  }
+  __syncthreads();
+  for (int64_t n = threadIdx.x; n < int64_t(cov.size) * cov.width; n += kThreads) {
+    const int64_t row = n / cov.width, column = n % cov.width;
+    cov.data[n] = column < row ? cov.data[n] - prior.data[n] * tile[column] : 0;
+  }
+  __syncthreads();
+  return sum;
+}
+
 __global__ void __launch_bounds__(kThreads, 2) kl_kernel(MatrixNormalArgs<float> args, int64_t B, Workspace workspace) {
   Divergence& divergence = *reinterpret_cast<Divergence*>(dynamic_shared());
   set_buffers(divergence, workspace, args.K, kKl);
@@ -51,17 +72,12 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(MatrixNormalArgs<float>
     for (int of_prior = 0; of_prior < 2; ++of_prior) {
       const Factor& factor = of_prior ? prior : cov;
       const int status = load_and_factor(factor, of_prior ? args.prior_cov : args.cov, b, divergence);
-      const double own = log_det(factor, divergence);
-      if (threadIdx.x == 0) {
-        divergence.worst = of_prior ? max(status, divergence.worst) : status;
-        divergence.log_ratio = of_prior ? own - divergence.log_ratio : own;
-      }
+      if (threadIdx.x == 0) divergence.worst = of_prior ? max(status, divergence.worst) : status;
     }
-    for (int64_t n = threadIdx.x; n < int64_t(cov.size) * cov.width; n += kThreads)
-      if (n % cov.width > n / cov.width) cov.data[n] = 0;
-    __syncthreads();
+    const double mine = relative_factor(cov, prior, divergence.tile);
+    double spread = block_sum(mine, divergence);
     solve_lower(cov.data, cov.width, cov.size, prior);
-    const double trace = squared_norm(cov.data, cov.size, cov.size, cov.width, divergence);
+    spread += squared_norm(cov.data, cov.size, cov.size, cov.width, divergence);
     double distance = 0;
     for (int first = 0; first < args.C; first += kColumns) {
       const int count = load_mean_difference(divergence.tile, args, b, first);
@@ -69,9 +85,8 @@ __global__ void __launch_bounds__(kThreads, 2) kl_kernel(MatrixNormalArgs<float>
       distance += squared_norm(divergence.tile, cov.size, count, kColumns, divergence);
     }
     if (threadIdx.x == 0) {
-      const double columns = static_cast<double>(args.C), rows = static_cast<double>(args.K);
       args.info[b] = divergence.worst;
-      args.result[b] = static_cast<float>(0.5 * (columns * (trace - rows + divergence.log_ratio) + distance));
+      args.result[b] = static_cast<float>(0.5 * (static_cast<double>(args.C) * spread + distance));
     }
     __syncthreads();
   }

@@ -4,6 +4,7 @@
 #include "cuda/linalg/reduce.cuh"
 #include "cuda/linalg/solve.cuh"
 #include "cuda/linalg/symmetric.cuh"
+#include "cuda/linalg/variance_divergence.cuh"
 
 namespace fastkm {
 namespace {
@@ -12,7 +13,6 @@ constexpr int kColumns = 64;  // of the means, loaded at once
 
 struct Divergence : ThreadBlock {
   int worst;          // status of the covariances
-  double log_ratio;   // ln|U0| − ln|U|
   Factor cov, prior;  // of U and U0
   float* difference;  // [width, width]
   float* tile;        // columns of R − R0 [width, kColumns]

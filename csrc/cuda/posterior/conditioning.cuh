@@ -26,6 +26,7 @@ struct Chunk : ThreadBlock {
   float* values;                    // Z, later Δ [kChunk, columns]
 
   float noise[kChunk], s[kChunk];
+  float explained[kChunk];        // w_t · U_t w_t = s_t − σ_t², with its own digits
   float c_dot_w[kChunk][kChunk];  // c_j · w_t in row t
   float dot[6][2 * kChunk];       // dot products until they are used
   int unmasked[kChunk];
@@ -62,7 +63,10 @@ __device__ inline void load_patterns(Chunk& chunk, const PosteriorArgs<float>& a
 __device__ inline void skip_pattern(Chunk& chunk, int t) {
   for (int k = threadIdx.x; k < chunk.width; k += kThreads) chunk.row(chunk.w, t)[k] = chunk.row(chunk.c, t)[k] = 0;
   if (threadIdx.x < kChunk) chunk.c_dot_w[t][threadIdx.x] = 0;
-  if (threadIdx.x == 0) chunk.s[t] = chunk.noise[t];
+  if (threadIdx.x == 0) {
+    chunk.s[t] = chunk.noise[t];
+    chunk.explained[t] = 0;
+  }
   __syncthreads();
 }
 
@@ -72,13 +76,15 @@ __device__ __forceinline__ float subtract_earlier(const Chunk& chunk, int t, int
   return sum;
 }
 
-// s_t from w · U_t w. If that is negative by more than rounding explains, U is not positive definite.
+// s_t from w · U_t w, which is kept too. If that is negative by more than rounding explains, U is not positive
+// definite.
 __device__ inline float innovation_var(Chunk& chunk, int t, float explained) {
   if (threadIdx.x == 0) {
     float prior = chunk.noise[t] + fabsf(explained);
     for (int j = 0; j < t; ++j) prior += chunk.s[j] * chunk.c_dot_w[t][j] * chunk.c_dot_w[t][j];
     const float slack = 4 * static_cast<float>(chunk.K + chunk.count) * kEpsilon * prior;
     if (!(explained >= -slack) && chunk.status == kGood) chunk.status = kNotPositiveDefinite;
+    chunk.explained[t] = explained > 0 ? explained : 0;
   }
   return chunk.noise[t] + (explained > 0 ? explained : 0);
 }

@@ -7,10 +7,12 @@
 // A bar marks a cotangent and a prime what belongs to the state after the chunk. With S = V Wᵀ + diag(σ²) = L Lᵀ,
 // V = W U, G = L⁻¹ V and E = L⁻¹ (Z − W R):
 //   (1)  V̄ = L⁻ᵀ (E R̄'ᵀ − 2 G Ū')       Z̄ = L⁻ᵀ (G R̄' + 2 diag(ē) E)
-//   (2)  L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ) + 2 diag(L_tt s̄_t)      S̄ = L⁻ᵀ Φ(Lᵀ L̄) L⁻¹, symmetric
+//   (2)  L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ)      S̄ = L⁻ᵀ (Φ(Lᵀ L̄) + diag(L_tt² p̄_t)) L⁻¹, symmetric
 //   (3)  V̄ += S̄ W     W̄ += S̄ V − Z̄ Rᵀ + V̄ U
 //   (4)  R̄ = R̄' − Wᵀ Z̄     Ū = Ū' + sym(Wᵀ V̄)
-// ē_t and s̄_t are the cotangents of ‖E_t‖² and of the pivot s_t, from those of the pattern's s, KL and log-likelihood.
+// ē_t and p̄_t are the cotangents of ‖E_t‖² and of w_tᵀUw_t = s_t − σ_t², from those of the pattern's s, KL and
+// log-likelihood. σ_t² enters S_tt and leaves that difference again, so that S̄_tt − p̄_t reaches it; at a small step
+// this is far less than p̄_t, which is therefore left out of the sum S̄_tt.
 #pragma once
 
 #include "cuda/linalg/reduce.cuh"
@@ -29,8 +31,9 @@ struct ConditioningBackward : Chunk {
   float* own_grad_mean;                    // R̄ [K, columns] while it fits on chip; otherwise null
   Operand grad_mean;                       // R̄: own_grad_mean, or the caller's result
   float *saved_c, *saved_delta, *saved_s;  // of every pattern, from the first pass
+  float* saved_explained;
 
-  float grad_noise[kChunk], grad_pivot[kChunk], grad_energy[kChunk];
+  float grad_noise[kChunk], grad_explained[kChunk], grad_energy[kChunk];
   float square[4][kChunk][kChunk];  // S̄, Φ(Lᵀ L̄), then V̄ Gᵀ and later S̄ L, Z̄ Eᵀ
 
   // L of S = V Wᵀ + diag(σ²).
@@ -45,6 +48,7 @@ __host__ __device__ inline void allocate_passes(ConditioningBackward& chunk, Are
   chunk.own_mean = arena.allocate(mean);
   chunk.own_grad_mean = arena.fits(mean) ? arena.allocate(mean) : nullptr;
   chunk.saved_s = arena.allocate(args.T);
+  chunk.saved_explained = arena.allocate(args.T);
   chunk.saved_c = arena.allocate(args.T * chunk.width);
   chunk.saved_delta = arena.allocate(args.T * chunk.columns);
 }
@@ -123,7 +127,10 @@ __device__ void condition_all(ConditioningBackward& chunk, const PosteriorArgs<f
       chunk.saved_c[first * chunk.width + n] = chunk.c[n];
     for (int n = threadIdx.x; n < chunk.count * chunk.columns; n += kThreads)
       chunk.saved_delta[first * chunk.columns + n] = chunk.values[n];
-    if (threadIdx.x < chunk.count) chunk.saved_s[first + threadIdx.x] = chunk.s[threadIdx.x];
+    if (threadIdx.x < chunk.count) {
+      chunk.saved_s[first + threadIdx.x] = chunk.s[threadIdx.x];
+      chunk.saved_explained[first + threadIdx.x] = chunk.explained[threadIdx.x];
+    }
     move_memory(chunk, chunk.values, 1);
   }
 }
@@ -136,7 +143,10 @@ __device__ inline void restore_chunk(ConditioningBackward& chunk, const Posterio
   for (int n = threadIdx.x; n < chunk.count * width; n += kThreads) chunk.c[n] = chunk.saved_c[first * width + n];
   for (int n = threadIdx.x; n < chunk.count * columns; n += kThreads)
     chunk.whitened[n] = chunk.saved_delta[first * columns + n];
-  if (threadIdx.x < kChunk && int(threadIdx.x) < chunk.count) chunk.s[threadIdx.x] = chunk.saved_s[first + threadIdx.x];
+  if (threadIdx.x < kChunk && int(threadIdx.x) < chunk.count) {
+    chunk.s[threadIdx.x] = chunk.saved_s[first + threadIdx.x];
+    chunk.explained[threadIdx.x] = chunk.saved_explained[first + threadIdx.x];
+  }
   __syncthreads();
   move_memory(chunk, chunk.whitened, -1);
   for (int n = threadIdx.x; n < chunk.count * columns; n += kThreads) chunk.whitened[n] /= sqrtf(chunk.s[n / columns]);
@@ -167,7 +177,7 @@ __device__ inline float load_or_zero(const Batch<const float>& from, int64_t b, 
   return from.data ? *element(from, b, t) : 0;
 }
 
-// s̄_t, ē_t and the part of σ̄² that does not come through S. A warp computes a pattern.
+// p̄_t, ē_t and the part of σ̄² that does not come through S. A warp computes a pattern.
 __device__ void pattern_cotangents(ConditioningBackward& chunk, const PosteriorGrads<float>& grads, int64_t b,
                                    int64_t first) {
   for (int t = threadIdx.x / 32; t < chunk.count; t += kWarps) {
@@ -176,20 +186,21 @@ __device__ void pattern_cotangents(ConditioningBackward& chunk, const PosteriorG
     const float grad_s = load_or_zero(grads.innovation_var, b, first + t);
     const float grad_kl = load_or_zero(grads.kl, b, first + t);
     const float grad_evidence = load_or_zero(grads.log_evidence, b, 0);
-    const float noise = chunk.noise[t], s = chunk.s[t], C = static_cast<float>(chunk.C);
-    chunk.grad_pivot[t] = chunk.grad_energy[t] = 0;
+    const float noise = chunk.noise[t], s = chunk.s[t], explained = chunk.explained[t];
+    const float C = static_cast<float>(chunk.C), beta = explained / s;
+    chunk.grad_explained[t] = chunk.grad_energy[t] = 0;
     chunk.grad_noise[t] = grad_s;
     if (!chunk.unmasked[t]) continue;
-    const float grad_pivot =
-        grad_s + 0.5f * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s);
-    if (s > noise) chunk.grad_pivot[t] = grad_pivot;
-    chunk.grad_energy[t] = 0.5f * (grad_kl * (1 - noise / s) - grad_evidence);
-    chunk.grad_noise[t] = (s > noise ? 0 : grad_pivot) + 0.5f * grad_kl * (C * (1 / s - 1 / noise) - energy / s);
+    const float of_s = grad_s - 0.5f * grad_evidence * C / s, of_kl = 0.5f * grad_kl / s;
+    if (explained > 0) chunk.grad_explained[t] = of_s + of_kl * (C * beta + energy * (noise / s));
+    chunk.grad_energy[t] = 0.5f * (grad_kl * beta - grad_evidence);
+    chunk.grad_noise[t] = of_s - of_kl * beta * (C * (explained / noise) + energy);
   }
   __syncthreads();
 }
 
-// (2): reads V̄ Gᵀ and Z̄ Eᵀ, leaves S̄ in square[0] and S̄ L in square[2], and adds diag(S̄) to the cotangents of σ².
+// (2): reads V̄ Gᵀ and Z̄ Eᵀ, leaves S̄ in square[0] and S̄ L in square[2], and adds S̄_tt without the term p̄_t of its sum
+// to the cotangents of σ².
 __device__ void factor_backward(ConditioningBackward& chunk) {
   float (&grad)[kChunk][kChunk] = chunk.square[0], (&halved)[kChunk][kChunk] = chunk.square[1];
   float (&grad_by_factor)[kChunk][kChunk] = chunk.square[2];
@@ -198,7 +209,7 @@ __device__ void factor_backward(ConditioningBackward& chunk) {
   const bool inside = i < count && j < count;
   const float entry = inside && j <= i ? -(chunk.square[2][j][i] + chunk.square[3][j][i]) : 0;
   __syncthreads();
-  grad[i][j] = entry + (inside && i == j ? 2 * chunk.factor_at(i, i) * chunk.grad_pivot[i] : 0);
+  grad[i][j] = entry;
   __syncthreads();
   if (j <= i) {
     float sum = 0;
@@ -206,25 +217,32 @@ __device__ void factor_backward(ConditioningBackward& chunk) {
     halved[i][j] = halved[j][i] = 0.5f * sum;
   }
   __syncthreads();
-  // Solve for the columns first, then for the rows of the result.
+  // Solve for the columns first, then for the rows of the result. On the diagonal, `rest` is the entry without p̄_t.
+  float rest = 0;
   for (int pass = 0; pass < 2; ++pass) {
     const bool rows = pass;
     if (threadIdx.x < count)
       for (int t = count - 1; t >= 0; --t) {
+        const bool on_diagonal = t == int(threadIdx.x);
         float& at = rows ? halved[threadIdx.x][t] : halved[t][threadIdx.x];
-        float sum = at;
+        float sum = rows && on_diagonal ? rest : at;
         for (int k = t + 1; k < count; ++k)
           sum -= chunk.factor_at(k, t) * (rows ? halved[threadIdx.x][k] : halved[k][threadIdx.x]);
-        at = sum / chunk.factor_at(t, t);
+        sum /= chunk.factor_at(t, t);
+        if (on_diagonal) {
+          rest = sum;
+          sum += (rows ? 1 : chunk.factor_at(t, t)) * chunk.grad_explained[t];
+        }
+        at = sum;
       }
     __syncthreads();
   }
+  if (threadIdx.x < count) chunk.grad_noise[threadIdx.x] += rest;
   grad[i][j] = inside ? 0.5f * (halved[i][j] + halved[j][i]) : 0;
   __syncthreads();
   float sum = 0;
   for (int t = j; t < count; ++t) sum += grad[i][t] * chunk.factor_at(t, j);
   grad_by_factor[i][j] = sum;
-  if (inside && i == j) chunk.grad_noise[i] += grad[i][i];
   __syncthreads();
 }
 

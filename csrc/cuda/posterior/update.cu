@@ -15,6 +15,7 @@
 #include "cuda/linalg/product.cuh"
 #include "cuda/linalg/reduce.cuh"
 #include "cuda/linalg/symmetric.cuh"
+#include "cuda/linalg/variance_divergence.cuh"
 #include "cuda/posterior/chunk.cuh"
 
 namespace fastkm {
@@ -28,6 +29,7 @@ struct Factored {
   float* gains;           // G [T, width]
   float* inverse_blocks;  // L⁻¹ of each chunk [chunks, 16, 16]
   float* pivots;          // s [T]
+  float* explained;       // wᵀUw [T]
 };
 
 // How the work is spread over thread blocks and launches.
@@ -53,13 +55,15 @@ struct Update : ThreadBlock {
   float* weights_transposed;   // Wᵀ of a chunk [rows, 16 + padding]
   float* gain;                 // G of a chunk [16, ld_gain]
   float* whitened;             // Z, then E of a chunk [16, kColumns + padding]
-  float noise[kChunk], slack[kChunk];
+  float noise[kChunk], slack[kChunk], explained[kChunk];
+  int held[kChunk];                      // float32 holds the variance along the pattern
   float innovation_cov[kChunk][kChunk];  // S
   bool unmasked[kChunk];
 };
 
 __host__ __device__ inline Factored of_memory(const Factored& all, int64_t b, int64_t T, int width) {
-  return {all.gains + b * T * width, all.inverse_blocks + b * count_chunks(T) * kChunk * kChunk, all.pivots + b * T};
+  return {all.gains + b * T * width, all.inverse_blocks + b * count_chunks(T) * kChunk * kChunk, all.pivots + b * T,
+          all.explained + b * T};
 }
 
 // The buffers of a thread block, most used first.
@@ -88,6 +92,7 @@ __host__ __device__ void lay_out(Update& update, Arena& arena, const PosteriorAr
     update.own_factored.gains = arena.allocate(update.T * update.width);
     update.own_factored.inverse_blocks = arena.allocate(update.chunks * kChunk * kChunk);
     update.own_factored.pivots = arena.allocate(update.T);
+    update.own_factored.explained = arena.allocate(update.T);
   }
 }
 
@@ -104,7 +109,8 @@ __device__ int load_chunk(Update& update, const PosteriorArgs<float>& args, int6
 
 // ---- factor --------------------------------------------------------------------------------------------------------
 
-// V = W U, whose padding is that of U, then S and its factor. W of a masked pattern counts as zero: it may hold NaN.
+// V = W U, whose padding is that of U, then S, its factor and wᵀUw. W of a masked pattern counts as zero: it may hold
+// NaN.
 __device__ __forceinline__ void factor_chunk(Update& update, const Codes& all_weights, int64_t first, int count) {
   const int K = update.K, width = update.width, across = width / 4;
   for (int n = threadIdx.x; n < kChunk * across; n += kThreads) {
@@ -119,14 +125,20 @@ __device__ __forceinline__ void factor_chunk(Update& update, const Codes& all_we
   product<kCudaCores, 16, 128>(StoreRows{update.innovation_cov[0], kChunk, kChunk}, {kChunk, kChunk, K}, projected,
                                weights, update);
   if (threadIdx.x < kChunk) {
-    float& variance = update.innovation_cov[threadIdx.x][threadIdx.x];
-    variance += update.noise[threadIdx.x];
+    const float variance = update.innovation_cov[threadIdx.x][threadIdx.x] + update.noise[threadIdx.x];
     update.slack[threadIdx.x] = 4 * static_cast<float>(K + count) * kEpsilon * fabsf(variance);
   }
   if (threadIdx.x == 0) update.positive = true;
   __syncthreads();
   if (threadIdx.x < 32)
-    factor_block(update, update.innovation_cov[0], kChunk, count, PivotFloors{update.noise, update.slack});
+    factor_block(update, update.innovation_cov[0], kChunk, count,
+                 AddedDiagonal{update.noise, update.slack, update.explained});
+  __syncthreads();
+  for (int t = threadIdx.x / 32; t < count; t += kWarps) {
+    const bool held =
+        holds_variance(update.weights + t * width, update.cov, K, width, update.explained[t], update.noise[t]);
+    if (threadIdx.x % 32 == 0) update.held[t] = held;
+  }
   __syncthreads();
 }
 
@@ -145,10 +157,10 @@ __device__ void factor_memory(Update& update, const PosteriorArgs<float>& args, 
     float* const inverse = out.inverse_blocks + first * kChunk;
     inverse[threadIdx.x] = j <= i ? update.inverse_factor[i][j] : 0;
     if (i == j && i < count) {
-      const float pivot = update.factor[i][i], noise = update.noise[i];
-      out.pivots[first + i] = update.unmasked[i] ? fmaxf(pivot * pivot, noise) : noise;
+      out.explained[first + i] = update.explained[i];
+      out.pivots[first + i] = update.explained[i] + update.noise[i];
     }
-    if (threadIdx.x == 0 && !update.positive && update.status == kGood) update.status = kNotPositiveDefinite;
+    if (threadIdx.x == 0 && update.status == kGood) update.status = chunk_status(update.positive, update.held, count);
     __syncthreads();
 
     // G in the place of V, and U ← U − Gᵀ G
@@ -252,10 +264,11 @@ __device__ void store_reports(Update& update, const PosteriorArgs<float>& args, 
   for (int64_t t = threadIdx.x; t < update.T; t += kThreads) {
     float energy = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) energy += update.energies[tile * update.T + t];
-    const float s = update.factored.pivots[t], noise = *element(args.noise_var, b, t), beta = 1 - noise / s;
+    const float s = update.factored.pivots[t], noise = *element(args.noise_var, b, t);
+    const float beta = update.factored.explained[t] / s;
     *element(args.innovation_var, b, t) = s;
-    // KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s
-    *element(args.kl, b, t) = 0.5f * (C * (logf(s / noise) - beta) + beta * energy);
+    // KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = wᵀUw/s
+    *element(args.kl, b, t) = 0.5f * (C * variance_divergence(noise / s, -beta) + beta * energy);
     if (is_unmasked(args, b, t)) log_evidence -= 0.5f * (C * logf(kTwoPi * s) + energy);
   }
   log_evidence = block_sum(log_evidence, update);
@@ -333,6 +346,7 @@ const char* cuda::update_posterior(const PosteriorArgs<float>& args, int64_t B, 
   if (!fused) {
     plan.factored = {context.allocate(context, max(int64_t(1), B * args.T * width)),
                      context.allocate(context, max(int64_t(1), B * count_chunks(args.T) * kChunk * kChunk)),
+                     context.allocate(context, max(int64_t(1), B * args.T)),
                      context.allocate(context, max(int64_t(1), B * args.T))};
     plan.factor = true;
     if (const char* error = start<64>(device, args, B, plan, context)) return error;

@@ -8,6 +8,7 @@
 // and every output written once, the least possible. Beyond, R is read three times a chunk and written once: for the
 // inner products, for Z − W R, and to be updated. At K = 128, C = 200, T = 64 that is 4.4 times the least.
 #include "cuda/linalg/reduce.cuh"
+#include "cuda/linalg/variance_divergence.cuh"
 #include "cuda/writing/search_refactored.cuh"
 
 namespace fastkm {
@@ -16,7 +17,8 @@ namespace {
 struct Write : Chunk {
   Search search;
   Refactored refactored;
-  float* own_mean;  // R [K, columns] while it fits on chip; otherwise null, and the mean is updated where it is stored
+  float* own_mean;   // R [K, columns] while it fits on chip; otherwise null, and the mean is updated where it is stored
+  int held[kChunk];  // float32 holds the variance along the pattern
 };
 
 // The buffers of a thread block, most used first.
@@ -42,17 +44,22 @@ __host__ __device__ void lay_out(Write& chunk, Arena& arena, const WritingArgs<f
   chunk.own_mean = arena.fits(mean) ? arena.allocate(mean) : nullptr;
 }
 
-// Store s and KL of each pattern, from rows of Δ in `values`. A warp computes a pattern.
-__device__ void store_reports(const PosteriorArgs<float>& args, const Chunk& chunk, int64_t b, int64_t first) {
+// Store s and KL of each pattern, from rows of Δ in `values`, and find the status of the chunk. A warp computes a
+// pattern.
+__device__ void store_reports(const PosteriorArgs<float>& args, Write& chunk, int64_t b, int64_t first) {
   for (int t = threadIdx.x / 32; t < chunk.count; t += kWarps) {
     const float energy = squared_norm_by_warp(chunk.values + t * chunk.columns, chunk.C);
-    const float s = chunk.s[t], noise = chunk.noise[t], beta = 1 - noise / s;
+    const float s = chunk.s[t], noise = chunk.noise[t], beta = chunk.explained[t] / s;
+    const bool held = holds_variance(chunk.row(chunk.w, t), chunk.cov, chunk.K, chunk.width, chunk.explained[t], noise);
     if (threadIdx.x % 32 != 0) continue;
+    chunk.held[t] = held;
     *element(args.innovation_var, b, first + t) = s;
-    // KL_t = ½ [C (ln(s/σ²) − β) + β ‖δ‖²/s] with β = 1 − σ²/s
+    // KL_t = ½ [C (ln(s/σ²) − β) + β ‖δ‖²/s] with β = wᵀUw/s
     *element(args.kl, b, first + t) =
-        0.5f * (static_cast<float>(chunk.C) * (logf(s / noise) - beta) + beta * energy / s);
+        0.5f * (static_cast<float>(chunk.C) * variance_divergence(noise / s, -beta) + beta * energy / s);
   }
+  __syncthreads();
+  if (threadIdx.x == 0 && chunk.status == kGood) chunk.status = chunk_status(true, chunk.held, chunk.count);
 }
 
 template <bool kRefactor>

@@ -1,7 +1,7 @@
 """The apply phase of an update: the mean is conditioned on patterns whose weights and gains are known.
 
-The factor phase leaves s [T] and G = L⁻¹ W U [T, K] of every memory. With E = L⁻¹ (Z − W R) [T, C] the mean becomes
-R' = R + GᵀE. Columns of R are independent, so one program may compute all of a memory or one tile of columns.
+The factor phase leaves s [T], wᵀUw [T] and G = L⁻¹ W U [T, K] of every memory. With E = L⁻¹ (Z − W R) [T, C] the mean
+becomes R' = R + GᵀE. Columns of R are independent, so one program may compute all of a memory or one tile of columns.
 """
 
 import torch
@@ -24,7 +24,7 @@ from fastkm._linalg.triton.tiles import (
     store_tile,
     transposed,
 )
-from fastkm._linalg.triton.vectors import load_entry, load_vector, store_vector
+from fastkm._linalg.triton.vectors import load_entry, load_vector, store_vector, variance_divergence
 
 TWO_PI = tl.constexpr(6.283185307179586)
 
@@ -33,7 +33,8 @@ TWO_PI = tl.constexpr(6.283185307179586)
 def report_patterns(kl, p_log_evidence, patterns, s, energy, C):
     """What is reported of each pattern, from its innovation variance s and its energy ‖E_t‖², a sum over ``energy``.
 
-    KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = 1 − σ²/s. The evidence is left out if ``p_log_evidence`` is None.
+    KL_t = ½ [C (ln(s/σ²) − β) + β ‖E_t‖²] with β = wᵀUw/s. In the place of ``kl`` the factor phase has left wᵀUw. The
+    evidence is left out if ``p_log_evidence`` is None.
     """
     log_evidence = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, s.size, CHUNK):
@@ -45,8 +46,8 @@ def report_patterns(kl, p_log_evidence, patterns, s, energy, C):
         for i in range(energy.rows):
             # Past the first-level cache, which does not see the stores of other programs.
             total += tl.load(energy.p + i * energy.s_row + o_t, mask=m_t, other=0.0, cache_modifier=".cg")
-        beta = 1 - noise / b_s
-        store_vector(kl, 0.5 * (C * (tl.log(b_s / noise) - beta) + beta * total), o_t)
+        beta = load_vector(kl, o_t) / b_s
+        store_vector(kl, 0.5 * (C * variance_divergence(noise / b_s, -beta) + beta * total), o_t)
         if p_log_evidence is not None:
             m_written = is_written(patterns.mask, o_t, s.size)
             log_evidence -= tl.where(m_written, 0.5 * (C * tl.log(b_s * TWO_PI) + total), 0.0)
@@ -138,7 +139,10 @@ def launch_apply(
     mean: Tensor, patterns: Patterns, new_mean: Tensor, s: Tensor, kl: Tensor, log_evidence: Tensor | None,
     gain: Tensor, precision: int,
 ) -> None:  # fmt: skip
-    """Fill ``new_mean``, ``kl`` and, where wanted, ``log_evidence``: a program for each memory and tile of columns."""
+    """Fill ``new_mean`` and, where wanted, ``log_evidence``, and make ``kl`` of the wᵀUw that it holds.
+
+    There is a program for each memory and tile of columns.
+    """
     (B, K, C), T = mean.shape, gain.shape[1]
     tiles = max(1, blocks_of(C))
     energy, ticket = mean.new_empty(B, tiles, T), torch.zeros(B, dtype=torch.int32, device=mean.device)

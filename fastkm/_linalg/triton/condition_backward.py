@@ -75,6 +75,7 @@ class Parts(NamedTuple):
     to_projected: Any  # Ḡ, then V̄ [T, K]
     error: Any  # E [T, C]
     residual: Any  # Z − W R, then Z̄ [T, C]
+    to_explained: Any  # p̄, the cotangents of wᵀUw [1, T]
     end: Any
 
 
@@ -90,8 +91,9 @@ def update_backward_layout(p, T, K, C, ld):
     to_projected = place_after(gain, T, K, K)
     error = place_after(to_projected, T, C, C)
     residual = place_after(error, T, C, C)
-    end = end_of(residual)
-    return Parts(lower, inverse, x, y, weights, projected, gain, to_projected, error, residual, end)
+    to_explained = place_after(residual, 1, T, T)
+    end = end_of(to_explained)
+    return Parts(lower, inverse, x, y, weights, projected, gain, to_projected, error, residual, to_explained, end)
 
 
 @triton.jit
@@ -101,8 +103,11 @@ def update_backward_kernel(
     """All patterns as one chunk. With bars for cotangents and primes for what is after the update:
 
     Ḡ = E R̄'ᵀ − 2 G Ū'        Ē = G R̄' + 2 diag(ē) E        V̄ = L⁻ᵀ Ḡ        Z̄ = L⁻ᵀ Ē
-    L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ) + 2 diag(L_tt s̄_t)        S̄ = L⁻ᵀ Φ(Lᵀ L̄) L⁻¹, symmetric
+    L̄ = −tril(V̄ Gᵀ + Z̄ Eᵀ)        S̄ = L⁻ᵀ (Φ(Lᵀ L̄) + diag(L_tt² p̄_t)) L⁻¹, symmetric
     V̄ += S̄ W        W̄ = S̄ V − Z̄ Rᵀ + V̄ U        R̄ = R̄' − WᵀZ̄        Ū = Ū' + sym(WᵀV̄)
+
+    p̄_t is the cotangent of w_tᵀUw_t = L_tt² − σ_t². σ_t² enters S_tt and leaves that difference again: S̄_tt − p̄_t
+    reaches it. At a small step that is far less than p̄_t, which is therefore left out of the sum S̄_tt.
 
     Bytes moved: at least the inputs and cotangents in and the gradients out, each once. The products read their
     operands from the workspace, which stays in the cache up to preset L.
@@ -138,7 +143,7 @@ def update_backward_kernel(
     back_through_report(to, parts, patterns, grads)
     back_through_whitening(to, parts, PRECISION)
     back_through_factor(parts)
-    finish_noise(to.noise, parts.y, patterns.mask, grads.s)
+    back_through_pivots(to.noise, parts, patterns.mask, grads.s)
     back_to_arguments(to, parts, mean, cov, grads.cov, PRECISION)
     clear_masked(to, parts.residual, patterns.mask)
 
@@ -167,31 +172,40 @@ def back_through_state(to, parts, grad_cov, PRECISION: tl.constexpr):
 
 @triton.jit
 def back_through_report(to, parts, patterns, grads):
-    """Ē, the noise's gradient but for S̄, and the cotangents of L_tt², in the first row of x. Ends with a barrier."""
+    """Ē, the noise's gradient but for S̄, and p̄. Ends with a barrier."""
     T, C = parts.error.rows, parts.error.columns
     for t in range(0, T, BLOCK):
         o_t = t + tl.arange(0, BLOCK)
         m_written = is_written(patterns.mask, o_t, T)
         noise = load_vector(patterns.noise, o_t, 1.0)
-        l_tt = load_diagonal(parts.lower, o_t, 1.0)
-        s = tl.maximum(l_tt * l_tt, noise)
-        floored = l_tt * l_tt <= noise
+        explained = find_explained(parts, o_t)
+        s = explained + noise
+        beta = explained / s
         grad_kl = tl.where(m_written, load_cotangent(grads.kl, o_t), 0.0)
         grad_evidence = tl.where(m_written, grads.log_evidence, 0.0)
-        grad_energy = 0.5 * (grad_kl * (1 - noise / s) - grad_evidence)
+        grad_energy = 0.5 * (grad_kl * beta - grad_evidence)
         energy = tl.zeros((BLOCK,), tl.float32)
         for c in range(0, C, BLOCK):
             o_c = c + tl.arange(0, BLOCK)
             error = load_tile(parts.error, o_t, o_c)
             energy += tl.sum(error * error, 1)
             store_tile(to.z, load_tile(to.z, o_t, o_c) + 2 * grad_energy[:, None] * error, o_t, o_c)
-        to_s = load_cotangent(grads.s, o_t)
-        to_s += 0.5 * (grad_kl * (C * (s - noise) + energy * noise) / (s * s) - grad_evidence * C / s)
-        to_noise = 0.5 * grad_kl * (C * (1 / s - 1 / noise) - energy / s)
-        m_pivot = m_written & (floored == 0)
-        store_vector(row_of(parts.x, 0), tl.where(m_pivot, to_s, 0.0), o_t)
-        store_vector(to.noise, to_noise + tl.where(m_pivot, 0.0, to_s), o_t)
+        to_s = load_cotangent(grads.s, o_t) - 0.5 * grad_evidence * C / s
+        of_kl = 0.5 * grad_kl / s
+        to_explained = to_s + of_kl * (C * beta + energy * (noise / s))
+        store_vector(row_of(parts.to_explained, 0), tl.where(m_written & (explained > 0), to_explained, 0.0), o_t)
+        store_vector(to.noise, to_s - of_kl * beta * (C * (explained / noise) + energy), o_t)
     tl.debug_barrier()
+
+
+@triton.jit
+def find_explained(parts, o_t):
+    """w_tᵀ U_{t−1} w_t = L_tt G_t · w_t, which L_tt² − σ² would give without its digits; not below zero."""
+    total = tl.zeros(o_t.shape, tl.float32)
+    for k in range(0, parts.gain.columns, BLOCK):
+        o_k = k + tl.arange(0, BLOCK)
+        total += tl.sum(load_tile(parts.gain, o_t, o_k) * load_tile(parts.weights, o_t, o_k), 1)
+    return tl.maximum(load_diagonal(parts.lower, o_t, 1.0) * total, 0.0)
 
 
 @triton.jit
@@ -204,12 +218,9 @@ def back_through_whitening(to, parts, PRECISION: tl.constexpr):
     T = parts.lower.rows
     for t in range(0, T, BLOCK):
         o_t = t + tl.arange(0, BLOCK)
-        to_pivot = load_vector(row_of(parts.x, 0), o_t)
-        l_tt = load_diagonal(parts.lower, o_t, 1.0)
         for j in range(0, T, BLOCK):
             o_j = j + tl.arange(0, BLOCK)
             to_lower = tl.where(lower_triangle(o_t, o_j), load_tile(parts.y, o_t, o_j), 0.0)
-            to_lower += tl.where(o_t[:, None] == o_j[None, :], (2 * l_tt * to_pivot)[:, None], 0.0)
             upper = load_tile(parts.lower, o_t, o_j)
             tl.debug_barrier()
             store_tile(parts.y, to_lower, o_t, o_j)
@@ -227,13 +238,26 @@ def back_through_factor(parts):
 
 
 @triton.jit
-def finish_noise(to_noise, to_s, mask, grad_s):
-    """Add the diagonal of S̄. A masked pattern returns its noise as s, and nothing else comes from it."""
-    for t in range(0, to_s.rows, BLOCK):
+def back_through_pivots(to_noise, parts, mask, grad_s):
+    """Add L⁻ᵀ diag(L_tt² p̄_t) L⁻¹ to S̄ in y, and S̄_tt − p̄_t to the noise's gradient.
+
+    A masked pattern returns its noise as s, and nothing else comes from it.
+    """
+    T = parts.y.rows
+    for t in range(0, T, BLOCK):
         o_t = t + tl.arange(0, BLOCK)
-        total = load_vector(to_noise, o_t) + load_diagonal(to_s, o_t, 0.0)
+        total = load_vector(to_noise, o_t) + load_diagonal(parts.y, o_t, 0.0)
+        for i in range(0, T, BLOCK):
+            o_i = i + tl.arange(0, BLOCK)
+            l_ii = load_diagonal(parts.lower, o_i, 0.0)
+            inverse = load_tile(parts.inverse, o_i, o_t)
+            scaled = (l_ii * l_ii * load_vector(row_of(parts.to_explained, 0), o_i))[:, None] * inverse
+            total += tl.sum(tl.where(o_i[:, None] > o_t[None, :], scaled * inverse, 0.0), 0)
+            store_tile(parts.x, scaled, o_i, o_t)
         direct = load_cotangent(grad_s, o_t)
-        store_vector(to_noise, tl.where(is_written(mask, o_t, to_s.rows), total, direct), o_t)
+        store_vector(to_noise, tl.where(is_written(mask, o_t, T), total, direct), o_t)
+    tl.debug_barrier()
+    product(parts.y, transposed(parts.inverse), parts.x, accumulate=True)
 
 
 @triton.jit

@@ -15,45 +15,56 @@ from fastkm._linalg.triton.tiles import (
     store_tile,
     transposed,
 )
-from fastkm._runtime.status import ASYMMETRIC, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE
 
 IS_ASYMMETRIC = tl.constexpr(ASYMMETRIC)
 IS_INDEFINITE = tl.constexpr(NOT_POSITIVE_DEFINITE)
+IS_LOST = tl.constexpr(LOST)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+LEAST_DIGITS = tl.constexpr(16.0)
 SQRT_EPS = tl.constexpr(torch.finfo(torch.float32).eps ** 0.5)
 
 # -------------------------------------------------------------------------------------------------------- in registers
 
 
 @triton.jit
-def eliminate(tile, n, floor, slack, FLOORED: tl.constexpr):
+def eliminate(tile, n, added, slack, ADDED: tl.constexpr):
     """Eliminate the first ``n`` rows of a symmetric tile A = W⁻¹ D W⁻ᵀ in place; rows from ``n`` on become identity.
 
     Afterwards D stands on the diagonal, the unit lower triangular W = D^½ L⁻¹ below it, and D^½ Lᵀ above it: one
-    tile holds the Cholesky factor and its inverse. A pivot below its floor by no more than ``slack`` is raised to it.
-    Returns the tile and whether every pivot was that of a positive definite matrix.
+    tile holds the Cholesky factor and its inverse. With ADDED a positive diagonal is added to A, each entry when its
+    pivot is taken, so that the rest, which A leaves of the pivot, keeps its digits. A rest below zero by no more than
+    ``slack`` is zero. Returns the tile, whether every pivot was that of a positive definite matrix, and the rests.
     """
     o = tl.arange(0, tile.shape[0])
+    rests = tl.zeros((tile.shape[0],), tl.float32)
     tile = tl.where((o >= n)[:, None] & (o[:, None] == o[None, :]), 1.0, tile)
     good = n >= 0
     for j in range(n):
         m_j = o == j
         row = tl.sum(tl.where(m_j[:, None], tile, 0.0), 0)
         pivot = tl.sum(tl.where(m_j, row, 0.0), 0)
-        if FLOORED:
-            least = pick(floor, o, j)
-            holds = (pivot >= least - pick(slack, o, j)) & (pivot < float("inf"))
-            pivot = tl.maximum(pivot, least)
+        if ADDED:
+            holds = (pivot >= -pick(slack, o, j)) & (pivot < float("inf"))
+            pivot = tl.where(holds & (pivot > 0), pivot, 0.0)
+            rests = tl.where(m_j, pivot, rests)
+            pivot += pick(added, o, j)
         else:
             holds = (pivot > 0) & (pivot < float("inf"))
+            pivot = tl.where(holds, pivot, 1.0)
         good = good & holds
-        pivot = tl.where(holds, pivot, 1.0)
         multiplier = tl.where(o > j, row / pivot, 0.0)
         row = tl.where(m_j, 1.0, row)  # of W: its diagonal is 1
         m_column = (o > j)[:, None] & m_j[None, :]
         tile = tl.where(m_column, 0.0, tile) - multiplier[:, None] * row[None, :]
         tile = tl.where(m_j[:, None] & m_j[None, :], pivot, tile)
-    return tile, good
+    return tile, good, rests
+
+
+@triton.jit
+def holds_variance(variances, explained, noise, pivot):
+    """Whether float32 holds wᵀUw after the pattern; ``variances`` is Σ_k w_k² U_kk. See the reference's status."""
+    return explained * (noise / pivot) >= variances * LEAST_DIGITS * EPS
 
 
 @triton.jit
@@ -133,7 +144,7 @@ def factor(a, inverse, SINGLE: tl.constexpr):
     log_det, good = tl.full((), 0, tl.float32), n >= 0
     for j in range(0, n, BLOCK):
         o_j = j + o
-        tile, holds = eliminate(load_tile(a, o_j, o_j), tl.minimum(n - j, BLOCK), 0.0, 0.0, False)
+        tile, holds, _ = eliminate(load_tile(a, o_j, o_j), tl.minimum(n - j, BLOCK), 0.0, 0.0, False)
         good = good & holds
         pivots = diagonal(tile, o)
         log_det += tl.sum(tl.where(o_j < n, tl.log(pivots), 0.0), 0)

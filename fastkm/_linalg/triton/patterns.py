@@ -45,6 +45,11 @@ def patterns_of(x, i_b, T, K, C, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def starts_chunk(t):
+    return tl.cast(t, tl.int32) % CHUNK == 0
+
+
+@triton.jit
 def is_written(mask, o_t, T):
     """Which patterns are written: all up to ``T`` but the masked ones."""
     m_t = o_t < T

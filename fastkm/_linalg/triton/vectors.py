@@ -22,6 +22,17 @@ def store_vector(to, x, o):
 
 
 @triton.jit
+def variance_divergence(ratio, excess):
+    """r − 1 − ln r ≥ 0 in float32, given r − 1 with its digits: see ``variance_divergence`` of the reference."""
+    u = -excess / (1 + ratio)
+    square = u * u
+    series = 1 / 9 + square * (1 / 11 + square * (1 / 13 + square * (1 / 15)))
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square * series))
+    near = 2 * square * (1 / (1 + u) + u * series)
+    return tl.where((ratio >= 0.5) & (ratio <= 2.0), near, excess - tl.log(ratio))
+
+
+@triton.jit
 def load_cotangent(x, o):
     """Entries ``o`` of the cotangent of an output; None stands for zero."""
     if x is None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from fastkm._linalg.triton.condition import apply_pattern_by_pattern, launch_apply, report_patterns
-from fastkm._linalg.triton.factor import EPS, IS_INDEFINITE, factor, load_symmetric
+from fastkm._linalg.triton.factor import EPS, IS_INDEFINITE, IS_LOST, factor, holds_variance, load_symmetric
 from fastkm._linalg.triton.launch import (
     LARGEST_TILE,
     blocks_of,
@@ -27,7 +27,7 @@ from fastkm._linalg.triton.launch import (
     vectors,
     workspace,
 )
-from fastkm._linalg.triton.patterns import Patterns, patterns_of
+from fastkm._linalg.triton.patterns import Patterns, patterns_of, starts_chunk
 from fastkm._linalg.triton.product import product
 from fastkm._linalg.triton.tiles import (
     BLOCK,
@@ -36,6 +36,7 @@ from fastkm._linalg.triton.tiles import (
     assume_fours,
     copy,
     end_of,
+    load_diagonal,
     load_tile,
     matrix_of,
     number_of,
@@ -86,6 +87,7 @@ class Found(NamedTuple):
 
     weights: Any  # [T, K]
     s: Any  # [T]
+    explained: Any  # w·a [T]
     gain: Any  # a/√s [T, K]
 
 
@@ -134,16 +136,16 @@ def write_kernel(
     mean, cov, ridge = matrix_of(mean, i_b, K, C), matrix_of(cov, i_b, K, K), number_of(ridge, i_b)
     new_cov, weights = result_of(to.cov, i_b, K, K), result_of(to.weights, i_b, T, K)
     s, gain = results_of(to.s, i_b, T), result_of(p_gain, i_b, T, K)
+    found = Found(weights, s, results_of(to.kl, i_b, T), gain)
     parts = write_layout(workspaces.p + i_b * workspaces.s_b, K, C, T, ld, REFACTOR)
     find_inner_products(parts.gram, mean, patterns)
     if REFACTOR:
         status = load_symmetric(parts.cov, cov)
-        status = search_refactoring(Found(weights, s, gain), parts, patterns.noise, ridge, num_opt_iters, status,
-                                    SQUARED, SINGLE, SIZE)  # fmt: skip
+        status = search_refactoring(found, parts, patterns.noise, ridge, num_opt_iters, status, SQUARED, SINGLE, SIZE)
         copy(new_cov, parts.cov)
     else:
         good = invert_system(parts, mean, ridge, SINGLE)
-        status = search_in_registers(Found(weights, s, gain), new_cov, parts, cov, patterns.noise, ridge, SIZE)
+        status = search_in_registers(found, new_cov, parts, cov, patterns.noise, ridge, SIZE)
         status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
     tl.store(to.status + i_b, status)
     if APPLY:
@@ -185,6 +187,8 @@ def search_in_registers(found, new_cov, parts, cov, noise, ridge, SIZE: tl.const
     system, buffer = parts.gram.gram, row_of(parts.vectors, 2)
     b_inverse = load_tile(parts.system.lower, o, o)
     status = load_symmetric(new_cov, cov)
+    variances = load_diagonal(new_cov, o, 0.0)
+    variances_before = variances
     if HOLD:
         b_system, b_cov = load_tile(system, o, o), load_tile(new_cov, o, o)
         tl.debug_barrier()
@@ -204,12 +208,17 @@ def search_in_registers(found, new_cov, parts, cov, noise, ridge, SIZE: tl.const
 
         # s, and the change c δᵀ of the mean.
         b_noise = load_entry(noise, t)
-        s = tl.sum(w * a, 0) + b_noise
+        explained = tl.sum(w * a, 0)
         slack = (tl.sum(tl.abs(w * a), 0) + b_noise) * (4.0 * EPS) * (K + T)
-        holds = (s >= b_noise - slack) & (s < float("inf"))
+        holds = (explained >= -slack) & (explained < float("inf"))
         status = tl.where((status == 0) & (holds == 0), IS_INDEFINITE, status)
-        s = tl.maximum(s, b_noise)
+        explained = tl.where(holds & (explained > 0), explained, 0.0)
+        s = explained + b_noise
+        variances_before = tl.where(starts_chunk(t), variances, variances_before)
+        held = holds_variance(tl.sum(w * w * variances_before, 0), explained, b_noise, s)
+        status = tl.where((status == 0) & (held == 0), IS_LOST, status)
         c, gain = a / s, a / tl.sqrt(s)
+        variances -= gain * gain
         inner = load_entry(row_of(parts.gram.inner, t), t)
         delta_delta = inner - tl.sum(w * x, 0) - ridge * tl.sum(w * w, 0)
 
@@ -224,6 +233,7 @@ def search_in_registers(found, new_cov, parts, cov, noise, ridge, SIZE: tl.const
         store_vector(row_of(found.weights, t), w, o)
         store_vector(row_of(found.gain, t), gain, o)
         tl.store(found.s.p + t, s)
+        tl.store(found.explained.p + t, explained)
         advance_cross(parts.gram.cross, parts.gram.inner, None, t, w, c)
     if HOLD:
         store_tile(new_cov, b_cov, o, o)
@@ -267,11 +277,13 @@ def search_refactoring(
     K, T = cov.rows, noise.size
     o = tl.arange(0, SIZE)
     last_c, last_r, buffer, last_gain = row_of(vectors, 0), row_of(vectors, 1), row_of(vectors, 2), row_of(vectors, 3)
+    variances = load_diagonal(cov, o, 0.0)
+    variances_before = variances
     for t in range(T):
         x, b_noise = load_vector(row_of(parts.gram.cross, t), o), load_entry(noise, t)
         inner = load_entry(row_of(parts.gram.inner, t), t)
         zero, zeros = tl.full((), 0, tl.float32), tl.zeros((SIZE,), tl.float32)
-        w, change = zeros, Change(zeros, zero, zeros, zeros, zero, zero)
+        w, change = zeros, Change(zeros, zero, zero, zeros, zeros, zero, zero)
         for n in range(num_opt_iters):
             before = Attempt(last_c, last_r, change.delta_z, change.delta_delta)
             target, good = factor_attempt(parts.system, gram, x, before, n > 0, ridge, SQUARED, SINGLE)
@@ -280,17 +292,22 @@ def search_refactoring(
             change = find_change(gram, cov, buffer, x, w, inner, b_noise)
             product_wa = w * change.a
             least = -tl.sum(tl.abs(product_wa), 0) * (4.0 * EPS) * (K + T)
-            holds = (change.s < float("inf")) & (tl.sum(product_wa, 0) >= least)
+            holds = (change.s < float("inf")) & (change.explained >= least)
             status = tl.where((status == 0) & (holds == 0), IS_INDEFINITE, status)
             share_vector(last_c, change.c, o)
             share_vector(last_r, change.r, o)
-        gain = change.a / tl.sqrt(change.s)
+        gain, explained = change.a / tl.sqrt(change.s), tl.maximum(change.explained, 0.0)
+        variances_before = tl.where(starts_chunk(t), variances, variances_before)
+        held = holds_variance(tl.sum(w * w * variances_before, 0), explained, b_noise, change.s)
+        status = tl.where((status == 0) & (held == 0), IS_LOST, status)
+        variances -= gain * gain
         move_gram(gram, last_c, last_r, change.delta_delta, 1.0)
         share_vector(last_gain, gain, o)
         add_symmetric_outer(cov, -1.0, last_gain, last_gain)
         store_vector(row_of(found.weights, t), w, o)
         store_vector(row_of(found.gain, t), gain, o)
         tl.store(found.s.p + t, change.s)
+        tl.store(found.explained.p + t, explained)
         advance_cross(parts.gram.cross, parts.gram.inner, None, t, w, change.c)
     return status
 

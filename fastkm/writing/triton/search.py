@@ -46,6 +46,7 @@ class Change(NamedTuple):
     """What weights w would write: R + c δᵀ."""
 
     a: Any
+    explained: Any  # w·a
     s: Any
     c: Any
     r: Any
@@ -141,7 +142,8 @@ def find_change(gram, cov, buffer, x, w, inner, noise):
     """What weights w would write; ``inner`` is Q_tt."""
     a = product_with_vector(buffer, cov, w)
     g = product_with_vector(buffer, gram, w)
-    s = tl.maximum(tl.sum(w * a, 0) + noise, noise)
+    explained = tl.sum(w * a, 0)
+    s = tl.maximum(explained, 0.0) + noise
     delta_z = inner - tl.sum(w * x, 0)
     delta_delta = delta_z - tl.sum(w * x, 0) + tl.sum(w * g, 0)
-    return Change(a, s, a / s, x - g, delta_z, delta_delta)
+    return Change(a, explained, s, a / s, x - g, delta_z, delta_delta)
