@@ -274,3 +274,18 @@ def test_attractor_empty_axes(shape):
     result = attractor_read(p.state, p.queries, 1.0, p.ridge, **clean)
     assert (result.values.shape, result.weights.shape) == ((B, Q, C), (B, Q, K))
     assert (result.energy.shape, result.num_iters.shape) == ((B, Q, 3), (B, Q))
+
+
+def test_a_query_that_is_not_a_number_never_settles():
+    """It takes every iteration, and the others stop where they would without it."""
+    p = problem(2, 1, 4, 5, 6)
+    alone = attract(p, tol=0.003, num_iters=30)
+    queries = p.queries.clone()
+    queries[0, 2, 1] = torch.nan
+    beside = attract(p._replace(queries=queries), tol=0.003, num_iters=30)
+    others = torch.ones(2, 4, dtype=torch.bool)
+    others[0, 2] = False
+    assert beside.num_iters[0, 2] == 30
+    assert beside.energy[0, 2].isnan().all()
+    assert torch.equal(beside.num_iters[others], alone.num_iters[others])
+    assert (alone.num_iters < 30).any()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import EMPTY_SHAPES, SHAPES, assert_close, assert_result, batched, problem
 
-from fastkm import solve_addressing, update_posterior, write
+from fastkm import kl_memory, solve_addressing, update_posterior, write
 from fastkm._runtime import schema
 from fastkm.writing.reference import write_gram_space
 
@@ -236,3 +236,57 @@ def test_native_is_as_good_as_the_reference_where_rounding_grows(name):
         p = p._replace(**{field: change(getattr(p, field)) for field, change in changes.items()})
         exact = oracle.flat(run(oracle.map_tensors(p, torch.Tensor.double), "reference"))
         oracle.judge(run, p, exact, "native", times=times)
+
+
+# ---- small steps and little noise; the bounds are explained in test_posterior.py -----------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1e-2])
+def test_a_weak_write_has_its_kl(size, options, backend):
+    """A covariance of ``size`` beside a noise near 1: the weights do not depend on it, wᵀUw/σ² is about ``size``."""
+    exact = problem(2, 20, 0, 7, 6)
+    exact = exact._replace(state=exact.state._replace(cov=size * torch.eye(7, dtype=torch.float64).repeat(2, 1, 1)))
+    p = oracle.map_tensors(exact, lambda x: x.float() if x.is_floating_point() else x)
+    got, wanted = run(p, backend, **options), run(exact, "reference", **options)
+    own = run(p, "reference", **options)
+    assert (got.kl >= 0).all()
+    # The weights have errors of their own, which the reference has too; the KL is a form of degree two in them.
+    worst = max(oracle.error(x.weights, wanted.weights) for x in (got, own)) / oracle.largest(wanted.weights)
+    bound = (4 * worst + 4 * (7 + 20) * torch.finfo(torch.float32).eps) * oracle.largest(wanted.kl)
+    assert oracle.error(got.kl, wanted.kl) <= bound
+
+
+@given(exponent=st.floats(-10, 0), rows=st.sampled_from([3, 8, 20]), seed=st.integers(0, 99))
+def test_a_state_that_is_written_goes_in_again(exponent, rows, seed, backend):
+    p = problem(2, 20, 0, rows, 12, torch.float32, seed=seed)
+    state = p.state._replace(cov=torch.eye(rows).repeat(2, 1, 1))
+    words = ""
+    try:
+        after = write(state, p.values, 10**exponent, 1.0, backend=backend).state
+    except torch.linalg.LinAlgError as error:
+        words = str(error)
+    if words:
+        assert "float64" in words
+        return
+    assert kl_memory(after, state, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_opt_iters": 2}, {"method": "deepmind"}], ids=str)
+def test_what_is_wrong_is_named(options, backend, dtype):
+    """A covariance that is fine is never blamed."""
+    p = problem(3, 4, 0, 6, 4, dtype, masked=True)
+    p = p._replace(mask=torch.ones(3, 4, dtype=torch.bool))
+    for where, words in (("values", "values is not finite"), ("mean", r"state\.mean is not finite")):
+        holed = oracle.map_tensors(p, torch.clone)
+        (holed.values if where == "values" else holed.state.mean)[1, 0, 0] = math.nan
+        with pytest.raises(torch.linalg.LinAlgError, match=rf"^{words} in memory \[1\]$"):
+            run(holed, backend, **options)
+    if options.get("method") == "deepmind":
+        return  # a singular G² may keep a pivot by rounding
+    ridge = torch.tensor([1.0, 1.0, 1e-30], dtype=dtype)
+    mean = p.state.mean.clone()
+    mean[2] = 1
+    words = r"^mean meanᵀ \+ ridge I is not positive definite in memory \[2\]: .* a larger ridge$"
+    with pytest.raises(torch.linalg.LinAlgError, match=words):
+        run(p, backend, ridge=ridge, state=p.state._replace(mean=mean), **options)

@@ -19,9 +19,9 @@ from torch.nn import Parameter
 
 from fastkm._runtime import dispatch, schema
 from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.diagnosis import factorisation_error, raise_failures
 from fastkm._runtime.guards import DTYPES, LOW_PRECISION
 from fastkm._runtime.operation import Operation
-from fastkm._runtime.status import factorisation_error, raise_failures
 from fastkm._runtime.torch_private import disable_current_modes, is_any_autocast_enabled, is_transformed
 from fastkm.state import MemoryState
 

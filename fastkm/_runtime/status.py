@@ -3,13 +3,9 @@
 Every kernel that factors a matrix returns ``info [B]``, an int32 tensor, as its last output: 0 for a memory that went
 well, or one of the codes below. The whole batch is computed before an error is raised; the error names every memory
 that failed.
-
-A kernel knows which factorisation failed, not why: a NaN in the patterns, a ridge that is too small and a covariance
-that is none look alike. So the error looks at the arguments again, which costs a factorisation where a call fails.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,98 +13,31 @@ from torch import Tensor
 from fastkm._runtime.deferred import is_value_unknown
 from fastkm._runtime.torch_private import assert_when_run
 
-if TYPE_CHECKING:
-    from fastkm._runtime.operation import Operation
-
 # LOST: the matrices were good, and the covariance that follows from them has lost its digits to rounding.
 ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST = 1, 2, 3
 WORDS = {ASYMMETRIC: "not symmetric", NOT_POSITIVE_DEFINITE: "not positive definite", LOST: "lost to rounding"}
-WORST_FIRST = ("not finite", *WORDS.values())
-
-# A negative eigenvalue is rounding's if it is no larger than this many roundings of the largest eigenvalue.
-ROUNDINGS = 256
 
 
-class Finding(NamedTuple):
-    """What is wrong with a memory: ``subject`` is ``words``; ``advice`` may be empty."""
-
-    subject: str
-    words: str
-    advice: str = ""
-
-
-def raise_failures(info: Tensor, operation: "Operation", inputs: list) -> None:
-    """Raise for the memories of ``info`` that failed, or do nothing.
+def raise_failures(info: Tensor, matrix: str) -> None:
+    """Raise for the memories of ``info`` that failed to factor ``matrix``, or do nothing.
 
     In a graph that is traced or captured the check becomes an assertion of the graph, which raises RuntimeError.
     """
     if is_value_unknown(info):
-        assert_when_run(~info.any(), f"{operation.factored} is not symmetric positive definite")
+        assert_when_run(~info.any(), f"{matrix} is not symmetric positive definite")
         return
     info = torch.func.debug_unwrap(info)
     if any(info.flatten().tolist()):
-        raise factorisation_error(info, operation, inputs)
+        raise factorisation_error(info, matrix)
 
 
-def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> torch.linalg.LinAlgError:
-    """The error that says of every memory of ``info`` that failed which of the ``inputs`` is at fault."""
-    if info.dim() != 1:  # under vmap a memory is a pair, [index of the map, memory], and inputs need not have the first
-        return torch.linalg.LinAlgError(f"{operation.factored} is {describe_failures(info, _place)}")
-    given = dict(zip(operation.input_names(), inputs, strict=True))
-    findings: dict[Finding, list[int]] = {}
-    for memory, code in enumerate(info.tolist()):
-        if code:
-            findings.setdefault(diagnose(memory, code, operation.factored, given), []).append(memory)
-    subjects: dict[str, list[str]] = {}
-    for finding, memories in sorted(findings.items(), key=lambda item: WORST_FIRST.index(item[0].words)):
-        subjects.setdefault(finding.subject, []).append(finding.words + _place(memories))
-    message = "; ".join(f"{subject} is {' and '.join(words)}" for subject, words in subjects.items())
-    advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
-    return torch.linalg.LinAlgError(": ".join((message, *advice)))
+def factorisation_error(info: Tensor, matrix: str) -> torch.linalg.LinAlgError:
+    """The error that names every memory of ``info`` that failed to factor ``matrix``."""
 
+    def place(failed: list) -> str:  # under vmap a memory is a pair: [index of the map, memory]
+        return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"
 
-def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) -> Finding:
-    """Which of the ``given`` inputs is at fault where ``memory`` has the status ``code``."""
-    tensors = dict(_of_memory(memory, given))
-    for name, x in tensors.items():
-        if not x.isfinite().all():
-            return Finding(name, WORST_FIRST[0])
-    dtype = next(iter(tensors.values())).dtype
-    wider = "float64, or with " if dtype != torch.float64 else ""
-    covariances = {name: x for name, x in tensors.items() if name.endswith("cov")}
-    if code == ASYMMETRIC:
-        tolerance = torch.finfo(dtype).eps ** 0.5
-        crooked = (name for name, x in covariances.items() if (x - x.mT).abs().max() > tolerance * x.abs().max())
-        return Finding(next(crooked, factored), WORDS[code])
-    for name, x in covariances.items():
-        if torch.linalg.cholesky_ex(x.double()).info:
-            values = torch.linalg.eigvalsh(x.double())
-            by_rounding = -values[0] <= ROUNDINGS * torch.finfo(dtype).eps * values[-1]
-            advice = f"it is so by rounding; compute in {wider}more noise or fewer updates" if by_rounding else ""
-            return Finding(name, WORDS[NOT_POSITIVE_DEFINITE], advice)
-    if code == NOT_POSITIVE_DEFINITE and "ridge" in tensors:
-        return Finding("mean meanᵀ + ridge I", WORDS[code], f"compute in {wider}a larger ridge")
-    if "noise_var" in tensors:
-        short = f"{str(dtype).removeprefix('torch.')} does not hold what the noise leaves of it along a pattern"
-        return Finding("the new covariance", WORDS[LOST], f"{short}; compute in {wider}more noise")
-    return Finding(factored, WORDS[code])
-
-
-def _of_memory(memory: int, given: dict[str, object]) -> Iterable[tuple[str, Tensor]]:
-    """The numbers of one memory, without those of its masked patterns."""
-    mask = given.get("mask")
-    for name, x in given.items():
-        if not isinstance(x, Tensor) or x.dtype == torch.bool:
-            continue
-        x = torch.func.debug_unwrap(x).detach()
-        x = x[memory] if x.dim() else x
-        if isinstance(mask, Tensor) and name in ("weights", "values"):
-            x = x[torch.func.debug_unwrap(mask)[memory]]
-        yield name, x
-
-
-def _place(failed: list) -> str:
-    return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"
+    return torch.linalg.LinAlgError(f"{matrix} is {describe_failures(info, place)}")
 
 
 def describe_failures(info: Tensor, place: Callable[[list], str]) -> str:

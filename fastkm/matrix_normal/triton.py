@@ -140,9 +140,7 @@ def kl_memory_kernel(states, p_result, p_status, workspaces, K, C, ld, SINGLE: t
         # Rows i of M − D, which is zero right of the diagonal block.
         for j in range(0, i + BLOCK, BLOCK):
             spread += squared_norm(relative_factor(parts, i, j))
-        own, prior = load_diagonal(parts.lower, o_i, 1.0), load_diagonal(parts.prior_lower, o_i, 1.0)
-        m, gap = own / prior, (own - prior) / prior
-        spread += tl.sum(variance_divergence(m * m, gap * (2 + gap)).to(tl.float64), 0)
+        spread += tl.sum(divergence_of_diagonal(parts, o_i).to(tl.float64), 0)
         # Rows i of L0⁻¹ (R − R0).
         for c in range(0, C, BLOCK):
             o_c = c + tl.arange(0, BLOCK)
@@ -154,6 +152,14 @@ def kl_memory_kernel(states, p_result, p_status, workspaces, K, C, ld, SINGLE: t
             shift += squared_norm(total)
     tl.store(p_result + i_b, (0.5 * (C * spread + shift)).to(tl.float32))
     tl.store(p_status + i_b, tl.maximum(status, prior_status))
+
+
+@triton.jit
+def divergence_of_diagonal(parts, o):
+    """m² − 1 − ln m² for rows ``o``, 0 past the last."""
+    own, prior = load_diagonal(parts.lower, o, 1.0), load_diagonal(parts.prior_lower, o, 1.0)
+    m, excess = own / prior, (own - prior) / prior
+    return variance_divergence(m * m, excess * (2 + excess))
 
 
 @triton.jit

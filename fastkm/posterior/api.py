@@ -72,13 +72,15 @@ def update_posterior(
         :class:`PosteriorUpdate`. The order of the patterns matters for the per-pattern fields only.
 
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
-    bfloat16 or float16. In float32 keep ``wᵀ U w / σ²`` below about 1e5.
+    bfloat16 or float16. A pattern with ``wᵀ U w / σ²`` below 1.6e4 in float32, 9e12 in float64, may repeat any number
+    of times; beyond, a covariance that rounding could make indefinite is refused. No ``kl`` is negative.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
     The gradient for ``state.cov`` is that of a symmetric matrix.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
-        torch.linalg.LinAlgError: ``cov`` is not symmetric or not positive definite; names the memories.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric or not positive definite, an argument is not finite, or the
+            noise is too small for the new covariance to be held in this dtype; names the memories and the argument.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
 
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.

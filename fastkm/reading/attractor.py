@@ -37,7 +37,7 @@ def iterate_attractor(factor, solve, mean, cov, queries, noise_var, ridge, num_i
             values, weights = torch.where(go, new_values, values), torch.where(go, new_weights, weights)
             energy = torch.where(active, new_energy, energy)
             if tol is not None:
-                active = active & (moved > tol)
+                active = active & ~(moved <= tol)  # a NaN goes on
         energies.append(energy)
         if i + 1 == num_iters or not (active.is_cuda or active.any()):
             break

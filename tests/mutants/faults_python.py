@@ -189,9 +189,9 @@ REFERENCES = [
     fault(
         "at-rest-goes-on",
         "a query whose values stay exactly the same goes on at a tolerance of zero",
-        before="active & (moved > tol)",
-        within="active = active & (moved > tol) energies.append(energy) if i + 1",
-        after="active & (moved >= tol)",
+        before="~(moved <= tol)",
+        within="active = active & ~(moved <= tol)  # a NaN goes on",
+        after="~(moved < tol)",
         tests=(READING,),
     ),
     fault(
