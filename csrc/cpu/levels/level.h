@@ -1,4 +1,4 @@
-// The kernels of one level. base.cpp, avx2.cpp and avx512.cpp include it after they have set FASTKM_LEVEL,
+// The kernels of one level. base.cpp, avx2.cpp, avx512.cpp and neon.cpp include it after they have set FASTKM_LEVEL,
 // FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
 #include "cpu/matrix_normal/divergence.h"
 #include "cpu/matrix_normal/divergence_backward.h"
