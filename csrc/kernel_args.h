@@ -12,7 +12,8 @@
 
 // Such flags drop NaN and reorder sums. GCC 11 and clang do not tell of -funsafe-math-optimizations alone.
 #if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ > 0 || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
-#error "fastkm: remove -Ofast, -ffast-math and their parts from CXXFLAGS and CFLAGS; they drop checks for NaN and digits"
+#error \
+    "fastkm: remove -Ofast, -ffast-math and their parts from CXXFLAGS and CFLAGS; they drop checks for NaN and digits"
 #endif
 
 namespace fastkm {
@@ -160,9 +161,9 @@ struct Kernels {
 // Queries of a tile of read_tiles.
 constexpr int64_t kQueryTile = 64;
 
-// The instruction sets that cpu/ is compiled for, each in a namespace of its own. FASTKM_LEVELS is how many of them this
-// build has, the lowest first. A build for a compiler that cannot make the highest defines it as 2 or 1. A processor
-// that is not an x86-64 has one level: neon on aarch64, base elsewhere.
+// The instruction sets that cpu/ is compiled for, each in a namespace of its own. FASTKM_LEVELS is how many of them
+// this build has, the lowest first. A build for a compiler that cannot make the highest defines it as 2 or 1. A
+// processor that is not an x86-64 has one level: neon on aarch64, base elsewhere.
 #if !defined(__x86_64__)
 #undef FASTKM_LEVELS
 #define FASTKM_LEVELS 1
