@@ -26,10 +26,11 @@ def pytest_configure(config):
     from compilers import build, operators
 
     try:
-        command = build.compile_program(build.parse(asked), build.DRIVER)
+        program = operators.Program(build.compile_program(build.parse(asked), build.DRIVER))
     except (ValueError, build.Missing) as error:
         raise pytest.UsageError(f"--cpu-kernels: {error}") from None
-    config.stash[TAKEN_OVER] = operators.take_over(operators.Program(command))
+    config.stash[TAKEN_OVER] = operators.take_over(program)
+    config.add_cleanup(program.close)
 
 
 def backend_param(*values):
