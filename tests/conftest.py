@@ -26,7 +26,10 @@ def pytest_configure(config):
     from compilers import build, operators
 
     try:
-        program = operators.Program(build.compile_program(build.parse(asked), build.DRIVER))
+        taken = build.parse(asked)
+        if not hasattr(config, "workerinput"):  # the processes of pytest-xdist share what the first one built
+            build.compile_program(taken)
+        program = operators.Program(build.command_to_run(taken))
     except (ValueError, build.Missing) as error:
         raise pytest.UsageError(f"--cpu-kernels: {error}") from None
     config.stash[TAKEN_OVER] = operators.take_over(program)

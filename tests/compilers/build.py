@@ -1,6 +1,5 @@
 """Builds the CPU kernels of one level with any compiler, into a program without torch around ``driver.cpp``."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -11,10 +10,10 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 DRIVER = Path(__file__).with_name("driver.cpp")
 FOLDER = ROOT / "build" / "compilers"
-FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-w")  # as setup.py, which is held to it
+FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-w")  # as setup.py
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PACKAGES = {CROSS: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}  # of Debian
-COMPILERS = ("g++", "g++-11", "clang++-14", "clang++-19", "clang++", CROSS)
+COMPILERS = ("g++-11", "clang++-14", "clang++-19", "clang++")  # beside g++, which builds the package itself
 LEVELS = ("base", "avx2", "avx512")
 
 
@@ -46,7 +45,7 @@ def parse(text: str) -> Build:
 def require(command: str) -> str:
     if found := shutil.which(command):
         return found
-    package = PACKAGES.get(command, command)
+    package = PACKAGES.get(command, command.replace("clang++", "clang"))
     raise Missing(f"{command} is not installed: apt-get install {package}")
 
 
@@ -54,21 +53,23 @@ def levels_of(compiler: str) -> tuple[str, ...]:
     return ("neon",) if compiler == CROSS or platform.machine() == "aarch64" else LEVELS
 
 
-def command_to_run(build: Build, program: Path) -> list[str]:
-    return [require(EMULATOR), str(program)] if build.emulated else [str(program)]
+def program_of(build: Build, source: Path = DRIVER) -> Path:
+    return FOLDER / f"{source.stem}-{build.compiler}-{build.level}"
 
 
-def compile_program(build: Build, source: Path, *flags: str, folder: Path = FOLDER) -> list[str]:
-    """Compile ``source`` around the kernels of a level, and return the command that runs it."""
-    compiler = require(build.compiler)
+def command_to_run(build: Build, source: Path = DRIVER) -> list[str]:
+    program = str(program_of(build, source))
+    return [require(EMULATOR), program] if build.emulated else [program]
+
+
+def compile_program(build: Build, source: Path = DRIVER) -> None:
+    """Compile ``source`` around the kernels of a level."""
+    compiler, program = require(build.compiler), program_of(build, source)
+    program.parent.mkdir(parents=True, exist_ok=True)
     level = CSRC / "cpu" / "levels" / f"{build.level}.cpp"
-    folder.mkdir(parents=True, exist_ok=True)
-    program = folder / f"{source.stem}-{build.compiler}-{build.level}"
     defines = [f'-DFASTKM_LEVEL_SOURCE="{level}"', f"-DFASTKM_LEVEL_NAME={build.level}"]
-    cached = [shutil.which("ccache")] if shutil.which("ccache") else []
-    object_file = program.with_suffix(".o")
-    compiled = [*cached, compiler, *FLAGS, *flags, *defines, f"-I{CSRC}", "-c", str(source), "-o", str(object_file)]
-    subprocess.run([part for part in compiled if part], check=True)
+    made, cache = program.with_suffix(".o"), [found] if (found := shutil.which("ccache")) else []
+    options = [*FLAGS, *defines, f"-I{CSRC}"]
+    subprocess.run([*cache, compiler, *options, "-c", source, "-o", made], check=True)
     static = ["-static"] if build.emulated else []  # the emulator then needs no libraries of aarch64
-    subprocess.run([compiler, *flags, *static, "-pthread", str(object_file), "-o", str(program)], check=True)
-    return command_to_run(build, program)
+    subprocess.run([compiler, *static, "-pthread", made, "-o", program], check=True)
