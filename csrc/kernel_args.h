@@ -195,7 +195,8 @@ template <class Real>
 const Kernels<Real>& kernels();
 Level select_level(int64_t limit);
 
-// What this build is made of. The name of the i-th level that was compiled, as its namespace; null past the last.
+// What this build is made of. The name of the i-th level that was compiled: base or NEON, then AVX2 and AVX-512. It is
+// null past the last.
 const char* level_name(int64_t i);
 // The compiler and its version, as "g++ 12.2.0" or "clang++ 19.1.7".
 const char* compiler();

@@ -10,11 +10,12 @@ ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 DRIVER = Path(__file__).with_name("driver.cpp")
 FOLDER = ROOT / "build" / "compilers"
-FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-w")  # as setup.py
+FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fwrapv")  # as setup.py
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 PACKAGES = {CROSS: "g++-aarch64-linux-gnu", EMULATOR: "qemu-user"}  # of Debian
 COMPILERS = ("g++-11", "clang++-14", "clang++-19", "clang++")  # beside g++, which builds the package itself
 LEVELS = ("base", "avx2", "avx512")
+NAMES = {"base": "base", "avx2": "AVX2", "avx512": "AVX-512", "neon": "NEON"}  # as csrc/cpu/levels/dispatch.cpp
 
 
 class Missing(Exception):
@@ -69,7 +70,7 @@ def compile_program(build: Build, source: Path = DRIVER) -> None:
     level = CSRC / "cpu" / "levels" / f"{build.level}.cpp"
     defines = [f'-DFASTKM_LEVEL_SOURCE="{level}"', f"-DFASTKM_LEVEL_NAME={build.level}"]
     made, cache = program.with_suffix(".o"), [found] if (found := shutil.which("ccache")) else []
-    options = [*FLAGS, *defines, f"-I{CSRC}"]
+    options = [*FLAGS, "-w", *defines, f"-I{CSRC}"]
     subprocess.run([*cache, compiler, *options, "-c", source, "-o", made], check=True)
     static = ["-static"] if build.emulated else []  # the emulator then needs no libraries of aarch64
     subprocess.run([compiler, *static, "-pthread", made, "-o", program], check=True)

@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__aarch64__)
 namespace lowest = neon;
-constexpr const char* kLowestName = "neon";
+constexpr const char* kLowestName = "NEON";
 #else
 namespace lowest = base;
 constexpr const char* kLowestName = "base";
@@ -27,10 +27,10 @@ constexpr const char* kLowestName = "base";
 constexpr const char* kNames[] = {
     kLowestName,
 #if FASTKM_LEVELS > 1
-    "avx2",
+    "AVX2",
 #endif
 #if FASTKM_LEVELS > 2
-    "avx512",
+    "AVX-512",
 #endif
 };
 

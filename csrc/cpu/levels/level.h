@@ -1,8 +1,8 @@
 // The kernels of one level. base.cpp, avx2.cpp, avx512.cpp and neon.cpp include it after they have set FASTKM_LEVEL,
 // FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
 //
-// With FASTKM_PROBE they compile in a fraction of a second what only the target decides. setup.py compiles avx512.cpp
-// and avx2.cpp so. If a compiler refuses one, the build leaves the level out: FASTKM_LEVELS is 3, 2 or 1.
+// With FASTKM_PROBE they hold one transpose and one tile, which compile in a second. So a build can ask whether a
+// compiler makes the level; if not, it leaves the level out by FASTKM_LEVELS.
 #if defined(FASTKM_PROBE)
 #include "cpu/linalg/tile.h"
 
