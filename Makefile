@@ -21,9 +21,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
-FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test test-kernels mutants lint format docs readme clean distclean
+.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test test-kernels arm compilers mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -61,6 +61,12 @@ test: setup ## the tests of the package, in as many processes as there are proce
 
 test-kernels: setup ## the tests of the GPU kernels, once for each way of running them without a GPU
 	for rung in $(RUNGS); do $(BIN)/python -m pytest $(PARALLEL) --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
+
+arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; two minutes
+	PYTHONPATH=tests $(BIN)/python -m compilers --whole aarch64-linux-gnu-g++
+
+compilers: setup ## the CPU kernels as g++ 11 and clang build them, at every level; a compiler that is not there is left out
+	PYTHONPATH=tests $(BIN)/python -m compilers
 
 mutants: setup ## plant small faults one by one, each of which the tests must catch; ten to thirty minutes, and less when repeated
 	PYTHONPATH=tests $(BIN)/python -m mutants $(ARGS)

@@ -10,6 +10,12 @@
 
 #include <cstdint>
 
+// Such flags drop NaN and reorder sums. GCC 11 and clang do not tell of -funsafe-math-optimizations alone.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ > 0 || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
+#error \
+    "fastkm: remove -Ofast, -ffast-math and their parts from CXXFLAGS and CFLAGS; they drop checks for NaN and digits"
+#endif
+
 namespace fastkm {
 
 // A batch of matrices in the caller's memory, with any strides. Vectors are matrices of one column. A null `data` means
@@ -155,10 +161,22 @@ struct Kernels {
 // Queries of a tile of read_tiles.
 constexpr int64_t kQueryTile = 64;
 
-// The instruction sets that cpu/ is compiled for, each in a namespace of its own.
-enum Level : int64_t { kBase = 0, kAvx2 = 1, kAvx512 = 2 };
+// The instruction sets that cpu/ is compiled for, each in a namespace of its own. FASTKM_LEVELS is how many of them
+// this build has, the lowest first. A build for a compiler that cannot make the highest defines it as 2 or 1. A
+// processor that is not an x86-64 has one level: neon on aarch64, base elsewhere.
+#if !defined(__x86_64__)
+#undef FASTKM_LEVELS
+#define FASTKM_LEVELS 1
+#elif !defined(FASTKM_LEVELS)
+#define FASTKM_LEVELS 3
+#endif
+enum Level : int64_t { kLowest = 0, kAvx2 = 1, kAvx512 = 2 };
 
 namespace base {
+template <class Real>
+const Kernels<Real>& kernels();
+}
+namespace neon {
 template <class Real>
 const Kernels<Real>& kernels();
 }
@@ -176,5 +194,11 @@ const Kernels<Real>& kernels();
 template <class Real>
 const Kernels<Real>& kernels();
 Level select_level(int64_t limit);
+
+// What this build is made of. The name of the i-th level that was compiled: base or NEON, then AVX2 and AVX-512. It is
+// null past the last.
+const char* level_name(int64_t i);
+// The compiler and its version, as "g++ 12.2.0" or "clang++ 19.1.7".
+const char* compiler();
 
 }  // namespace fastkm

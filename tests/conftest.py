@@ -11,11 +11,29 @@ settings.register_profile("fastkm", deadline=None, max_examples=25, derandomize=
 settings.load_profile("fastkm")
 
 DTYPES = (torch.float32, torch.float64)
+TAKEN_OVER = pytest.StashKey[torch.library.Library]()
 KERNELS = ("simt", "interpreter", "ttsem", "aot", "gpu")
 
 
 def pytest_addoption(parser):
     parser.addoption("--kernels", choices=KERNELS, help="what runs the tests of the GPU kernels; see gpu/conftest.py")
+    parser.addoption("--cpu-kernels", help="COMPILER:LEVEL, whose kernels run the tests; see compilers/operators.py")
+
+
+def pytest_configure(config):
+    if not (asked := config.getoption("--cpu-kernels")):
+        return
+    from compilers import build, operators
+
+    try:
+        taken = build.parse(asked)
+        if not hasattr(config, "workerinput"):  # the processes of pytest-xdist share what the first one built
+            build.compile_program(taken)
+        program = operators.Program(build.command_to_run(taken))
+    except (ValueError, build.Missing) as error:
+        raise pytest.UsageError(f"--cpu-kernels: {error}") from None
+    config.stash[TAKEN_OVER] = operators.take_over(program)
+    config.add_cleanup(program.close)
 
 
 def backend_param(*values):

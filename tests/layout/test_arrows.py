@@ -80,7 +80,11 @@ def refusal(room: str, included: str) -> str | None:
     if "/" not in included and "." not in included:
         return None  # the standard library
     if not (CSRC / included).exists():
-        if included in SYSTEM.get(room, ()) or room == "bindings" or included.startswith(("cuda", "sys/", "immintrin")):
+        if (
+            included in SYSTEM.get(room, ())
+            or room == "bindings"
+            or included.startswith(("cuda", "sys/", "cpuid", "immintrin"))
+        ):
             return None
         return "it is neither a file of csrc/ nor a header this room may take from outside"
     other = room_of(included, INCLUDES)

@@ -12,10 +12,18 @@
 #include "cpu/linalg/arena.h"
 #include "kernel_args.h"
 
-#if defined(__x86_64__)
+#if FASTKM_LEVELS > 1
+#if defined(__clang__)
+#pragma clang diagnostic error "-Wignored-attributes"
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
 #pragma GCC target("arch=x86-64-v3")
+#endif
 #define FASTKM_LEVEL avx2
 #define FASTKM_VECTOR_BYTES 32
 #define FASTKM_TILE_ROWS 4
 #include "cpu/levels/level.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

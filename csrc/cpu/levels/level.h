@@ -1,5 +1,17 @@
-// The kernels of one level. base.cpp, avx2.cpp and avx512.cpp include it after they have set FASTKM_LEVEL,
+// The kernels of one level. base.cpp, avx2.cpp, avx512.cpp and neon.cpp include it after they have set FASTKM_LEVEL,
 // FASTKM_VECTOR_BYTES, FASTKM_TILE_ROWS and the target.
+//
+// With FASTKM_PROBE they hold one transpose and one tile, which compile in a second. So a build can ask whether a
+// compiler makes the level; if not, it leaves the level out by FASTKM_LEVELS.
+#if defined(FASTKM_PROBE)
+#include "cpu/linalg/tile.h"
+
+namespace fastkm::FASTKM_LEVEL {
+template void transpose_square(float*, int64_t, const float*, int64_t);
+template struct Tile<2, 1, float>;
+}  // namespace fastkm::FASTKM_LEVEL
+
+#else
 #include "cpu/matrix_normal/divergence.h"
 #include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/posterior/update.h"
@@ -35,3 +47,4 @@ template const Kernels<float>& kernels();
 template const Kernels<double>& kernels();
 
 }  // namespace fastkm::FASTKM_LEVEL
+#endif  // FASTKM_PROBE

@@ -66,10 +66,16 @@ inline Real lane_sum(Vec<Real> vec) {
 template <int STAGE, bool LOWER, class Real, size_t... LANE>
 [[gnu::always_inline]] inline Vec<Real> interleave(Vec<Real> a, Vec<Real> b, std::index_sequence<LANE...>) {
   constexpr int W = static_cast<int>(kLanes<Real>);
+  constexpr auto source = [](int lane) {
+    return lane & STAGE ? W + lane - (LOWER ? 0 : STAGE) : lane + (LOWER ? STAGE : 0);
+  };
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, source(static_cast<int>(LANE))...);
+#else  // GCC 11
   typedef LaneNumber<Real> Mask [[gnu::vector_size(FASTKM_VECTOR_BYTES)]];
-  constexpr Mask mask = {(static_cast<int>(LANE) & STAGE ? W + static_cast<int>(LANE) - (LOWER ? 0 : STAGE)
-                                                         : static_cast<int>(LANE) + (LOWER ? STAGE : 0))...};
+  constexpr Mask mask = {source(static_cast<int>(LANE))...};
   return __builtin_shuffle(a, b, mask);
+#endif
 }
 
 // One stage of lane_sums: interleave and add pairs of vectors, which halves their number.

@@ -1,0 +1,278 @@
+// The CPU kernels of one level in a program without torch: it reads calls of the operators of fastkm/_runtime/schema.py
+// from its standard input and writes their results to its standard output, until the input ends. operators.py is the
+// other side. So the tests of the package can hold kernels of any compiler, and of another processor, to the truth.
+//
+// All numbers are int64 in the order of bytes of the machine. A call is the name of an operator, the number of threads,
+// the arguments, and the results without their data. An argument is a Kind and what it needs.
+
+#include FASTKM_LEVEL_SOURCE
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/linalg/arena.cpp"
+
+namespace {
+
+using namespace fastkm;
+
+void receive(void* to, size_t bytes) {
+  if (bytes > 0 && std::fread(to, bytes, 1, stdin) != 1) std::exit(1);
+}
+
+int64_t receive_number() {
+  int64_t number;
+  receive(&number, sizeof number);
+  return number;
+}
+
+enum Kind : int64_t { kNone = 0, kNumber = 1, kTensor = 2 };
+
+// An argument or a result. The memory of a tensor ends with its last element.
+struct Value {
+  Kind kind = kNone;
+  int64_t number = 0;
+  int64_t element = 0, count = 0;  // bytes of an element; elements from the first to the last
+  int64_t size[3] = {1, 1, 1}, stride[3] = {};
+  std::unique_ptr<char[]> data;
+
+  size_t bytes() const { return static_cast<size_t>(element * count); }
+};
+
+// A value without the data of a tensor, whose memory is filled with NaN.
+Value receive_value() {
+  Value value;
+  value.kind = static_cast<Kind>(receive_number());
+  if (value.kind == kNumber) value.number = receive_number();
+  if (value.kind != kTensor) return value;
+  value.element = receive_number();
+  value.count = receive_number();
+  receive(value.size, sizeof value.size);
+  receive(value.stride, sizeof value.stride);
+  value.data = std::make_unique<char[]>(value.bytes());
+  std::memset(value.data.get(), 0xFF, value.bytes());
+  return value;
+}
+
+struct Call {
+  std::string name;
+  int64_t threads;
+  std::vector<Value> arguments, results;
+
+  const int64_t* size(size_t i) const { return arguments[i].size; }
+  int64_t number(size_t i) const { return arguments[i].number; }
+
+  template <class Real>
+  Batch<const Real> in(size_t i) const {
+    const Value& value = arguments[i];
+    return {reinterpret_cast<const Real*>(value.data.get()), {value.stride[0], value.stride[1], value.stride[2]}};
+  }
+  template <class Real>
+  Batch<Real> out(size_t i) const {
+    const Value& value = results[i];
+    return {reinterpret_cast<Real*>(value.data.get()), {value.stride[0], value.stride[1], value.stride[2]}};
+  }
+
+  // compute(begin, end) for n memories or tiles, spread over the threads.
+  template <class F>
+  void over_threads(int64_t n, const F& compute) const {
+    const int64_t share = (n + threads - 1) / threads;
+    std::vector<std::thread> others;
+    for (int64_t begin = share; begin < n; begin += share)
+      others.emplace_back([&compute, begin, end = std::min(begin + share, n)] { compute(begin, end); });
+    if (n > 0) compute(int64_t{0}, std::min(share, n));
+    for (std::thread& other : others) other.join();
+  }
+};
+
+bool receive_call(Call& call) {
+  int64_t length;
+  if (std::fread(&length, sizeof length, 1, stdin) != 1) return false;
+  call.name.resize(static_cast<size_t>(length));
+  receive(call.name.data(), call.name.size());
+  call.threads = receive_number();
+  call.arguments.resize(static_cast<size_t>(receive_number()));
+  for (Value& value : call.arguments) {
+    value = receive_value();
+    receive(value.data.get(), value.bytes());
+  }
+  call.results.resize(static_cast<size_t>(receive_number()));
+  for (Value& value : call.results) value = receive_value();
+  return true;
+}
+
+// mean, cov, [weights,] values and noise_var are the first arguments of an update and of a write.
+template <class Real>
+PosteriorArgs<Real> posterior_args(const Call& call, size_t values, size_t mask) {
+  PosteriorArgs<Real> args{};
+  args.K = call.size(0)[1], args.C = call.size(0)[2], args.T = call.size(values)[1];
+  args.mean = call.in<Real>(0), args.cov = call.in<Real>(1);
+  args.values = call.in<Real>(values), args.noise_var = call.in<Real>(values + 1);
+  args.mask = call.in<bool>(mask);
+  return args;
+}
+
+template <class Real>
+PosteriorArgs<Real> update_args(const Call& call) {
+  PosteriorArgs<Real> args = posterior_args<Real>(call, 3, 5);
+  args.weights = call.in<Real>(2);
+  return args;
+}
+
+template <class Real>
+WritingArgs<Real> writing_args(const Call& call) {
+  return {.posterior = posterior_args<Real>(call, 2, 7),
+          .ridge = call.in<Real>(4),
+          .num_opt_iters = call.number(5),
+          .squared_gram = call.number(6) != 0,
+          .new_weights = {}};
+}
+
+template <class Real>
+ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, size_t squared_gram, int32_t* info) {
+  return {.K = call.size(0)[1],
+          .C = call.size(0)[2],
+          .Q = call.size(1)[1],
+          .mean = call.in<Real>(0),
+          .queries = call.in<Real>(1),
+          .ridge = call.in<Real>(2),
+          .num_iters = num_iters,
+          .squared_gram = call.number(squared_gram) != 0,
+          .values = {},
+          .weights = {},
+          .info = info};
+}
+
+// As csrc/bindings/reading.cpp: few memories are spread over the threads with their queries.
+template <class Real>
+void read_on(const Call& call, const Kernels<Real>& table, const ReadingArgs<Real>& args) {
+  const int64_t B = call.size(0)[0];
+  if (B >= call.threads)
+    return call.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
+  std::vector<Real> factors(static_cast<size_t>(B * table.factor_size(args)));
+  call.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, factors.data(), begin, end); });
+  const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);
+  call.over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, factors.data(), begin, end); });
+}
+
+// Each returns whether the call is of its family.
+template <class Real, class Run>
+bool answer_conditioning(const Call& call, const Kernels<Real>& table, const Run& run) {
+  const auto in = [&](size_t i) { return call.in<Real>(i); };
+  const auto out = [&](size_t i) { return call.out<Real>(i); };
+  if (call.name == "update_posterior") {
+    PosteriorArgs<Real> args = update_args<Real>(call);
+    args.new_mean = out(0), args.new_cov = out(1), args.innovation_var = out(2), args.kl = out(3);
+    args.log_evidence = out(4).data, args.info = call.out<int32_t>(5).data;
+    return run(table.update_posterior, args);
+  }
+  if (call.name == "update_posterior_backward") {
+    const PosteriorGrads<Real> grads{.mean = in(7),
+                                     .cov = in(8),
+                                     .innovation_var = in(9),
+                                     .kl = in(10),
+                                     .log_evidence = in(11),
+                                     .to_mean = out(0),
+                                     .to_cov = out(1),
+                                     .to_weights = out(2),
+                                     .to_values = out(3),
+                                     .to_noise_var = out(4)};
+    return run(table.update_posterior_backward, update_args<Real>(call), grads);
+  }
+  if (call.name == "write") {
+    WritingArgs<Real> args = writing_args<Real>(call);
+    args.posterior.new_mean = out(0), args.posterior.new_cov = out(1), args.new_weights = out(2);
+    args.posterior.innovation_var = out(3), args.posterior.kl = out(4);
+    args.posterior.info = call.out<int32_t>(5).data;
+    return run(table.write, args);
+  }
+  if (call.name == "write_backward") {
+    WritingArgs<Real> args = writing_args<Real>(call);
+    args.posterior.weights = in(9);
+    WritingGrads<Real> grads{};
+    grads.posterior.mean = in(10), grads.posterior.cov = in(11), grads.weights = in(12);
+    grads.posterior.innovation_var = in(13), grads.posterior.kl = in(14);
+    grads.posterior.to_mean = out(0), grads.posterior.to_cov = out(1), grads.posterior.to_values = out(2);
+    grads.posterior.to_noise_var = out(3), grads.to_ridge = out(4);
+    return run(table.write_backward, args, grads);
+  }
+  return false;
+}
+
+template <class Real, class Run>
+bool answer_reading(const Call& call, const Kernels<Real>& table, const Run& run) {
+  if (call.name == "solve_addressing" || call.name == "read") {
+    const bool whole = call.name == "read";
+    int32_t* info = call.out<int32_t>(whole ? 2 : 1).data;
+    ReadingArgs<Real> args = reading_args<Real>(call, whole ? call.number(3) : 1, whole ? 4 : 3, info);
+    if (whole) args.values = call.out<Real>(0);
+    args.weights = call.out<Real>(whole ? 1 : 0);
+    read_on(call, table, args);
+    return true;
+  }
+  if (call.name != "read_backward") return false;
+  std::vector<int32_t> info(static_cast<size_t>(call.size(0)[0]));
+  const ReadingGrads<Real> grads{.values = call.in<Real>(6),
+                                 .weights = call.in<Real>(7),
+                                 .to_mean = call.out<Real>(0),
+                                 .to_queries = call.out<Real>(1),
+                                 .to_ridge = call.out<Real>(2).data};
+  return run(table.read_backward, reading_args<Real>(call, call.number(3), 4, info.data()), grads);
+}
+
+template <class Real, class Run>
+bool answer_matrix_normal(const Call& call, const Kernels<Real>& table, const Run& run) {
+  const bool divergence = call.name.starts_with("kl_memory"), backward = call.name.ends_with("_backward");
+  if (!divergence && !call.name.starts_with("logdet")) return false;
+  const auto in = [&](size_t i) { return call.in<Real>(i); };
+  const auto out = [&](size_t i) { return call.out<Real>(i); };
+  MatrixNormalArgs<Real> args{};
+  args.K = call.size(0)[1], args.C = divergence ? call.size(0)[2] : 0;
+  if (divergence) {
+    args.mean = in(0), args.cov = in(1), args.prior_mean = in(2), args.prior_cov = in(3);
+  } else {
+    args.cov = in(0);
+  }
+  if (!backward) {
+    args.result = out(0).data, args.info = call.out<int32_t>(1).data;
+    return run(divergence ? table.kl_memory : table.logdet, args);
+  }
+  MatrixNormalGrads<Real> grads{};
+  grads.result = in(divergence ? 4 : 1);
+  if (divergence) {
+    grads.to_mean = out(0), grads.to_cov = out(1), grads.to_prior_mean = out(2), grads.to_prior_cov = out(3);
+  } else {
+    grads.to_cov = out(0);
+  }
+  return run(divergence ? table.kl_memory_backward : table.logdet_backward, args, grads);
+}
+
+template <class Real>
+bool answer(const Call& call) {
+  const Kernels<Real>& table = FASTKM_LEVEL_NAME::kernels<Real>();
+  const auto run = [&](auto kernel, const auto&... args) {
+    call.over_threads(call.size(0)[0], [&](int64_t begin, int64_t end) { kernel(args..., begin, end); });
+    return true;
+  };
+  return answer_conditioning(call, table, run) || answer_reading(call, table, run) ||
+         answer_matrix_normal(call, table, run);
+}
+
+}  // namespace
+
+int main() {
+  for (Call call; receive_call(call);) {
+    if (!(call.arguments[0].element == sizeof(float) ? answer<float>(call) : answer<double>(call))) {
+      std::fprintf(stderr, "there is no %s\n", call.name.c_str());
+      return 1;
+    }
+    for (const Value& value : call.results) std::fwrite(value.data.get(), 1, value.bytes(), stdout);
+    std::fflush(stdout);
+  }
+}
