@@ -1,0 +1,43 @@
+"""Compiles what is out of date, several sources at a time, and links."""
+
+import os
+import re
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from build_support.compiler import BuildError
+
+
+def compile_all(sources: list[str], compile_command: list[str], folder: Path) -> list[str]:
+    """Objects of the sources under ``folder``; the command lacks only the names of files."""
+
+    def compiled(source: str) -> str:
+        made = (folder / source).with_suffix(".o")
+        command = [*compile_command, "-MD", "-MF", str(made.with_suffix(".d")), "-c", source, "-o", str(made)]
+        if not is_current(made, command):
+            made.parent.mkdir(parents=True, exist_ok=True)
+            run(command)
+            made.with_suffix(".command").write_text(shlex.join(command))
+        return str(made)
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
+        return list(pool.map(compiled, sources))
+
+
+def is_current(made: Path, command: list[str]) -> bool:
+    """Whether an object was made by this command and is newer than every file that the compiler read."""
+    recorded, depends = made.with_suffix(".command"), made.with_suffix(".d")
+    if not (made.exists() and depends.exists() and recorded.exists() and recorded.read_text() == shlex.join(command)):
+        return False
+    names = re.findall(r"(?:\\.|[^\s\\])+", depends.read_text().partition(": ")[2].replace("\\\n", " "))
+    read = [Path(re.sub(r"\\(.)", r"\1", name)) for name in names]
+    return all(path.exists() and path.stat().st_mtime <= made.stat().st_mtime for path in read)
+
+
+def run(command: list[str]) -> None:
+    """Run a compiler; its own words are the error."""
+    print(shlex.join(command), flush=True)
+    if subprocess.run(command).returncode:
+        raise BuildError(f"this command failed: {shlex.join(command)}")
