@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastkm
 from fastkm._runtime import schema
@@ -153,9 +154,7 @@ def test_a_library_of_another_schema_is_recognised(tmp_path, before, after, name
 
 @NEEDS_EXTENSION
 def test_the_library_was_built_with_the_schemas_of_this_page():
-    from torch.ops import fastkm as operators
-
-    assert operators.built_schemas().splitlines() == list(schema.SCHEMAS.values())
+    assert torch.ops.fastkm.built_schemas().splitlines() == list(schema.SCHEMAS.values())
 
 
 @NEEDS_EXTENSION
@@ -188,8 +187,22 @@ def test_the_package_can_be_imported_a_second_time(how):
     assert python(code) == before
 
 
+def test_the_triton_kernels_can_be_imported_a_second_time():
+    pytest.importorskip("triton")
+    code = "import fastkm; from fastkm.writing import triton; print(triton.__name__)"
+    assert python(code + SECOND_IMPORT.format(how="old one deleted") + code, TRITON_INTERPRET="1").count("writing") == 2
+
+
 def test_the_package_runs_without_its_metadata(tmp_path):
     """Copied into another project, for example."""
     shutil.copytree(PACKAGE, tmp_path / "fastkm", ignore=shutil.ignore_patterns("__pycache__"))
-    forget = "import importlib.metadata as m; m.distribution = m.version = None; import fastkm\n"
+    forget = """
+import importlib.metadata as m
+def find(name, real=m.version):
+    if name == "fastkm":
+        raise m.PackageNotFoundError(name)
+    return real(name)
+m.version = find
+import fastkm
+"""
     assert python(forget + "print(fastkm.__version__)", path=tmp_path) == f"{fastkm.__version__}\n"
