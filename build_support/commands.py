@@ -90,19 +90,20 @@ class BuildLibrary(build_ext):
         objects.run([*compiler.command, "-shared", *made, *compiler.link_flags, *libraries, "-o", str(library)])
 
     def _compile(self, compiler, torch, toolkit, missing) -> list[str]:
-        """The objects of the library."""
+        """The objects of the library. Only the bindings know torch and whether there are CUDA kernels."""
         folder = Path(self.build_temp)
-        macros = [f"-D{cxx.LEVELS[level].left_out}" for level in missing]
+        left_out = [f"-D{cxx.LEVELS[level].left_out}" for level in missing]
+        command = [*compiler.command, *compiler.compile_flags, *cxx.FLAGS, "-Wall", "-Icsrc", *left_out]
+        binding = [*command, f"-I{folder / 'facts'}", *torch.compile_flags]
         if toolkit:
             architectures = ",".join(map(str, toolkit.architectures))
-            macros += ["-DFASTKM_WITH_CUDA", f"-DFASTKM_CUDA_ARCHITECTURES={architectures}"]
-        own = ["-Icsrc", f"-I{folder / 'facts'}"]
-        command = [*compiler.command, *compiler.compile_flags, *cxx.FLAGS, "-Wall", *macros, *own, *torch.compile_flags]
-        sources = [source for source in SOURCES if Path(source).stem not in missing]
-        made = objects.compile_all(sources, command, folder)
+            binding += ["-DFASTKM_WITH_CUDA", f"-DFASTKM_CUDA_ARCHITECTURES={architectures}"]
+        bindings = [source for source in SOURCES if source.startswith("csrc/bindings/")]
+        kernels = [source for source in SOURCES if source not in bindings and Path(source).stem not in missing]
+        jobs = [(source, binding) for source in bindings] + [(source, command) for source in kernels]
         if toolkit:
-            made += objects.compile_all(CUDA_SOURCES, cuda.compile_command(toolkit, compiler), folder)
-        return made
+            jobs += [(source, cuda.compile_command(toolkit, compiler)) for source in CUDA_SOURCES]
+        return objects.compile_all(jobs, folder)
 
 
 def facts_of(compiler, torch, toolkit, missing) -> dict[str, str]:

@@ -10,20 +10,22 @@ from pathlib import Path
 from build_support.compiler import BuildError
 
 
-def compile_all(sources: list[str], compile_command: list[str], folder: Path) -> list[str]:
-    """Objects of the sources under ``folder``; the command lacks only the names of files."""
+def compile_all(jobs: list[tuple[str, list[str]]], folder: Path) -> list[str]:
+    """Objects under ``folder`` of sources, each with the command that compiles it, which lacks the names of files."""
 
-    def compiled(source: str) -> str:
+    def compiled(job: tuple[str, list[str]]) -> str:
+        source, command = job
         made = (folder / source).with_suffix(".o")
-        command = [*compile_command, "-MD", "-MF", str(made.with_suffix(".d")), "-c", source, "-o", str(made)]
+        command = [*command, "-MD", "-MF", str(made.with_suffix(".d")), "-c", source, "-o", str(made)]
         if not is_current(made, command):
             made.parent.mkdir(parents=True, exist_ok=True)
             run(command)
             made.with_suffix(".command").write_text(shlex.join(command))
         return str(made)
 
+    longest_first = sorted(jobs, key=lambda job: "levels" not in job[0])
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count()) as pool:
-        return list(pool.map(compiled, sources))
+        return list(pool.map(compiled, longest_first))
 
 
 def is_current(made: Path, command: list[str]) -> bool:
