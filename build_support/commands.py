@@ -79,39 +79,38 @@ class BuildLibrary(build_ext):
         compiler, torch = cxx.find_compiler(), find_torch()
         cxx.check_compiler(compiler)
         toolkit = cuda.find_toolkit() if CUDA_SOURCES else None
-        missing = cxx.missing_levels(compiler)
+        levels = cxx.buildable_levels(compiler)
         folder = Path(self.build_temp)
-        facts.write_header(folder / "facts" / "fastkm_build.h", facts_of(compiler, torch, toolkit, missing))
+        facts.write_header(folder / "facts" / "fastkm_build.h", facts_of(compiler, torch, toolkit, levels))
 
-        made = self._compile(compiler, torch, toolkit, missing)
+        made = self._compile(compiler, torch, toolkit, levels)
         libraries = torch.link_flags + (cuda.libraries(toolkit.nvcc) if toolkit else [])
         library = Path(self.get_ext_fullpath("fastkm._C"))
         library.parent.mkdir(parents=True, exist_ok=True)
         objects.run([*compiler.command, "-shared", *made, *compiler.link_flags, *libraries, "-o", str(library)])
 
-    def _compile(self, compiler, torch, toolkit, missing) -> list[str]:
+    def _compile(self, compiler, torch, toolkit, levels) -> list[str]:
         """The objects of the library. Only the bindings know torch and whether there are CUDA kernels."""
         folder = Path(self.build_temp)
-        left_out = [f"-D{cxx.LEVELS[level].left_out}" for level in missing]
-        command = [*compiler.command, *compiler.compile_flags, *cxx.FLAGS, "-Wall", "-Icsrc", *left_out]
+        own = ["-Wall", "-Icsrc", f"-DFASTKM_LEVELS={len(levels)}"]
+        command = [*compiler.command, *compiler.compile_flags, *cxx.FLAGS, *own]
         binding = [*command, f"-I{folder / 'facts'}", *torch.compile_flags]
         if toolkit:
             architectures = ",".join(map(str, toolkit.architectures))
             binding += ["-DFASTKM_WITH_CUDA", f"-DFASTKM_CUDA_ARCHITECTURES={architectures}"]
         bindings = [source for source in SOURCES if source.startswith("csrc/bindings/")]
-        kernels = [source for source in SOURCES if source not in bindings and Path(source).stem not in missing]
+        kernels = [source for source in SOURCES if source not in bindings]
         jobs = [(source, binding) for source in bindings] + [(source, command) for source in kernels]
         if toolkit:
             jobs += [(source, cuda.compile_command(toolkit, compiler)) for source in CUDA_SOURCES]
         return objects.compile_all(jobs, folder)
 
 
-def facts_of(compiler, torch, toolkit, missing) -> dict[str, str]:
+def facts_of(compiler, torch, toolkit, levels) -> dict[str, str]:
     """What csrc/bindings/build.cpp is told, by macro."""
-    levels = cxx.built_levels(missing)
     return {
         "FASTKM_SCHEMAS": "\n".join(facts.schemas_of(Path("fastkm/_runtime/schema.py").read_text(encoding="utf-8"))),
-        "FASTKM_LEVELS": ", ".join(levels),
+        "FASTKM_LEVEL_NAMES": ", ".join(levels),
         "FASTKM_TORCH": torch.version,
         "FASTKM_CUDA_RELEASE": toolkit.release if toolkit else "",
         "FASTKM_FLAGS_LEFT_OUT": " ".join(compiler.left_out),

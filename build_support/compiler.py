@@ -22,7 +22,6 @@ FLAGS = (
     "-fwrapv",
     "-fvisibility=hidden",
     "-fPIC",
-    "-Wall",
     "-DNDEBUG",
 )
 
@@ -38,17 +37,13 @@ LEFT_OUT = re.compile(
 
 class Level(NamedTuple):
     name: str
-    left_out: str  # the macro that says that the library lacks it
     architecture: str
     vector_bytes: int
     register: str  # what its code must mention
 
 
-# The instruction levels above the base, by the name of their source in csrc/cpu/levels.
-LEVELS = {
-    "avx2": Level("AVX2", "FASTKM_WITHOUT_AVX2", "x86-64-v3", 32, "ymm"),
-    "avx512": Level("AVX-512", "FASTKM_WITHOUT_AVX512", "x86-64-v4", 64, "zmm"),
-}
+# The instruction levels above the base, the lower first.
+LEVELS = (Level("AVX2", "x86-64-v3", 32, "ymm"), Level("AVX-512", "x86-64-v4", 64, "zmm"))
 # csrc/cpu/levels selects the instruction set in the same way.
 PROBE = """
 #if defined(__clang__)
@@ -156,17 +151,17 @@ def least() -> str:
     return " or ".join(f"{name} {version}" for name, version in LEAST.items()) + ", or newer"
 
 
-def missing_levels(compiler: Compiler) -> list[str]:
-    """The instruction levels that the compiler cannot build, as keys of ``LEVELS``."""
-    missing = [key for key, level in LEVELS.items() if has_levels() and not can_build(compiler, level)]
-    if missing:
-        names = ", ".join(LEVELS[key].name for key in missing)
-        print(f"fastkm: {shlex.join(compiler.command)} cannot build {names}; the library has no such kernels")
-    return missing
-
-
-def has_levels() -> bool:
-    return platform.machine() in ("x86_64", "AMD64")
+def buildable_levels(compiler: Compiler) -> list[str]:
+    """The instruction levels that the compiler can build, the base first. What it cannot build is said."""
+    names = ["base"]
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return names
+    for level in LEVELS:
+        if not can_build(compiler, level):
+            print(f"fastkm: {shlex.join(compiler.command)} cannot build {level.name}; the library has no such kernels")
+            break
+        names.append(level.name)
+    return names
 
 
 def can_build(compiler: Compiler, level: Level) -> bool:
@@ -174,8 +169,3 @@ def can_build(compiler: Compiler, level: Level) -> bool:
     source = PROBE.format(architecture=level.architecture, size=level.vector_bytes)
     made = compiler.run("-S", "-o", "-", source=source)
     return made.returncode == 0 and f"%{level.register}" in made.stdout
-
-
-def built_levels(missing: list[str]) -> list[str]:
-    """The names of the levels that the library has."""
-    return ["base", *(level.name for key, level in LEVELS.items() if has_levels() and key not in missing)]

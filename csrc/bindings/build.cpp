@@ -33,7 +33,7 @@ static std::string build_facts() {
 #endif
   constexpr uint64_t kTarget = TORCH_TARGET_VERSION;
   const std::string oldest = std::to_string(kTarget >> 56) + "." + std::to_string(kTarget >> 48 & 0xFF);
-  return "compiler: " + compiler + "\ninstruction levels: " FASTKM_LEVELS "\ntorch: " FASTKM_TORCH ", runs from " +
+  return "compiler: " + compiler + "\ninstruction levels: " FASTKM_LEVEL_NAMES "\ntorch: " FASTKM_TORCH ", runs from " +
          oldest + "\nCUDA: " FASTKM_CUDA_RELEASE "\nflags left out: " FASTKM_FLAGS_LEFT_OUT;
 }
 
