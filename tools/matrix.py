@@ -5,7 +5,7 @@
     python tools/matrix.py --python /path/bin/python ...     in environments that exist, into which nothing is installed
 
 Every torch is tried with the first compiler, and the first torch with every other compiler; ``--all`` tries all pairs.
-A cell is a copy of the sources that is built there; then ``python -m fastkm check`` and the tests of ``CORE`` run in it.
+A cell is a copy of the sources, built there. Then ``python -m fastkm check`` and the tests of ``CORE`` run in it.
 Results are kept in ``build/matrix/results.json``, so that a run cut short loses nothing, and are written into
 docs/results/matrix.md. A cell that was run with the same sources is not run again, unless with ``--again``.
 """
@@ -179,7 +179,7 @@ def page(kept: dict) -> str:
 
 Written by `make matrix`: the package built and tested with each torch, the Triton that it brings, and each compiler.
 *check* is `python -m fastkm check --presets S M`. *Core tests* are those of {", ".join(CORE)}.
-*Interpreter* is `{INTERPRETED}`: Triton kernels in the interpreter of this Triton, which 3.6 has only for NumPy before 2.4.
+*Interpreter* is `{INTERPRETED}`: Triton kernels in the interpreter of this Triton. That of 3.6 needs NumPy before 2.4.
 
 {chr(10).join(lines)}
 
