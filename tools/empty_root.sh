@@ -4,6 +4,7 @@
 # `make wheel`.
 #   ROOTFS   folder of the Debian, made if it is not there (build/empty_root)
 #   WHEELS   folder with wheels that pip need not download, that of torch for example (none)
+#   TORCH    what pip is asked for beside fastkm (torch, of which pip takes the newest)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 rootfs=${ROOTFS:-build/empty_root}
@@ -24,17 +25,17 @@ trap mounted EXIT
 mount -t proc proc "$rootfs/proc"
 mount --bind /dev "$rootfs/dev"
 
-PIP_FIND_LINKS=/wheels chroot "$rootfs" /bin/bash -euo pipefail -s "/wheels/$(basename "$wheel")" <<'INSIDE'
+PIP_FIND_LINKS=/wheels chroot "$rootfs" /bin/bash -euo pipefail -s "/wheels/$(basename "$wheel")" "${TORCH:-torch}" <<'INSIDE'
 export HOME=/root PATH=/usr/local/bin:/usr/bin:/bin PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 say() { printf '\n== %s\n' "$*"; }
 cd /root
 say "$(. /etc/os-release; echo "$PRETTY_NAME"), $(python3 --version), compilers: $(ls /usr/bin | grep -cE '^(gcc|g\+\+|cc|c\+\+|clang)' || true)"
 
-say "the wheel: pip install $(basename "$1")[bench]"
+say "the wheel: pip install $(basename "$1")[bench] $2"
 rm -rf wheel source
 python3 -m venv wheel
 wheel/bin/python -m pip --version
-wheel/bin/python -m pip install --quiet "$1[bench]"
+wheel/bin/python -m pip install --quiet "$1[bench]" "$2"
 wheel/bin/python -c 'import fastkm; print("import fastkm", fastkm.__version__, "from", fastkm.__file__)'
 wheel/bin/python -m fastkm doctor
 wheel/bin/python -m fastkm check --presets S M 2>/dev/null | tail -n 3
