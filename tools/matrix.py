@@ -115,7 +115,7 @@ class Cell:
         told, _ = self.run("-m", "fastkm", "doctor")
         for key, label in (("by", "built by"), ("levels", "built levels")):
             found[key] = next(iter(re.findall(rf"^{label} +(.*)$", told.stdout, flags=re.M)), "none")
-        checked, _ = self.run("-m", "fastkm", "check", "--presets", "S", "M")
+        checked, _ = self.run("-m", "fastkm", "check", "--presets", "S", "M", "--threads", str(self.jobs))
         found["check"] = checked.stdout.strip().rpartition("\n")[2] or checked.stderr.strip().rpartition("\n")[2]
         names = [f"tests/test_{name}.py" for name in CORE]
         found["core"] = self.tested("-n", str(self.jobs), "--dist", "loadfile", *names)
