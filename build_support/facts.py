@@ -18,6 +18,6 @@ def write_header(path: Path, facts: dict[str, str]) -> None:
     lines = ["// Written by setup.py."]
     lines += [f"#define {name} {json.dumps(value)}" for name, value in facts.items()]  # JSON and C++ quote alike
     text = "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ def compile_all(jobs: list[tuple[str, list[str]]], folder: Path) -> list[str]:
         if not is_current(made, command):
             made.parent.mkdir(parents=True, exist_ok=True)
             run(command)
-            made.with_suffix(".command").write_text(shlex.join(command))
+            made.with_suffix(".command").write_text(shlex.join(command), encoding="utf-8")
         return str(made)
 
     longest_first = sorted(jobs, key=lambda job: "levels" not in job[0])
@@ -31,10 +31,12 @@ def compile_all(jobs: list[tuple[str, list[str]]], folder: Path) -> list[str]:
 def is_current(made: Path, command: list[str]) -> bool:
     """Whether an object was made by this command and is newer than every file that the compiler read."""
     recorded, depends = made.with_suffix(".command"), made.with_suffix(".d")
-    if not (made.exists() and depends.exists() and recorded.exists() and recorded.read_text() == shlex.join(command)):
+    if not (made.exists() and depends.exists() and recorded.exists()):
         return False
-    names = re.findall(r"(?:\\.|[^\s\\])+", depends.read_text().partition(": ")[2].replace("\\\n", " "))
-    read = [Path(re.sub(r"\\(.)", r"\1", name)) for name in names]
+    if recorded.read_text(encoding="utf-8") != shlex.join(command):
+        return False
+    listed = depends.read_text(encoding="utf-8").partition(": ")[2].replace("\\\n", " ")
+    read = [Path(re.sub(r"\\(.)", r"\1", name)) for name in re.findall(r"(?:\\.|[^\s\\])+", listed)]
     return all(path.exists() and path.stat().st_mtime <= made.stat().st_mtime for path in read)
 
 

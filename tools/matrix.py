@@ -73,7 +73,7 @@ def make_environment(torch: str) -> Path:
     pip = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, f"torch=={torch}"], check=True)
     pins = folder / "pins.txt"
-    pins.write_text(run(python, ROOT / "tools" / "pins.py", check=True).stdout)
+    pins.write_text(run(python, ROOT / "tools" / "pins.py", check=True).stdout, encoding="utf-8")
     subprocess.run([*pip, "--constraint", pins, *NEEDS], check=True)
     (folder / "ok").touch()
     return python
@@ -93,7 +93,7 @@ class Cell:
     def run(self, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
         begin = time.monotonic()
         done = run(self.python, *arguments, cwd=self.tree, env=self.environment | variables)
-        with open(self.tree / "matrix.log", "a") as log:
+        with open(self.tree / "matrix.log", "a", encoding="utf-8") as log:
             log.write(f"+ {shlex.join(arguments)}\n{done.stdout}{done.stderr}\n")
         return done, time.monotonic() - begin
 
@@ -199,7 +199,7 @@ def main() -> int:
     torches = TORCHES[:: len(TORCHES) - 1] if options.light else TORCHES
     pythons = [path.absolute() for path in options.python] if options.python else map(make_environment, torches)
     kept_at, paths = WORK / "results.json", sources()
-    kept = json.loads(kept_at.read_text()) if kept_at.exists() else {}
+    kept = json.loads(kept_at.read_text(encoding="utf-8")) if kept_at.exists() else {}
     sound = True
     for place, python in enumerate(pythons):
         first_only = (place > 0 and not options.all) or options.light
@@ -209,8 +209,8 @@ def main() -> int:
                 print(f"{cell.name} ...", flush=True)
                 kept[cell.name] = cell.results(paths) | {"sources": digest(paths)}
                 WORK.mkdir(parents=True, exist_ok=True)
-                kept_at.write_text(json.dumps(kept, indent=1))
-                PAGE.write_text(page(kept))
+                kept_at.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+                PAGE.write_text(page(kept), encoding="utf-8")
             found = kept[cell.name]
             print(f"{cell.name}: build {found['build']}; {found.get('check')}; {told(found.get('core'))}", flush=True)
             sound = sound and not found.get("core", {"status": 1})["status"]

@@ -78,8 +78,12 @@ def compiler_file(name: str) -> str:
 def write_stub(soname: str, versions: dict[str, list[str]], folder: Path) -> str:
     """A library of this name that defines each symbol in its version, and does nothing."""
     source, script = folder / f"{soname}.c", folder / f"{soname}.map"
-    source.write_text("".join(f"void {name}(void) {{}}\n" for names in versions.values() for name in names))
-    script.write_text("".join(f"GLIBC_{v} {{ global: {'; '.join(names)}; }};\n" for v, names in versions.items()))
+    source.write_text(
+        "".join(f"void {name}(void) {{}}\n" for names in versions.values() for name in names), encoding="utf-8"
+    )
+    script.write_text(
+        "".join(f"GLIBC_{v} {{ global: {'; '.join(names)}; }};\n" for v, names in versions.items()), encoding="utf-8"
+    )
     command = ["gcc", "-w", "-fno-builtin", "-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
     subprocess.run([*command, f"-Wl,--version-script={script}", source, "-o", folder / soname], check=True)
     return soname
