@@ -5,6 +5,8 @@ PYTHON ?= python3
 # What pip is asked for, read when .venv is created. For another build of torch:
 #   make setup TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
+# Installed beside a build of torch that brings no Triton.
+TRITON ?= 3.8.0
 # Passed on to the command of `make test` and `make bench`: make test ARGS='-k write -x'
 ARGS ?=
 
@@ -19,11 +21,13 @@ PARALLEL ?= -n auto --maxprocesses 8
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What pip may not change in .venv: torch, and the Triton that torch brought.
+PINS := $(VENV)/pins.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS)
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup bench bench-full bench-compare train demo study gpu kernels test test-kernels arm compilers mutants lint format docs readme clean distclean
+.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -91,6 +95,15 @@ readme: bench ## measure what the front page and docs/results/benchmark.md show,
 		--dtypes float32 --sections groups --output results/front
 	$(BIN)/python tools/update_readme.py
 
+wheel: setup ## wheels for any Linux, audited and tried in an empty environment, into dist; ARGS=cpu for one of them
+	$(BIN)/python tools/wheel.py --torch '$(TORCH)' $(ARGS)
+
+empty-root: ## the wheel in an empty Debian 12 without a compiler; needs root, debootstrap and WHEELS=folder with torch's wheel
+	tools/empty_root.sh $(ARGS)
+
+matrix: ## build and test with other torches, Pythons and compilers, into docs/results/matrix.md; hours without ARGS='--python ...'
+	$(PYTHON) tools/matrix.py $(ARGS)
+
 clean: ## remove what was built; the next target builds it again
 	rm -rf build dist docs/_build *.egg-info fastkm/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -108,9 +121,11 @@ $(VENV)/.torch:
 	@$(BIN)/python -m pip install --disable-pip-version-check $(TORCH)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(SOURCES) $(wildcard build_support/*.py)
 	@echo 'fastkm: installing the tools and building the package'
-	@$(PIP) 'setuptools>=77' ninja numpy
+	@$(BIN)/python tools/pins.py > $(PINS)
+	@$(PIP) setuptools wheel numpy
+	@$(BIN)/python -c 'import triton' 2>/dev/null || [ "$$(uname)" != Linux ] || $(PIP) --no-deps triton==$(TRITON)
 	@$(PIP) --no-build-isolation --editable '.[bench,test,lint]'
 	@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0  # says 3.12 but runs on 3.11; its needs are ours
 	@$(BIN)/python -m fastkm doctor

@@ -1,16 +1,17 @@
 """Settings of the documentation. `make docs` builds it into docs/_build/html without any use of the network."""
 
 import sys
-from importlib.metadata import version as version_of
 from importlib.resources import files
 from pathlib import Path
+
+import fastkm
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "fastkm"
 author = "the fastkm authors"
 copyright = author
-release = version = version_of("fastkm")
+release = version = fastkm.__version__
 
 extensions = [
     "myst_parser",

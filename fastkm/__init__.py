@@ -1,7 +1,5 @@
 """fastkm: the memory of the Dynamic Kanerva Machine, fast."""
 
-from importlib.metadata import version
-
 from fastkm._runtime.dispatch import explain_backend
 from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.addressing import solve_addressing
@@ -12,7 +10,7 @@ from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState, load_memory_state, save_memory_state
 from fastkm.writing import WriteResult, write
 
-__version__ = version("fastkm")
+__version__ = "0.1.0"  # read by pyproject.toml; the installed version also names the build, as in 0.1.0+cpu
 
 __all__ = [
     "AttractorResult",

@@ -41,6 +41,8 @@ NOT_RUN = {
     "make docs": "a build of the pages is part of the continuous checks",
     "make mutants": "it runs the tests once for each fault",
     "make kernels": "it needs nvcc",
+    "make matrix": "it downloads every torch; test_tools runs the parts",
+    "pip install setuptools wheel": "it would change the environment of the tests",
     "pytest tests/gpu": "make test runs every rung",
     "pytest tests/simt": "make test runs it",
     "pytest tests/test_cuda_budgets.py": "make test runs it",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastkm
 from fastkm._runtime import schema
@@ -122,3 +123,86 @@ def test_import_prints_and_warns_nothing():
 def test_public_names_are_there():
     for name in fastkm.__all__:
         assert getattr(fastkm, name).__doc__, name
+
+
+NEEDS_EXTENSION = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    [
+        ("bool squared_gram, int precision)", "bool squared_gram, int precision, bool more)", "read"),
+        ("logdet(Tensor cov)", "logdet(Tensor covariance)", "logdet"),
+        ("factor_addressing(Tensor mean,", "factor_addressing(Tensor rows,", "factor_addressing"),
+    ],
+)
+def test_a_library_of_another_schema_is_recognised(tmp_path, before, after, named):
+    """Before it is called: the names of the operators are the same, what they take is not."""
+    shutil.copytree(PACKAGE, tmp_path / "fastkm", ignore=shutil.ignore_patterns("__pycache__"))
+    page = tmp_path / "fastkm" / "_runtime" / "schema.py"
+    text = page.read_text()
+    assert before in text
+    page.write_text(text.replace(before, after))
+    code = "import fastkm; from fastkm._runtime import schema; print(schema.unavailable)"
+    code += "; import torch; print(fastkm.logdet(torch.eye(3)[None]).item())"
+    why, logdet = python(code, path=tmp_path).splitlines()
+    assert why.startswith("the C++ extension is of another version, it differs in ")
+    assert named in why
+    assert float(logdet) == 0
+
+
+@NEEDS_EXTENSION
+def test_the_library_was_built_with_the_schemas_of_this_page():
+    assert torch.ops.fastkm.built_schemas().splitlines() == list(schema.SCHEMAS.values())
+
+
+@NEEDS_EXTENSION
+def test_the_library_tells_how_it_was_built():
+    facts = schema.build_facts()
+    assert set(facts) == {"compiler", "instruction levels", "torch", "CUDA", "flags left out"}
+    assert facts["compiler"].startswith(("g++ ", "clang "))
+    assert facts["instruction levels"].startswith("base")
+    assert facts["torch"].endswith("runs from 2.10")
+    assert bool(facts["CUDA"]) == schema.has_cuda
+
+
+SECOND_IMPORT = """
+import importlib, sys
+import fastkm
+if {how!r} == "reload":
+    importlib.reload(fastkm._runtime.schema)
+else:
+    kept = {{name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "fastkm"}}
+    if {how!r} == "old one deleted":
+        del kept, fastkm
+    import fastkm
+"""
+
+
+@pytest.mark.parametrize("how", ["reload", "old one kept", "old one deleted"])
+def test_the_package_can_be_imported_a_second_time(how):
+    before = python(EVERY_OPERATION + "fastkm.explain_backend('write')")
+    code = SECOND_IMPORT.format(how=how) + EVERY_OPERATION + "fastkm.explain_backend('write')"
+    assert python(code) == before
+
+
+def test_the_triton_kernels_can_be_imported_a_second_time():
+    pytest.importorskip("triton")
+    code = "import fastkm; from fastkm.writing import triton; print(triton.__name__)"
+    assert python(code + SECOND_IMPORT.format(how="old one deleted") + code, TRITON_INTERPRET="1").count("writing") == 2
+
+
+def test_the_package_runs_without_its_metadata(tmp_path):
+    """Copied into another project, for example."""
+    shutil.copytree(PACKAGE, tmp_path / "fastkm", ignore=shutil.ignore_patterns("__pycache__"))
+    forget = """
+import importlib.metadata as m
+def find(name, real=m.version):
+    if name == "fastkm":
+        raise m.PackageNotFoundError(name)
+    return real(name)
+m.version = find
+import fastkm
+"""
+    assert python(forget + "print(fastkm.__version__)", path=tmp_path) == f"{fastkm.__version__}\n"

@@ -34,27 +34,28 @@ def tree(tmp_path):
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, copy)
+    shutil.copytree(ROOT / "build_support", copy / "build_support", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "fastkm", copy / "fastkm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (copy / "fastkm" / "_C.abi3.so").write_text("stale")
-    (copy / "csrc").mkdir()
+    (copy / "csrc").mkdir()  # no csrc/cuda, so that no toolkit is asked
     (copy / "csrc" / "answer.h").write_text("inline int answer() { return 42; }\n")
     (copy / "csrc" / "answer.cpp").write_text('#include "answer.h"\nint fastkm_answer() { return answer(); }\n')
     return copy
 
 
 def run(*command, cwd, **environment) -> subprocess.CompletedProcess:
-    unset = {"CXX", "FASTKM_NO_EXT", "PYTHONPATH"}
+    unset = {"CXX", "CPPFLAGS", "CXXFLAGS", "LDFLAGS", "FASTKM_NO_EXT", "PYTHONPATH"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
 
 
-def pip(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
-    options = ("--no-build-isolation", "--no-deps", "--no-index", "--verbose")
-    return run(sys.executable, "-m", "pip", *arguments, *options, ".", cwd=cwd, **environment)
+def pip(command, *arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    options = ("--no-build-isolation", "--no-deps", "--no-index")
+    return run(sys.executable, "-m", "pip", command, *options, *arguments, ".", cwd=cwd, **environment)
 
 
 def build_wheel(tree: Path, **environment) -> Path:
-    done = pip("wheel", "--wheel-dir", "dist", cwd=tree, **environment)
+    done = pip("wheel", "--verbose", "--wheel-dir", "dist", cwd=tree, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (tree / "dist").glob("*.whl")
     return wheel
@@ -72,7 +73,7 @@ def explain(target: Path) -> str:
 
 def test_without_the_extension_the_wheel_is_pure_and_imports(tree, tmp_path):
     wheel = build_wheel(tree, FASTKM_NO_EXT="1")
-    assert wheel.name == f"fastkm-{fastkm.__version__}-py3-none-any.whl"
+    assert wheel.name == f"fastkm-{fastkm.__version__}+reference-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")], "a stale build must not be shipped"
         archive.extractall(tmp_path / "target")
@@ -118,26 +119,55 @@ def test_the_typed_script_uses_every_public_name_and_result_field():
 
 
 @pytest.mark.parametrize("missing", ["CXX", "PATH"])
-def test_without_a_compiler_it_installs_and_says_why_there_are_no_kernels(tree, tmp_path, missing):
+def test_without_a_compiler_the_installation_says_what_to_do(tree, tmp_path, missing):
+    """pip shows what a build printed only if it fails."""
     (tmp_path / "empty").mkdir()
-    target = tmp_path / "target"
     environment = {"CXX": "/nonexistent/g++"} if missing == "CXX" else {"PATH": str(tmp_path / "empty")}
-    done = pip("install", "--target", str(target), cwd=tree, **environment)
+    done = pip("install", "--target", str(tmp_path / "target"), cwd=tree, **environment)
+    assert done.returncode != 0
+    assert re.search(r"fastkm: there is no C\+\+ compiler .* FASTKM_NO_EXT=1 installs", done.stdout + done.stderr)
+
+
+def test_without_the_extension_it_installs_and_pip_says_so(tree, tmp_path):
+    target = tmp_path / "target"
+    done = pip("install", "--target", str(target), cwd=tree, FASTKM_NO_EXT="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "fastkm: no C++ compiler" in done.stdout + done.stderr
-    said = explain(target)
-    assert "write: reference" in said
-    assert "install a C++ compiler" in said
+    assert f"Successfully installed fastkm-{fastkm.__version__}+reference" in done.stdout
+    assert "install a C++ compiler" in explain(target)
+
+
+def test_an_editable_installation_without_the_extension_has_none(tree, tmp_path):
+    """The fixture leaves a library of an earlier build there."""
+    target = tmp_path / "target"
+    done = pip("install", "--target", str(target), "--editable", cwd=tree, FASTKM_NO_EXT="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tree / "fastkm" / "_C.abi3.so").exists()
 
 
 @needs_compiler
 def test_one_wheel_serves_every_python(tree):
+    """It is no Python module, so that free-threaded Python takes it as well."""
     wheel = build_wheel(tree)
-    assert wheel.name == f"fastkm-{fastkm.__version__}-cp310-abi3-{PLATFORM}.whl"
+    assert wheel.name == f"fastkm-{fastkm.__version__}+cpu-py3-none-{PLATFORM}.whl"
     with zipfile.ZipFile(wheel) as archive:
         built = archive.read("fastkm/_C.abi3.so")
     assert built.startswith(b"\x7fELF")
     assert b"fastkm_answer" in built
+
+
+@needs_compiler
+def test_the_flags_of_the_environment_are_passed_on_but_for_those_that_change_results(tree):
+    flags = "-Ofast -march=native -ffast-math -DGIVEN=1"
+    (tree / "csrc" / "answer.cpp").write_text(
+        "#ifdef __FAST_MATH__\n#error fast\n#endif\nint fastkm_answer() { return GIVEN; }\n"
+    )
+    environment = {"CXXFLAGS": flags, "CFLAGS": "-Ofast", "LDFLAGS": "-Ofast -Wl,-z,now"}
+    done = pip("wheel", "--verbose", "--wheel-dir", "dist", cwd=tree, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (link,) = re.findall(r"^.* -shared .*$", done.stdout + done.stderr, flags=re.M)
+    assert "-Ofast" not in link
+    assert "-Wl,-z,now" in link
+    assert "left out of the flags in the environment" in done.stdout + done.stderr
 
 
 @needs_compiler
@@ -155,7 +185,15 @@ def test_source_distribution_holds_what_a_build_needs(tree):
     assert done.returncode == 0, done.stderr
     shutil.unpack_archive(next((tree / "dist").glob("*.tar.gz")), tree / "unpacked")
     (unpacked,) = (tree / "unpacked").iterdir()
-    for name in ("setup.py", "pyproject.toml", "csrc/answer.h", "csrc/answer.cpp", "fastkm/posterior/reference.py"):
+    assert unpacked.name == f"fastkm-{fastkm.__version__}"  # only a build has a label
+    for name in (
+        "setup.py",
+        "build_support/compiler.py",
+        "pyproject.toml",
+        "csrc/answer.h",
+        "csrc/answer.cpp",
+        "fastkm/posterior/reference.py",
+    ):
         assert (unpacked / name).exists(), name
     assert not list(unpacked.rglob("*.so"))
 

@@ -2,7 +2,7 @@
 
     python tools/compare_machine_code.py 72e87a2
 
-compiles the three levels of the revision and of the working tree with the flags of setup.py, and prints for each level
+compiles the three levels of the revision and of the working tree with the flags of the build, and prints for each level
 how many functions have the same instructions. Names are left out of the comparison: functions are matched by their
 instructions first, and only what is left over is matched by name, so that a rename alone changes nothing. Objects of
 the revision are kept under ``build/machine_code``.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = ("base", "avx2", "avx512")
-FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-w")
+FLAGS = ("-O3", "-g0", "-std=c++20", "-ffp-contract=fast", "-fwrapv", "-fvisibility=hidden", "-fPIC", "-w")
 SOURCES = ("csrc/cpu/levels/{}.cpp", "csrc/level_{}.cpp")  # of a level: now, and up to 72e87a2
 
 

@@ -1,9 +1,11 @@
-// What this build holds: the instruction set that the CPU kernels run with, and the GPU architectures it was compiled
-// for.
+// What this build holds: the instruction levels of the CPU kernels, the GPU architectures that the CUDA kernels were
+// compiled for, the operators as they were when it was built, and how it was built.
 #include <torch/csrc/stable/library.h>
 
 #include <iterator>
+#include <string>
 
+#include "fastkm_build.h"
 #include "kernel_args.h"
 
 namespace fastkm {
@@ -20,9 +22,26 @@ static int64_t cuda_architecture(int64_t i) {
   return i >= 0 && i < std::ssize(kArchitectures) ? kArchitectures[i] : 0;
 }
 
+static std::string built_schemas() { return FASTKM_SCHEMAS; }
+
+// One fact a line: a name, a colon, a value.
+static std::string build_facts() {
+#ifdef __clang__
+  const std::string compiler = "clang " __clang_version__;
+#else
+  const std::string compiler = "g++ " __VERSION__;
+#endif
+  constexpr uint64_t kTarget = TORCH_TARGET_VERSION;
+  const std::string oldest = std::to_string(kTarget >> 56) + "." + std::to_string(kTarget >> 48 & 0xFF);
+  return "compiler: " + compiler + "\ninstruction levels: " FASTKM_LEVEL_NAMES "\ntorch: " FASTKM_TORCH ", runs from " +
+         oldest + "\nCUDA: " FASTKM_CUDA_RELEASE "\nflags left out: " FASTKM_FLAGS_LEFT_OUT;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fastkm, CompositeExplicitAutograd, m) {
   m.impl("select_cpu_level", TORCH_BOX(&select_cpu_level));
   m.impl("cuda_architecture", TORCH_BOX(&cuda_architecture));
+  m.impl("built_schemas", TORCH_BOX(&built_schemas));
+  m.impl("build_facts", TORCH_BOX(&build_facts));
 }
 
 }  // namespace fastkm

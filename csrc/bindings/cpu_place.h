@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "bindings/error_check.h"
 #include "bindings/tensor_args.h"
 
 namespace fastkm {

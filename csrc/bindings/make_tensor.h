@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "bindings/error_check.h"
 #include "bindings/tensor_args.h"
 
 namespace fastkm {

@@ -10,6 +10,7 @@ and factors are always float32 there. On a GPU ``values``, ``queries`` and ``wei
 a float32 memory.
 """
 
+import atexit
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,12 +22,20 @@ from fastkm._runtime.torch_private import has_kernel
 # Operators that the extension must bring a CPU kernel for; filled by the definitions below.
 OPERATORS: list[str] = []
 
-_libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
+# Every schema below, by the name of its operator.
+SCHEMAS: dict[str, str] = {}
+
+# When this module is imported a second time, the operators are there and keep what implements them. Torch forgets the
+# operators of a library that is deleted, so the libraries are kept until the process ends.
+_libraries: dict[str, torch.library.Library] = {}
+if not hasattr(torch.ops.fastkm, "select_cpu_level"):
+    _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
+    atexit.register(_libraries.clear)
 
 
 def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]:
     """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
-    name = schema.partition("(")[0]
+    name = _add_schema(schema)
 
     def register(make_outputs: Callable) -> None:
         def fake(*arguments):
@@ -43,17 +52,40 @@ def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]
     return register
 
 
+def _question(schema: str) -> None:
+    """Define an operator without tensors, which asks the extension about itself."""
+    _add_schema(schema)
+    if _libraries:
+        _libraries["fastkm"].define(schema)
+
+
+def _add_schema(schema: str) -> str:
+    name = schema.partition("(")[0]
+    SCHEMAS[name] = schema
+    return name
+
+
 def _load_extension() -> str | None:
     """Load the compiled kernels; on failure return the reason in words."""
     path = Path(__file__).parents[1] / "_C.abi3.so"
     if not path.exists():
-        return "the C++ extension was not built (no compiler at install time, or FASTKM_NO_EXT=1)"
+        return "the C++ extension was not built (FASTKM_NO_EXT=1 at install time)"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"the C++ extension does not load with torch {torch.__version__}: {error}"
-    missing = [name for name in (f"fastkm::{operator}" for operator in OPERATORS) if not has_kernel(name, "CPU")]
-    return f"the C++ extension is of another version, it lacks {', '.join(missing)}" if missing else None
+    if wrong := _differing_operators():
+        return f"the C++ extension is of another version, it differs in {', '.join(wrong)}"
+    return None
+
+
+def _differing_operators() -> list[str]:
+    """Operators that have no kernel, or that the extension was built for with another schema."""
+    missing = [name for name in OPERATORS if not has_kernel(f"fastkm::{name}", "CPU")]
+    if missing or not has_kernel("fastkm::built_schemas", "CompositeExplicitAutograd"):
+        return missing or ["what it can be asked"]
+    built = {schema.partition("(")[0]: schema for schema in torch.ops.fastkm.built_schemas().splitlines()}
+    return [name for name in (*built, *SCHEMAS) if built.get(name, SCHEMAS.get(name)) != SCHEMAS.get(name)]
 
 
 def _empty_info(like: Tensor) -> Tensor:
@@ -182,12 +214,18 @@ def _(cov, grad_logdet):
     return cov.new_empty(cov.shape)
 
 
-# Select the instruction set of the CPU kernels, and return it: 0 base, 1 AVX2, 2 AVX-512. It is the highest
-# one not above `limit` that is built and that this processor runs.
-_libraries["fastkm"].define("select_cpu_level(int limit) -> int")
+# How the extension was built: one fact a line, a name, a colon, a value.
+_question("build_facts() -> str")
+
+# The schemas of this page when the extension was built, one a line.
+_question("built_schemas() -> str")
 
 # The i-th GPU architecture the CUDA kernels were compiled for, as compute capability × 10; 0 past the last.
-_libraries["fastkm"].define("cuda_architecture(int i) -> int")
+_question("cuda_architecture(int i) -> int")
+
+# Select the instruction set of the CPU kernels, and return it: 0 base, 1 AVX2, 2 AVX-512. It is the highest
+# one not above `limit` that is built and that this processor runs.
+_question("select_cpu_level(int limit) -> int")
 
 unavailable: str | None = _load_extension()
 # Whether the extension brings kernels for CUDA devices as well.
@@ -200,3 +238,11 @@ def cuda_architectures() -> list[int]:
     while has_cuda and (architecture := torch.ops.fastkm.cuda_architecture(len(architectures))):
         architectures.append(architecture)
     return architectures
+
+
+def build_facts() -> dict[str, str]:
+    """How the extension was built: by which compiler, with which instruction levels, for which torch."""
+    if unavailable is not None:
+        return {}
+    lines = torch.ops.fastkm.build_facts().splitlines()
+    return {name: value for name, _, value in (line.partition(": ") for line in lines)}

@@ -26,11 +26,23 @@ def extension() -> str:
     return f"loaded from {path}" if schema.unavailable is None else f"not loaded: {schema.unavailable}"
 
 
+def build() -> dict[str, str]:
+    """How the extension was built, as it tells itself."""
+    if not (facts := schema.build_facts()):
+        return {}
+    return {
+        "built by": facts["compiler"],
+        "built levels": facts["instruction levels"],
+        "built with torch": facts["torch"],
+        "flags left out": facts["flags left out"] or "none",
+    }
+
+
 def cuda() -> str:
     built = "kernels not built (no nvcc at install time, or FASTKM_CUDA=0)"
     if architectures := schema.cuda_architectures():
         compiled = ", ".join(f"sm_{architecture}" for architecture in architectures)
-        built = f"kernels built for {compiled} and PTX"
+        built = f"kernels built by CUDA {schema.build_facts()['CUDA']} for {compiled} and PTX"
     if not torch.cuda.is_available():
         return f"{built}; no device that torch can use"
     names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
@@ -70,7 +82,7 @@ def print_capabilities(_: argparse.Namespace) -> int:
 
 def run(_: argparse.Namespace) -> int:
     facts = {name: str(value) for name, value in machine().items()}
-    facts |= {"extension": extension(), "CUDA": cuda(), "Triton": installed("triton")}
+    facts |= {"extension": extension(), **build(), "CUDA": cuda(), "Triton": installed("triton")}
     facts |= {"optional packages": ", ".join(f"{package} {installed(package)}" for package in EXTRAS[1:])}
     for name, value in facts.items():
         print(f"{name:<18} {value}")

@@ -3,11 +3,11 @@
 import os
 import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+import fastkm
 from fastkm._runtime import schema
 
 LEVELS = ("base", "AVX2", "AVX-512")
@@ -32,7 +32,7 @@ def processor() -> str:
 
 def machine() -> dict[str, object]:
     return {
-        "fastkm": version("fastkm"),
+        "fastkm": fastkm.__version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "system": platform.platform(),

@@ -1,5 +1,6 @@
 """Launching: operators, launch options, workspaces, and tensors as kernel arguments."""
 
+import atexit
 import functools
 import types
 from collections.abc import Callable
@@ -11,8 +12,11 @@ from torch import Tensor
 
 from fastkm._linalg.triton.tiles import BLOCK, Matrices, Numbers, Vectors
 from fastkm._runtime.options import PRECISIONS
+from fastkm._runtime.torch_private import has_kernel
 
-_implementations = torch.library.Library("fastkm_triton", "IMPL", "CompositeExplicitAutograd")
+KEY = "CompositeExplicitAutograd"
+_implementations = torch.library.Library("fastkm_triton", "IMPL", KEY)
+atexit.register(lambda: _implementations)  # kept until the process ends, as the operators are
 
 
 def implements(name: str) -> Callable[[Callable], Callable]:
@@ -23,7 +27,8 @@ def implements(name: str) -> Callable[[Callable], Callable]:
             with torch.cuda.device_of(first):  # Triton launches on the current device
                 return launcher(first, *rest)
 
-        _implementations.impl(name, on_its_device)
+        if not has_kernel(f"fastkm_triton::{name}", KEY):  # there already when this module is imported a second time
+            _implementations.impl(name, on_its_device)
         return launcher
 
     return register
