@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkm._runtime.flops import count_flops_once_loaded
 from fastkm._runtime.torch_private import has_kernel
 
 # Operators that the extension must bring a CPU kernel for; filled by the definitions below.
 OPERATORS: list[str] = []
+DEFINED: list[str] = []  # all operators that compute
 
 _libraries = {namespace: torch.library.Library(namespace, "DEF") for namespace in ("fastkm", "fastkm_triton")}
 
@@ -37,6 +39,7 @@ def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]
         for namespace, library in _libraries.items():
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        DEFINED.append(name)
         if on_cpu:
             OPERATORS.append(name)
 
@@ -181,6 +184,8 @@ def _(mean, cov, prior_mean, prior_cov, grad_kl):
 def _(cov, grad_logdet):
     return cov.new_empty(cov.shape)
 
+
+count_flops_once_loaded(DEFINED, tuple(_libraries))
 
 # Select the instruction set of the CPU kernels, and return it: 0 base, 1 AVX2, 2 AVX-512. It is the highest
 # one not above `limit` that is built and that this processor runs.
