@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fastkm._files import AnyPath, replace_file
 from fastkm._runtime import guards
+from fastkm._runtime.results import result
 
 
+@result
 class MemoryState(NamedTuple):
     """A memory ``M [K, C]`` whose columns are independent Gaussians that share one covariance.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from oracle import call, problem, runs_on_cpu
 from planted import KERNELS, replace_kernel
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastkm
 from fastkm import BackendUnavailableError
@@ -47,12 +48,20 @@ def test_with_the_extension_native_is_taken(operation, extension):
 
 @pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
 def test_native_is_not_taken_elsewhere_than_it_has_kernels_for(operation, extension):
-    elsewhere = torch.ones(1, device="meta")
+    with FakeTensorMode():
+        elsewhere = torch.ones(1, device="xpu")
     assert resolve(operation, None, elsewhere) == "reference"
     with pytest.raises(
-        BackendUnavailableError, match=r"runs on cpu, cuda, the tensors are on meta; take backend='reference'"
+        BackendUnavailableError, match=r"runs on cpu, cuda, the tensors are on xpu; take backend='reference'"
     ):
         resolve(operation, "native", elsewhere)
+
+
+@pytest.mark.parametrize("operation", NATIVE_OPERATIONS)
+def test_meta_tensors_take_the_backend_that_their_values_would(operation, extension):
+    for dtype in dispatch.DTYPES:
+        nothing = torch.ones(1, device="meta", dtype=dtype)
+        assert (resolve(operation, None, nothing), resolve(operation, "native", nothing)) == ("native", "native")
 
 
 @pytest.mark.parametrize("operation", NATIVE_OPERATIONS)

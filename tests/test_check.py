@@ -269,6 +269,24 @@ def test_mask_of_the_wrong_shape_or_kind(function):
         refused(function, TypeError, rf"^mask must be a bool tensor.*got {type(value).__name__}$", mask=value)
 
 
+@pytest.mark.parametrize(("function", "name"), VARIANCES, ids=map(IDS, VARIANCES))
+def test_a_subnormal_variance_is_refused_as_a_number_and_as_a_tensor(function, name):
+    for value in (1e-40, torch.tensor(1e-40), torch.full((B,), 1e-40)):
+        refused(function, ValueError, rf"^{name} must be positive and finite.*float32, got", **{name: value})
+
+
+# ------------------------------------------------------------------------------------------------------------- layouts
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, torch.Tensor.to_mkldnn], ids=["sparse", "mkldnn"])
+@pytest.mark.parametrize(("function", "name"), TENSORS, ids=map(IDS, TENSORS))
+def test_a_layout_without_strides_is_refused(function, name, change):
+    value = change(arguments(function)[name])
+    for backend in BACKENDS:
+        with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got a tensor of layout"):
+            run(function, arguments(function) | {name: value}, backend=backend)
+
+
 # ----------------------------------------------------------------------------------------------------------- options
 
 
@@ -312,9 +330,15 @@ def test_attractor_numbers(name):
     for value in (-1.0, math.nan, math.inf):
         pattern = rf"^{name} must be finite and at least 0, got {value}$"
         refused("attractor_read", ValueError, pattern, options={name: value})
-    for value in (True, "0", torch.tensor(0.1)):
+    for value in (True, "0", *([torch.tensor(0.1)] if name == "tol" else [])):
         pattern = rf"^{name} must be a float, got {type(value).__name__}$"
         refused("attractor_read", TypeError, pattern, options={name: value})
+
+
+def test_the_variance_of_weights_may_be_a_positive_tensor():
+    for value in (0.0, -1.0, math.nan):
+        pattern = r"^weight_var must be positive and finite.*got"
+        refused("attractor_read", ValueError, pattern, options={"weight_var": torch.tensor(value)})
 
 
 def test_clean_must_be_callable():

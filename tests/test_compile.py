@@ -151,8 +151,29 @@ def test_errors_of_a_compiled_graph():
     oracle.assert_close(compiled(p.state.mean, p.queries, p.ridge), solve(p.state.mean, p.queries, p.ridge))
     with pytest.raises(RuntimeError, match="ridge must be positive"):
         compiled(p.state.mean, p.queries, -p.ridge)
-    with pytest.raises(Exception, match="(?s)queries.* must have shape"):  # torch 2.10 prints the words one by one
+    with pytest.raises(Exception, match=r"(?s)queries.* must have shape"):  # torch 2.10 prints the words one by one
         compiled(p.state.mean, p.queries[:, :, 1:], p.ridge)
+
+
+@pytest.mark.parametrize("function", ["write", "read", "attractor_read", "kl_weights"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_float_that_changes_compiles_twice_at_most(function, backend):
+    """Once for its first value, and once for all others."""
+    p, counter = problem(2, 3, 3, 4, 6, torch.float32), CompileCounterWithBackend("aot_eager")
+    calls = {
+        "write": lambda v: fastkm.write(p.state, p.values, v, v, backend=backend).state.mean,
+        "read": lambda v: fastkm.read(p.state.mean, p.queries, v, backend=backend).values,
+        "attractor_read": lambda v: (
+            fastkm.attractor_read(
+                p.state, p.queries, v, v, clean=torch.tanh, num_iters=2, weight_var=v, backend="reference"
+            ).energy
+        ),
+        "kl_weights": lambda v: fastkm.kl_weights(p.weights, v, 2 * v),
+    }
+    compiled = torch.compile(calls[function], backend=counter, fullgraph=True)
+    for i in range(4):
+        oracle.assert_close(compiled(1 + i / 10), calls[function](1 + i / 10))
+    assert counter.frame_count <= 2
 
 
 def test_variable_decides_for_the_graph(monkeypatch):

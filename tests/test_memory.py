@@ -171,7 +171,7 @@ def test_reset_parameters_draws_anew():
             parameter.fill_(9.0)
     module.reset_parameters()
     assert not torch.equal(module.prior_mean, before)
-    found = [module.prior_log_var.exp(), module.weight_var, module.noise_var]
+    found = [module.prior_state(1).cov[0, 0, 0], module.weight_var, module.noise_var]
     torch.testing.assert_close(
         torch.stack(found), torch.tensor([1, 0.09, 0.25], dtype=torch.float64), rtol=1e-14, atol=0
     )

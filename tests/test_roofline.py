@@ -8,11 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkm.__main__ import main
-from fastkm._runtime import schema
+from fastkm._runtime import counts, schema
 from fastkm.addressing import reference as addressing
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
-from fastkm.testing import counts
 from fastkm.testing.operations import OPERATORS
 from fastkm.testing.presets import PRESETS, Preset
 from fastkm.testing.roofline import bound, bytes_to_move, inputs

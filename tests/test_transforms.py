@@ -8,6 +8,8 @@ import torch.multiprocessing as mp
 from oracle import call, flat, problem
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -340,6 +342,78 @@ def test_two_processes_get_the_gradient_of_the_whole_batch(tmp_path):
     first, second = (torch.load(tmp_path / f"gradients{rank}") for rank in range(2))
     assert all(map(torch.equal, first, second))
     assert_all_close(first, expected)
+
+
+class ReadmeLoss(nn.Module):
+    """The loss of the README: nothing in it depends on σw."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = KanervaMemory(6, 4, learn_obs_noise=True)
+
+    def forward(self, z):
+        read, written = self.memory(z)
+        return (read.values - z).square().mean() + self.memory.kl(written.state).mean()
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_loss_that_starts_from_the_prior_reaches_every_parameter(wrapped, group_of_one):
+    """With a gradient of zero where it does not depend on one; otherwise DistributedDataParallel waits in vain."""
+    torch.manual_seed(0)
+    loss = ReadmeLoss()
+    model = DistributedDataParallel(loss) if wrapped else loss
+    for _ in range(2):
+        model(torch.randn(2, 5, 6)).backward()
+    assert all(x.grad is not None for x in loss.parameters())
+    assert loss.memory.log_weight_stddev.grad == 0
+    assert loss.memory.prior_log_var.grad != 0
+    with torch.no_grad():
+        loss.memory.log_weight_stddev.fill_(-torch.inf)  # no weight noise at all; the other gradients stay numbers
+    loss.zero_grad()
+    loss(torch.randn(2, 5, 6)).backward()
+    assert all(x.grad.isfinite().all() for x in loss.parameters())
+
+
+def test_the_gradient_of_the_prior_is_that_of_its_own_parameters():
+    """The other parameters take part with zero and change nothing."""
+    module = KanervaMemory(6, 4, learn_obs_noise=True).double()
+    state = module.prior_state(3)
+    weights = [torch.randn_like(x) for x in state]
+    sum((x * w).sum() for x, w in zip(state, weights, strict=True)).backward()
+    oracle.assert_close(module.prior_mean.grad, weights[0].sum(0))
+    trace = weights[1].diagonal(dim1=1, dim2=2).sum() * module.prior_log_var.exp()
+    oracle.assert_close(module.prior_log_var.grad, trace.detach())
+    assert module.log_noise_stddev.grad == module.log_weight_stddev.grad == 0
+
+
+def test_a_sharded_module_trains(group_of_one):
+    torch.manual_seed(0)
+    loss, whole = ReadmeLoss(), ReadmeLoss()
+    whole.load_state_dict(loss.state_dict())
+    x = torch.randn(2, 5, 6)
+    fully_shard(loss, mesh=init_device_mesh("cpu", (1,)))
+    loss(x).backward()
+    whole(x).backward()
+    for a, b in zip(loss.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a.grad.full_tensor(), b.grad)
+
+
+def test_the_module_called_is_a_write_and_a_read():
+    module, x, cues = KanervaMemory(6, 4), torch.randn(2, 5, 6), torch.randn(2, 3, 6)
+    mask = torch.rand(2, 5) < 0.7
+    read, written = module(x, cues, mask=mask, num_iters=2)
+    expected = module.write(x, mask=mask)
+    assert all(map(torch.equal, flat(written).values(), flat(expected).values()))
+    assert all(map(torch.equal, read, module.read(cues, expected.state, 2)))
+    again = module(x, state=written.state)
+    assert torch.equal(again.read.values, module.read(x, module.write(x, written.state).state).values)
 
 
 # ------------------------------------------------------------------------------------------------------------- autocast

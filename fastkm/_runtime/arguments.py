@@ -67,6 +67,16 @@ class MemoryVariance(Argument):
 
 
 @dataclass(frozen=True)
+class OptionalVariance(Argument):
+    """A number of at least 0 for all memories, or a positive tensor, 0-d or one a memory. 0 becomes None."""
+
+    def check(self, signature: guards.Signature, value: Any) -> tuple[Tensor | None]:
+        if not isinstance(value, Tensor) and guards.non_negative(self.name, value) == 0:
+            return (None,)
+        return (signature.per_memory(self.name, value),)
+
+
+@dataclass(frozen=True)
 class Mask(Argument):
     """A bool tensor with the axes ``letters``, or None."""
 

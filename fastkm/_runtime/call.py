@@ -1,9 +1,9 @@
 """The one way into a kernel: every public function ends in :func:`call`.
 
-Most calls are plain: tensors on the CPU, outside every transform, autocast and compilation, for the native backend. A
-plain call goes to the compiled operator without a check in Python. The operator refuses everything that the checks
-refuse before it touches memory, but not in words; so when it has refused, the checks run and say what is wrong. This
-saves the time of the checks and of the dispatch; ``make bench-full`` prints what a call costs beyond its operator.
+Most calls are plain: tensors on the CPU, outside every transform, mode, autocast, trace and compilation, for the native
+backend. A plain call goes to the compiled operator without a check in Python. The operator refuses everything that the
+checks refuse before it touches memory, but not in words; so when it has refused, the checks run and say what is wrong.
+This saves the time of the checks and of the dispatch; ``make bench-full`` prints what a call costs beyond its operator.
 
 Every other call is checked first, takes the backend that :func:`fastkm._runtime.dispatch.resolve` names, and has its
 status examined. Either way an operation is computed at most once, and no error leads to another backend.
@@ -22,7 +22,14 @@ from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.diagnosis import factorisation_error, raise_failures
 from fastkm._runtime.guards import DTYPES, LOW_PRECISION
 from fastkm._runtime.operation import Operation
-from fastkm._runtime.torch_private import disable_current_modes, is_any_autocast_enabled, is_transformed
+from fastkm._runtime.torch_private import (
+    are_functorch_transforms_active,
+    count_dispatch_modes,
+    disable_current_modes,
+    is_any_autocast_enabled,
+    is_in_forward_mode,
+    tracing_state,
+)
 from fastkm.state import MemoryState
 
 TENSORS = (Tensor, Parameter)
@@ -43,7 +50,9 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     chosen = dispatch.CHOSEN if backend is None else backend
     if native is None or (chosen is not None and chosen != "native") or schema.unavailable is not None:
         return _call_checked(operation, backend, *arguments)
-    if is_dynamo_compiling() or is_any_autocast_enabled() or is_transformed():
+    if is_dynamo_compiling() or is_any_autocast_enabled() or are_functorch_transforms_active():
+        return _call_checked(operation, backend, *arguments)
+    if count_dispatch_modes() or is_in_forward_mode() or tracing_state() is not None:
         return _call_checked(operation, backend, *arguments)
     inputs: list = []
     wants_gradient = False
@@ -93,7 +102,7 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
                 outputs = native.operator(*inputs)
         else:
             outputs = native.operator(*inputs)
-    except RuntimeError:
+    except (RuntimeError, OverflowError):
         operation.raise_in_words(arguments)
         raise
     if any(outputs[-1].tolist()):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastkm._runtime import status
-from fastkm._runtime.deferred import is_value_unknown
-from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, WORDS, describe_failures
+from fastkm._runtime.deferred import is_value_unknown, known
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, WORDS, describe_failures, in_memories
 
 if TYPE_CHECKING:
     from fastkm._runtime.operation import Operation
@@ -39,7 +39,7 @@ def raise_failures(info: Tensor, operation: "Operation", inputs: list) -> None:
     if is_value_unknown(info):
         status.raise_failures(info, operation.factored)
         return
-    info = torch.func.debug_unwrap(info)
+    info = known(info)
     if any(info.flatten().tolist()):
         raise factorisation_error(info, operation, inputs)
 
@@ -47,7 +47,7 @@ def raise_failures(info: Tensor, operation: "Operation", inputs: list) -> None:
 def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> torch.linalg.LinAlgError:
     """The error that says of every memory of ``info`` that failed which of the ``inputs`` is at fault."""
     if info.dim() != 1:  # under vmap a memory is a pair, [index of the map, memory], and inputs need not have the first
-        return torch.linalg.LinAlgError(f"{operation.factored} is {describe_failures(info, _place)}")
+        return torch.linalg.LinAlgError(f"{operation.factored} is {describe_failures(info, in_memories)}")
     given = dict(zip(operation.input_names(), inputs, strict=True))
     findings: dict[Finding, list[int]] = {}
     for memory, code in enumerate(info.tolist()):
@@ -55,7 +55,7 @@ def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> t
             findings.setdefault(diagnose(memory, code, operation.factored, given), []).append(memory)
     subjects: dict[str, list[str]] = {}
     for finding, memories in sorted(findings.items(), key=lambda item: WORST_FIRST.index(item[0].words)):
-        subjects.setdefault(finding.subject, []).append(finding.words + _place(memories))
+        subjects.setdefault(finding.subject, []).append(finding.words + in_memories(memories))
     message = "; ".join(f"{subject} is {' and '.join(words)}" for subject, words in subjects.items())
     advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
     return torch.linalg.LinAlgError(": ".join((message, *advice)))
@@ -110,7 +110,3 @@ def _ridge_counts(tensors: dict[str, Tensor]) -> bool:
     mean, ridge = (tensors[name].double() for name in ("state.mean", "ridge"))
     energies = mean.square().sum(-1)
     return bool(ridge > len(energies) * torch.finfo(tensors["state.mean"].dtype).eps * energies.max())
-
-
-def _place(failed: list) -> str:
-    return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"

@@ -57,10 +57,11 @@ def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
     device, dtype = (tensors[0].device.type, tensors[0].dtype) if tensors else ("cpu", torch.float32)
     if reason := _not_installed(backend, device):
         return f"{reason}, or take backend='reference'"
-    if capability.devices and device not in capability.devices:
-        return f"it runs on {', '.join(capability.devices)}, the tensors are on {device}; take backend='reference'"
-    if capability.devices and dtype not in capability.devices[device]:
-        takes, given = (", ".join(map(dtype_name, x)) for x in (capability.devices[device], (dtype,)))
+    only = None if device == "meta" else capability.devices  # meta tensors hold no values that a kernel would read
+    if only and device not in only:
+        return f"it runs on {', '.join(only)}, the tensors are on {device}; take backend='reference'"
+    if only and dtype not in only[device]:
+        takes, given = (", ".join(map(dtype_name, x)) for x in (only[device], (dtype,)))
         return f"on {device} it computes in {takes}, the memory is {given}; take backend='reference'"
     if not capability.gradients and wants_gradient(tensors):
         return (

@@ -7,15 +7,16 @@ graph a wrong value raises ``RuntimeError`` when the graph runs.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkm._runtime.deferred import is_value_unknown
-from fastkm._runtime.torch_private import assert_when_run
+from fastkm._runtime.deferred import assert_later, is_value_unknown, known
 
 DTYPES = (torch.float32, torch.float64)  # of a memory
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # of codes beside a float32 memory
+LARGEST_COUNT = 2**63 - 1  # what an operator takes
 
 
 class Signature:
@@ -37,6 +38,7 @@ class Signature:
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor of shape {self._shape(letters)}, got {type(value).__name__}")
         if self.first is None:
+            check_layout(name, value)
             if value.dtype not in DTYPES:
                 raise TypeError(f"{name} must be float32 or float64, got {dtype_name(value.dtype)}")
             self.first = (name, value)
@@ -55,9 +57,8 @@ class Signature:
             raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(shape)}")
 
     def state(self, name: str, value: object) -> tuple[Tensor, Tensor]:
-        if not isinstance(value, tuple) or len(value) != 2:
-            raise TypeError(f"{name} must be a MemoryState(mean, cov), got {type(value).__name__}")
-        return self.tensor(f"{name}.mean", value[0], "BKC"), self.tensor(f"{name}.cov", value[1], "BKK")
+        mean, cov = pair(name, value)
+        return self.tensor(f"{name}.mean", mean, "BKC"), self.tensor(f"{name}.cov", cov, "BKK")
 
     def noise(self, name: str, value: float | Tensor) -> Tensor:
         """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
@@ -69,20 +70,14 @@ class Signature:
 
     def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
         _, first = self.first  # type: ignore[misc]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not torch.finfo(first.dtype).tiny <= value <= torch.finfo(first.dtype).max:
-                raise ValueError(f"{name} must be positive and finite in {dtype_name(first.dtype)}, got {value}")
-            return torch.full((), value, dtype=first.dtype, device=first.device)
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a float or a tensor, got {type(value).__name__}")
+            return positive_number(name, value, first)
         self._same_kind(name, value)
         shape = tuple(value.shape)
         if not any([shape == tuple(map(self.sizes.get, layout)) for layout in layouts]):
             allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
             raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
-        if value.device.type == "cpu" and not _positive_and_finite(value, f"{name} must be positive"):
-            least = torch.func.debug_unwrap(value).min()
-            raise ValueError(f"{name} must be positive and finite everywhere, got a smallest value of {least}")
+        _check_positive(name, value)
         return value
 
     def mask(self, name: str, value: Tensor | None, letters: str) -> Tensor | None:
@@ -91,6 +86,7 @@ class Signature:
         if not isinstance(value, Tensor) or value.dtype != torch.bool:
             got = dtype_name(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{name} must be a bool tensor of shape {self._shape(letters)}, got {got}")
+        check_layout(name, value)
         first_name, first = self.first  # type: ignore[misc]
         if value.device != first.device:
             raise ValueError(f"{name} must be on {first.device} like {first_name}, got {value.device}")
@@ -99,6 +95,7 @@ class Signature:
         return value
 
     def _same_kind(self, name: str, value: Tensor, low_precision: bool = False) -> None:
+        check_layout(name, value)
         first_name, first = self.first  # type: ignore[misc]
         allowed = LOW_PRECISION if low_precision and first.dtype == torch.float32 else ()
         if value.dtype != first.dtype and value.dtype not in allowed:
@@ -118,12 +115,49 @@ def spread_variance(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return (value.unsqueeze(-1) if 0 < value.dim() < len(sizes) else value).expand(sizes)
 
 
-def count(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def pair(name: str, value: object) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the state that a caller gives, which may be any pair."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a MemoryState(mean, cov), got {type(value).__name__}")
+    return value[0], value[1]
+
+
+def check_layout(name: str, value: Tensor) -> None:
+    """Sparse, mkldnn and nested tensors have no strides, by which kernels read."""
+    if value.layout != torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a tensor of layout {layout}")
+
+
+def _unwrap_scalar(value: Any) -> Any:
+    """A Python number in place of one of NumPy or of a 0-d array; anything else as it is."""
+    if isinstance(value, (int, float, Tensor)) or getattr(value, "shape", None) != ():
+        return value
+    return value.item()
+
+
+def number(name: str, value: Any, wanted: str = "a float") -> float:
+    """The number that a caller gives, of Python or NumPy or, in a graph, a symbol."""
+    plain = _unwrap_scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    return plain  # type: ignore[return-value]
+
+
+def count(name: str, value: Any, least: int = 1) -> int:
+    """The int that a caller gives, of Python or NumPy or, in a graph, a size; torch.jit.trace has tensors as sizes."""
+    plain = _unwrap_scalar(value)
+    if not (_is_traced_size(plain) or (isinstance(plain, (int, torch.SymInt)) and not isinstance(plain, bool))):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+    if plain < least:
+        raise ValueError(f"{name} must be at least {least}, got {plain}")
+    if plain > LARGEST_COUNT:
+        raise ValueError(f"{name} must be less than 2^63, got {plain}")
+    return plain
+
+
+def _is_traced_size(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0 and torch.jit.is_tracing()
 
 
 def choice(name: str, value: str, allowed: Iterable[str]) -> str:
@@ -133,13 +167,31 @@ def choice(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def _positive_and_finite(value: Tensor, message: str) -> bool:
-    """Looks through the wrappers of torch.func; a NaN is neither."""
+def positive_number(name: str, value: Any, like: Tensor) -> Tensor:
+    """A number as a 0-d tensor in the dtype and on the device of ``like``.
+
+    It is a product with one because Dynamo keeps a float symbolic in a product; ``torch.full`` would make it compile
+    again for every value.
+    """
+    value, limits = number(name, value, "a float or a tensor"), torch.finfo(like.dtype)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{name} must be positive and finite in {dtype_name(like.dtype)}, got {value}")
+    return like.new_ones(()) * value
+
+
+def _check_positive(name: str, value: Tensor) -> None:
+    """Positive, normal and finite, as for a number; a NaN is not. Nothing waits for the values of a GPU."""
+    if value.device.type not in ("cpu", "meta"):
+        return
+    limits = torch.finfo(value.dtype)
     if is_value_unknown(value):
-        assert_when_run(((value > 0) & (value < math.inf)).all(), message)
-        return True
-    value = torch.func.debug_unwrap(value).detach()
-    return value.numel() == 0 or all(0 < bound.item() < math.inf for bound in torch.aminmax(value))
+        assert_later(((value >= limits.tiny) & (value <= limits.max)).all(), f"{name} must be positive and finite")
+        return
+    value = known(value)
+    if value.numel() == 0 or all(limits.tiny <= bound.item() <= limits.max for bound in torch.aminmax(value)):
+        return
+    least, dtype = value.min(), dtype_name(value.dtype)
+    raise ValueError(f"{name} must be positive and finite everywhere in {dtype}, got a smallest value of {least}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -159,17 +211,20 @@ def cleaned(code: object, like: Tensor) -> Tensor:
 
 
 def non_negative(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not (value >= 0 and math.isfinite(value)):
+    value = number(name, value)
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
     return value
 
 
 def positive_like(name: str, value: float | Tensor, like: Tensor) -> Tensor:
-    """A positive number, or a tensor of them, in the dtype and on the device of ``like``."""
+    """A positive number, or a tensor of them, on the device of ``like``; a number takes the dtype of ``like``."""
     if not isinstance(value, Tensor):
-        value = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if value.device.type == "cpu" and not _positive_and_finite(value, f"{name} must be positive"):
-        raise ValueError(f"{name} must be positive and finite, got {torch.func.debug_unwrap(value)}")
+        return positive_number(name, value, like)
+    check_layout(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {dtype_name(value.dtype)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {value.device}")
+    _check_positive(name, value)
     return value

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastkm._runtime.flops import count_flops_once_loaded
 from fastkm._runtime.torch_private import has_kernel
 
 # Operators that the extension must bring a CPU kernel for; filled by the definitions below.
 OPERATORS: list[str] = []
+DEFINED: list[str] = []  # all operators that compute
 
 # Every schema below, by the name of its operator.
 SCHEMAS: dict[str, str] = {}
@@ -46,6 +48,7 @@ def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]
         for namespace, library in _libraries.items():
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        DEFINED.append(name)
         if on_cpu:
             OPERATORS.append(name)
 
@@ -213,6 +216,8 @@ def _(mean, cov, prior_mean, prior_cov, grad_kl):
 def _(cov, grad_logdet):
     return cov.new_empty(cov.shape)
 
+
+count_flops_once_loaded(DEFINED, ("fastkm", "fastkm_triton"))
 
 # How the extension was built: one fact a line, a name, a colon, a value.
 _question("build_facts() -> str")

@@ -10,33 +10,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkm._runtime.deferred import is_value_unknown
-from fastkm._runtime.torch_private import assert_when_run
+from fastkm._runtime.deferred import assert_later, is_value_unknown, known
 
 # LOST: the matrices were good, and the covariance that follows from them has lost its digits to rounding.
 ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST = 1, 2, 3
 WORDS = {ASYMMETRIC: "not symmetric", NOT_POSITIVE_DEFINITE: "not positive definite", LOST: "lost to rounding"}
 
 
-def raise_failures(info: Tensor, matrix: str) -> None:
+def in_memories(failed: list) -> str:
+    """Where, given the indices of memories. Under vmap a memory is a pair: [index of the map, memory]."""
+    return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"
+
+
+def raise_failures(info: Tensor, matrix: str, place: Callable[[list], str] = in_memories) -> None:
     """Raise for the memories of ``info`` that failed to factor ``matrix``, or do nothing.
 
     In a graph that is traced or captured the check becomes an assertion of the graph, which raises RuntimeError.
     """
     if is_value_unknown(info):
-        assert_when_run(~info.any(), f"{matrix} is not symmetric positive definite")
+        assert_later(~info.any(), f"{matrix} is not symmetric positive definite")
         return
-    info = torch.func.debug_unwrap(info)
+    info = known(info)
     if any(info.flatten().tolist()):
-        raise factorisation_error(info, matrix)
+        raise factorisation_error(info, matrix, place)
 
 
-def factorisation_error(info: Tensor, matrix: str) -> torch.linalg.LinAlgError:
+def factorisation_error(
+    info: Tensor, matrix: str, place: Callable[[list], str] = in_memories
+) -> torch.linalg.LinAlgError:
     """The error that names every memory of ``info`` that failed to factor ``matrix``."""
-
-    def place(failed: list) -> str:  # under vmap a memory is a pair: [index of the map, memory]
-        return f" in {'memory' if len(failed) == 1 else 'memories'} {failed}"
-
     return torch.linalg.LinAlgError(f"{matrix} is {describe_failures(info, place)}")
 
 

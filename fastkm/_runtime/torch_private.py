@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that the package uses, with the reason. Tried on torch 2.13.0.
+"""Every private name of PyTorch that the package uses, with the reason. Tried on torch 2.10 to 2.15.
 
 No other module of the package may use a private name of torch, so when a release of torch breaks one of them, this file
 is the only one to change. Not listed are the protected methods of ``torch.distributions.Distribution``, which its
@@ -9,19 +9,27 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
     "OpOverload",  # the type of torch.ops.<namespace>.<name>.<overload>, for annotations
+    "are_functorch_transforms_active",
     "argument_names",
     "assert_when_run",
+    "count_dispatch_modes",
     "disable_current_modes",
     "has_kernel",
+    "holds_no_value",
     "is_any_autocast_enabled",
+    "is_in_forward_mode",
+    "is_part_of_trace",
     "is_transformed",
     "num_returns",
+    "register_named_tuple",
     "short_name",
+    "tracing_state",
     "tree_leaves",
     "tree_map",
     "without_python_frame",
@@ -37,15 +45,54 @@ disable_current_modes = _python_dispatch._disable_current_modes
 tree_leaves = _pytree.tree_leaves
 tree_map = _pytree.tree_map
 
-_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_MODES = torch._C._TorchDispatchModeKey
+
+# Whether a transform of torch.func is active. No tensor tells whether an outer level maps or differentiates it.
+are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+
+# How many modes see every operator of this thread: FakeTensorMode, those of make_fx, FlopCounterMode and others.
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# Not None inside torch.jit.trace. The public torch.jit.is_tracing() asks the same in two more Python calls.
+tracing_state = torch._C._get_tracing_state
+
+
+def is_in_forward_mode() -> bool:
+    """Inside forward-mode differentiation, whose level has no public name."""
+    return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
-    """Inside torch.func or forward mode. No tensor tells whether an outer level maps or differentiates it.
+    """Inside torch.func or forward mode."""
+    return are_functorch_transforms_active() or forward_ad._current_level >= 0
 
-    Neither the stack of torch.func nor the level of forward mode has a public name.
+
+def holds_no_value(value: torch.Tensor) -> bool:
+    """Whether ``value`` is a fake tensor, or a mode is active that makes fake tensors or records a graph (make_fx).
+
+    The public torch.compiler.is_compiling() is false in both.
     """
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        isinstance(torch.func.debug_unwrap(value), FakeTensor)
+        or torch._C._get_dispatch_mode(_MODES.FAKE) is not None
+        or torch._C._get_dispatch_mode(_MODES.PROXY) is not None
+    )
+
+
+def is_part_of_trace(value: torch.Tensor) -> bool:
+    """Inside torch.jit.trace: whether ``value`` is an input of what is traced, or may become one of its constants."""
+    state = tracing_state()
+    try:
+        torch._C._get_value_trace(value)  # type: ignore[attr-defined]
+    except RuntimeError:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]  # the refusal has ended the trace
+        return False
+    return True
+
+
+def register_named_tuple(cls: type) -> None:
+    """Give a named tuple the name by which torch.export writes it to a file."""
+    _pytree._register_namedtuple(cls, serialized_type_name=f"fastkm.{cls.__name__}")
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:

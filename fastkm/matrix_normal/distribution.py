@@ -8,6 +8,8 @@ from torch.distributions import Distribution, biject_to, constraints, register_k
 from torch.distributions.utils import lazy_property
 
 from fastkm._linalg.reference import variance_divergence
+from fastkm._runtime.deferred import is_value_unknown
+from fastkm._runtime.torch_private import is_transformed
 from fastkm.matrix_normal.kronecker import KroneckerCovariance, broadcast_batch, check_matrix
 from fastkm.matrix_normal.reference import relative_factor
 
@@ -42,7 +44,8 @@ class MatrixNormal(Distribution):
         row_cov: U ``[..., K, K]``, symmetric positive definite.
         col_cov: V ``[..., C, C]``, likewise, or ``None`` for the identity, which costs nothing.
         validate_args: reject NaN in ``loc`` and in the arguments of ``log_prob``; by default on, as in
-            :class:`torch.distributions.MultivariateNormal`. The covariances are factored, hence checked, either way.
+            :class:`torch.distributions.MultivariateNormal`, but not inside torch.func, torch.compile and other places
+            where values cannot be asked. The covariances are factored, hence checked, either way.
 
     Batch shapes broadcast. ``torch.distributions.kl_divergence`` of two is
     ``½ [tr(V0⁻¹V) tr(U0⁻¹U) + tr(V0⁻¹ΔᵀU0⁻¹Δ) − KC + C (ln|U0| − ln|U|) + K (ln|V0| − ln|V|)]``, ``Δ = R − R0``.
@@ -75,6 +78,8 @@ class MatrixNormal(Distribution):
         batch_shape = broadcast_batch(loc=loc, row_cov=row_cov, col_cov=col_cov)
         self.loc = loc.expand(batch_shape + loc.shape[-2:])
         self.covariance = KroneckerCovariance(row_cov, col_cov)  # not broadcast: factored once per distinct matrix
+        if validate_args is None and not _can_validate(loc):
+            validate_args = False
         super().__init__(batch_shape, loc.shape[-2:], validate_args=validate_args)
 
     # Lazy, so that the base class leaves them alone: factoring has checked them, and a V of None has nothing to check.
@@ -112,7 +117,7 @@ class MatrixNormal(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         rows, columns = self.event_shape
         check_matrix("value", value, "KC", {"K": rows, "C": columns}, like=("loc", self.loc))
-        if self._validate_args:
+        if self._validate_args and _can_validate(value):
             self._validate_sample(value)
         distance = self.covariance.quadratic_form(value - self.loc)
         return -0.5 * (rows * columns * math.log(2 * math.pi) + self.covariance.logdet(columns) + distance)
@@ -133,6 +138,11 @@ class MatrixNormal(Distribution):
 
     def __repr__(self) -> str:
         return f"MatrixNormal(batch_shape: {list(self.batch_shape)}, event_shape: {list(self.event_shape)})"
+
+
+def _can_validate(value: Tensor) -> bool:
+    """Whether torch.distributions can look at ``value``; it does not look through torch.func."""
+    return not (is_value_unknown(value) or is_transformed())
 
 
 @register_kl(MatrixNormal, MatrixNormal)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastkm._runtime.guards import DTYPES, dtype_name
-from fastkm._runtime.status import NOT_POSITIVE_DEFINITE, describe_failures
+from fastkm._runtime.guards import DTYPES, check_layout, dtype_name
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE, raise_failures
 from fastkm.matrix_normal.reference import factor_covariance, log_det_of_factor
 
 
@@ -91,6 +91,7 @@ def check_matrix(
         shape += f" with {known}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(value).__name__}")
+    check_layout(name, value)
     if like is None and value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32 or float64, got {dtype_name(value.dtype)}")
     if like is not None and value.dtype != like[1].dtype:
@@ -116,11 +117,10 @@ def broadcast_batch(**matrices: Tensor | None) -> torch.Size:
 
 def _factor(name: str, cov: Tensor) -> Tensor:
     """The lower Cholesky factor of a symmetric positive definite matrix [..., n, n], or an error with its entries."""
-    batch, size = cov.shape[:-2], cov.shape[-1]
-    flat = cov.reshape(batch.numel(), size, size)
+    flat = cov.flatten(0, -3) if cov.dim() > 2 else cov.unsqueeze(0)  # by sizes that a trace keeps symbolic
     factor, info = factor_covariance(flat)
     info = torch.where(flat.isfinite().all(-1).all(-1), info, NOT_POSITIVE_DEFINITE)  # the factor reads one triangle
-    if bool(info.any()):
-        reasons = describe_failures(info.reshape(batch), lambda failed: f" in batch entries {failed}" if batch else "")
-        raise torch.linalg.LinAlgError(f"{name} is {reasons}")
+    raise_failures(
+        info.reshape(cov.shape[:-2]), name, lambda failed: f" in batch entries {failed}" if failed[0] != [] else ""
+    )
     return factor.reshape(cov.shape)

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from fastkm._runtime import guards
+from fastkm._runtime.deferred import is_false_everywhere
+from fastkm._runtime.results import result
 from fastkm.addressing import solve_addressing
 from fastkm.nn.memory import KanervaMemory
 from fastkm.state import MemoryState
@@ -15,6 +17,7 @@ from fastkm.writing import WriteResult
 __all__ = ["DynamicKanervaMachine", "EpisodeLoss", "PatternRead"]
 
 
+@result
 class EpisodeLoss(NamedTuple):
     """What :meth:`DynamicKanervaMachine.loss` returns: nats a pattern, averaged over the episodes, all 0-d."""
 
@@ -25,6 +28,7 @@ class EpisodeLoss(NamedTuple):
     autoencoder: Tensor  # −ln p(x | e(x)), past the memory
 
 
+@result
 class PatternRead(NamedTuple):
     """What :meth:`DynamicKanervaMachine.attractor_read` returns."""
 
@@ -68,6 +72,12 @@ class DynamicKanervaMachine(nn.Module):
         if not isinstance(memory, KanervaMemory):
             raise TypeError(f"memory must be a KanervaMemory, got {type(memory).__name__}")
         self.encoder, self.decoder, self.memory = encoder, decoder, memory
+
+    def forward(
+        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+    ) -> EpisodeLoss:
+        """The :meth:`loss`. Wrappers such as DistributedDataParallel and fully_shard take part in this call only."""
+        return self.loss(episode, mask, cues=cues, num_reads=num_reads)
 
     def encode(self, patterns: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``; 0 where ``mask [B, T]`` is False.
@@ -131,7 +141,7 @@ class DynamicKanervaMachine(nn.Module):
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
-        guards.count("num_reads", num_reads)
+        num_reads = guards.count("num_reads", num_reads)
         codes = self.encode(episode, mask)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
@@ -184,9 +194,9 @@ class DynamicKanervaMachine(nn.Module):
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
         """
-        guards.count("num_iters", num_iters)
+        num_iters, state = guards.count("num_iters", num_iters), MemoryState(*guards.pair("state", state))
         if tol is not None:
-            guards.non_negative("tol", tol)
+            tol = guards.non_negative("tol", tol)
         x = cues
         energies: list[Tensor] = []
         for i in range(num_iters):
@@ -209,7 +219,7 @@ class DynamicKanervaMachine(nn.Module):
             energies.append(energy)
             if tol is not None:
                 active = active & ~(moved <= tol)
-            if not active.any():
+            if is_false_everywhere(active):
                 break
         energies += [energy] * (num_iters - len(energies))
         return PatternRead(patterns, weights, torch.stack(energies, -1), taken)
@@ -221,8 +231,8 @@ class DynamicKanervaMachine(nn.Module):
         The first iteration decodes ``Rᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further ones reads the
         pattern again, which pulls it towards what is stored.
         """
-        guards.count("num_samples", num_samples)
-        guards.count("num_iters", num_iters)
+        num_samples, state = guards.count("num_samples", num_samples), MemoryState(*guards.pair("state", state))
+        num_iters = guards.count("num_iters", num_iters)
         codes = self.memory.sample_prior_weights(state.mean.shape[0], num_samples) @ state.mean
         decoded = self.decode(codes)
         if num_iters == 1:
@@ -237,7 +247,7 @@ class DynamicKanervaMachine(nn.Module):
         bound on ``−ln p(x_1 … x_T | M) / T`` at the mean of q(M). The expectation is over ``num_samples`` samples of
         each w. What the papers on this memory report; KL(q(M) ‖ p(M)) is not part of it.
         """
-        guards.count("num_samples", num_samples)
+        num_samples = guards.count("num_samples", num_samples)
         codes = self.encode(episode)
         state = self.memory.write(codes).state
         nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]

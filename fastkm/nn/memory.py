@@ -2,20 +2,31 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastkm._runtime import dispatch, guards
 from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.deferred import usable_in_trace
+from fastkm._runtime.results import result
 from fastkm.matrix_normal import MatrixNormal, kl_memory, kl_weights
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState
 from fastkm.writing import WriteResult, write
 
-__all__ = ["KanervaMemory"]
+__all__ = ["KanervaMemory", "MemoryPass"]
 
 WEIGHT_STDDEV = 0.3  # σw before training, as in the released DeepMind code
+
+
+@result
+class MemoryPass(NamedTuple):
+    """What :class:`KanervaMemory` returns when it is called."""
+
+    read: ReadResult  # values [B, Q, C], weights [B, Q, K]
+    written: WriteResult  # its state is the memory after the episode
 
 
 class KanervaMemory(nn.Module):
@@ -27,7 +38,9 @@ class KanervaMemory(nn.Module):
 
     and ``q(w) = N(μ, σw² I)`` with μ from :func:`fastkm.solve_addressing` at ridge ``λ = σ²/σ0²``. Learned are
     ``prior_mean`` (R0), ``prior_log_var``, ``log_weight_stddev`` (ln σw) and, if asked for, ``log_noise_stddev``
-    (ln σ). R0 starts as unit normal noise: from a zero mean the first weights would be zero, and so would every update.
+    (ln σ), the last three of shape ``[1]``. R0 starts as unit normal noise: from a zero mean the first weights would be
+    zero, and so would every update. A loss that starts from the prior gives each of them a gradient, zero where the
+    loss does not depend on it, because DistributedDataParallel waits for all.
 
     The state is passed in and out and never kept in the module, so one memory serves any number of episodes:
 
@@ -77,13 +90,15 @@ class KanervaMemory(nn.Module):
         self.sample_w, self.sample_memory = sample_w, sample_memory
         self.backend = backend if backend is None else guards.choice("backend", backend, dispatch.PREFERENCE)
 
-        self.prior_mean = nn.Parameter(torch.empty(memory_size, code_size))  # R0 [K, C]
-        self.prior_log_var = nn.Parameter(torch.empty(()))
-        self.log_weight_stddev = nn.Parameter(torch.empty(()))
+        self.prior_mean = nn.Parameter(torch.empty(self.memory_size, self.code_size))  # R0 [K, C]
+        # One axis, not none: fully_shard takes no 0-d parameters.
+        self.prior_log_var = nn.Parameter(torch.empty(1))
+        self.log_weight_stddev = nn.Parameter(torch.empty(1))
         if learn_obs_noise:
-            self.log_noise_stddev = nn.Parameter(torch.empty(()))
+            self.log_noise_stddev = nn.Parameter(torch.empty(1))
         else:
-            self.register_buffer("log_noise_stddev", torch.empty(()))
+            self.register_buffer("log_noise_stddev", torch.empty(1))
+        self.register_load_state_dict_pre_hook(_add_missing_axes)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -94,10 +109,27 @@ class KanervaMemory(nn.Module):
         self.log_weight_stddev.fill_(math.log(WEIGHT_STDDEV))
         self.log_noise_stddev.fill_(math.log(self.obs_noise_stddev))
 
+    @in_float32
+    def forward(
+        self,
+        values: Tensor,
+        queries: Tensor | None = None,
+        state: MemoryState | None = None,
+        *,
+        mask: Tensor | None = None,
+        num_iters: int = 1,
+    ) -> MemoryPass:
+        """:meth:`write` ``values [B, T, C]``, then :meth:`read` ``queries [B, Q, C]``, or the values again.
+
+        Wrappers such as DistributedDataParallel and fully_shard take part in this call only.
+        """
+        written = self.write(values, state, mask)
+        return MemoryPass(self.read(values if queries is None else queries, written.state, num_iters), written)
+
     @property
     def noise_var(self) -> Tensor:
         """σ², 0-d."""
-        return (2 * self.log_noise_stddev).exp()
+        return (2 * usable_in_trace(self.log_noise_stddev).squeeze(0)).exp()
 
     @property
     def ridge(self) -> Tensor:
@@ -107,22 +139,24 @@ class KanervaMemory(nn.Module):
     @property
     def weight_var(self) -> Tensor:
         """σw², 0-d."""
-        return (2 * self.log_weight_stddev).exp()
+        return (2 * self.log_weight_stddev.squeeze(0)).exp()
 
     def prior_state(self, batch_size: int) -> MemoryState:
         """The prior of ``batch_size`` memories: mean R0 ``[B, K, C]``, cov ``exp(prior_log_var) I [B, K, K]``."""
-        guards.count("batch_size", batch_size, least=0)
-        cov = self.prior_log_var.exp() * torch.eye(self.memory_size).to(self.prior_mean)
-        return MemoryState(self.prior_mean.repeat(batch_size, 1, 1), cov.repeat(batch_size, 1, 1))
+        batch_size = guards.count("batch_size", batch_size, least=0)
+        var = self._prior_log_var().exp()
+        cov = torch.diag_embed(var.expand(batch_size, self.memory_size))
+        return MemoryState(usable_in_trace(self.prior_mean).repeat(batch_size, 1, 1), cov)
 
     @in_float32
     def write(self, values: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
         """Write ``values [B, T, C]`` into ``state``, or into the prior; see :func:`fastkm.write`."""
         if state is None:
-            state = self.prior_state(self._signature().tensor("values", values, "BTC").shape[0])
-        return write(
-            state, values, self.noise_var, self.ridge, num_opt_iters=self.num_opt_iters, mask=mask, backend=self.backend
-        )
+            values = self._signature().tensor("values", values, "BTC", low_precision=True)
+            state = self.prior_state(values.shape[0])
+        noise_var = self.noise_var
+        ridge = noise_var / self.w_prior_stddev**2
+        return write(state, values, noise_var, ridge, num_opt_iters=self.num_opt_iters, mask=mask, backend=self.backend)
 
     @in_float32
     def read(self, queries: Tensor, state: MemoryState, num_iters: int = 1) -> ReadResult:
@@ -149,8 +183,8 @@ class KanervaMemory(nn.Module):
     ) -> AttractorResult:
         """Clean ``queries [B, Q, C]`` up with a codec in the loop; see :func:`fastkm.attractor_read`.
 
-        Nothing is sampled: the energy it reports is an expectation over q(M) and q(w). σw enters the energy as a
-        number, without a gradient.
+        Nothing is sampled: the energy it reports is an expectation over q(M) and q(w). σw enters the energy without a
+        gradient.
         """
         return attractor_read(
             state,
@@ -159,13 +193,14 @@ class KanervaMemory(nn.Module):
             self.ridge,
             clean=clean,
             num_iters=num_iters,
-            weight_var=self.weight_var.item(),
+            weight_var=self.weight_var.detach(),
             tol=tol,
             backend=self.backend,
         )
 
     def kl(self, state: MemoryState) -> Tensor:
         """KL(q(M) ‖ p(M)) ``[B]`` from the prior, exact, in nats; see :func:`fastkm.kl_memory`."""
+        state = MemoryState(*guards.pair("state", state))
         return kl_memory(state, self.prior_state(state.mean.shape[0]), backend=self.backend)
 
     def kl_weights(self, weights: Tensor) -> Tensor:
@@ -191,8 +226,8 @@ class KanervaMemory(nn.Module):
         The first is ``z_1 = Mᵀ w`` with ``w ~ p(w)``; each of the ``num_iters − 1`` further iterations reads it again,
         through the codec if there is one: ``z_{i+1} = Mᵀ μ(clean(z_i))``. Without a codec, iterating only shrinks z.
         """
-        guards.count("num_samples", num_samples, least=0)
-        guards.count("num_iters", num_iters)
+        num_samples = guards.count("num_samples", num_samples, least=0)
+        num_iters = guards.count("num_iters", num_iters)
         memory = self._memory(state)
         codes = self.sample_prior_weights(memory.shape[0], num_samples) @ memory
         if num_iters == 1:
@@ -213,17 +248,32 @@ class KanervaMemory(nn.Module):
 
     def _signature(self) -> guards.Signature:
         signature = guards.Signature()
+        signature.first = ("prior_mean", self.prior_mean)
         signature.sizes.update(K=self.memory_size, C=self.code_size)
         return signature
 
+    def _prior_log_var(self) -> Tensor:
+        """ln of the prior variance, 0-d, with a gradient of zero for the other variances that are learned."""
+        if not torch.is_grad_enabled():
+            return usable_in_trace(self.prior_log_var).squeeze(0)
+        return torch.cat((self.prior_log_var, self.log_weight_stddev, self.log_noise_stddev))[0]
+
     def _memory(self, state: MemoryState) -> Tensor:
         """The memory a read uses [B, K, C]: the mean of q(M), or one sample of it."""
-        check = self._signature()
-        mean, cov = check.tensor("state.mean", state[0], "BKC"), check.tensor("state.cov", state[1], "BKK")
+        mean, cov = self._signature().state("state", state)
         return MatrixNormal(mean, cov).rsample() if self.sample_memory else mean
 
 
 def _positive(name: str, value: float) -> float:
-    if guards.non_negative(name, value) == 0:
+    value = guards.non_negative(name, value)
+    if value == 0:
         raise ValueError(f"{name} must be positive, got {value}")
     return value
+
+
+def _add_missing_axes(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Checkpoints of version 0.1 hold the logarithms without an axis."""
+    for name in ("prior_log_var", "log_weight_stddev", "log_noise_stddev"):
+        value = state_dict.get(prefix + name)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            state_dict[prefix + name] = value.reshape(1)

@@ -8,6 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES
+from fastkm._runtime.results import result
 from fastkm.posterior import native, reference
 from fastkm.state import MemoryState
 
@@ -28,6 +29,7 @@ UPDATE_POSTERIOR = Operation(
 )
 
 
+@result
 class PosteriorUpdate(NamedTuple):
     """What :func:`update_posterior` returns."""
 

@@ -10,6 +10,7 @@ from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
+from fastkm._runtime.results import result
 from fastkm.reading import native, reference
 from fastkm.state import MemoryState
 
@@ -31,11 +32,11 @@ READ = Operation(
 ATTRACTOR_READ = Operation(
     "attractor_read",
     arguments.State("state"),
-    arguments.Matrix("queries", "BQC"),
+    arguments.Codes("queries", "BQC"),
     arguments.MemoryVariance("noise_var"),
     arguments.MemoryVariance("ridge"),
     arguments.Count("num_iters"),
-    arguments.Number("weight_var"),
+    arguments.OptionalVariance("weight_var"),
     arguments.Number("tol", optional=True),
     arguments.Codec("clean"),
     reference=reference.attractor_read,
@@ -45,6 +46,7 @@ ATTRACTOR_READ = Operation(
 )
 
 
+@result
 class ReadResult(NamedTuple):
     """What :func:`read` returns."""
 
@@ -52,6 +54,7 @@ class ReadResult(NamedTuple):
     weights: Tensor  # [B, Q, K]
 
 
+@result
 class AttractorResult(NamedTuple):
     """What :func:`attractor_read` returns."""
 
@@ -116,7 +119,7 @@ def attractor_read(
     *,
     clean: Callable[[Tensor], Tensor],
     num_iters: int,
-    weight_var: float = 0.0,
+    weight_var: float | Tensor = 0.0,  # float, 0-d or [B]
     tol: float | None = None,
     backend: str | None = None,
 ) -> AttractorResult:
@@ -133,13 +136,13 @@ def attractor_read(
 
     Args:
         state: the memory; ``cov`` enters the energy only.
-        queries: corrupted codes.
+        queries: corrupted codes; beside a float32 memory they may be bfloat16 or float16.
         noise_var: σ².
         ridge: λ.
         clean: any callable from codes to codes of the same shape ``[B, Q, C]`` (encode after decode), applied between
             reads.
         num_iters: the most iterations, n.
-        weight_var: σw² of q(w), at least 0.
+        weight_var: σw² of q(w), a number of at least 0, or a positive tensor.
         tol: stop a query once the root mean square of ``ẑ_i − ẑ_{i−1}`` over its C entries is at most ``tol``; the
             queries that are left go on.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None. The kernels, for GPUs only, have no gradient; on a

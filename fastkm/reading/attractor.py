@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastkm._runtime import guards
 from fastkm._runtime.autograd import wants_gradient
+from fastkm._runtime.deferred import is_false_everywhere
 from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.matrix_normal.reference import kl_weights
 
@@ -21,7 +22,7 @@ def iterate_attractor(factor, solve, mean, cov, queries, noise_var, ridge, num_i
     iterations run, and the results of queries that have stopped are dropped.
     """
     lower, info = factor(mean, ridge)
-    code, active = queries, torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
+    code, active = queries.to(mean.dtype), torch.ones(queries.shape[:2], dtype=torch.bool, device=queries.device)
     taken = torch.zeros_like(active, dtype=torch.int64)
     energies: list[Tensor] = []
     for i in range(num_iters):
@@ -39,7 +40,7 @@ def iterate_attractor(factor, solve, mean, cov, queries, noise_var, ridge, num_i
             if tol is not None:
                 active = active & ~(moved <= tol)  # a NaN goes on
         energies.append(energy)
-        if i + 1 == num_iters or not (active.is_cuda or active.any()):
+        if i + 1 == num_iters or (not active.is_cuda and is_false_everywhere(active)):
             break
         code = torch.where(active.unsqueeze(-1), guards.cleaned(clean(values), values), code)
     energies += [energy] * (num_iters - len(energies))
@@ -51,7 +52,8 @@ def pattern_energy(mean, cov, code, weights, noise_var, ridge, weight_var):
     code_size = code.shape[-1]
     noise, prior_var = noise_var.unsqueeze(-1), (noise_var / ridge).unsqueeze(-1)  # [B, 1]
     squared = (code - weights @ mean).square().sum(-1) + code_size * ((weights @ cov) * weights).sum(-1)
-    if weight_var > 0:
+    if weight_var is not None:
+        weight_var = weight_var.unsqueeze(-1)  # [B, 1]
         trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)
         squared = squared + weight_var * (mean.square().sum((-2, -1)) + code_size * trace).unsqueeze(-1)
         cost = kl_weights(weights, weight_var, prior_var)

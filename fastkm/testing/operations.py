@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import fastkm
+from fastkm._runtime import counts
+from fastkm._runtime.counts import Flops
 from fastkm.matrix_normal import logdet, reference
 from fastkm.posterior.reference import update_sequential
-from fastkm.testing import counts, definitions
-from fastkm.testing.counts import Flops
+from fastkm.testing import definitions
 from fastkm.testing.definitions import Result
 from fastkm.testing.episodes import Episode
 from fastkm.testing.gradients import Inputs, gradient_of, symmetric

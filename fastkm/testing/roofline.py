@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm.testing.counts import Flops
+from fastkm._runtime.counts import Flops
 from fastkm.testing.operands import empty_operands
 from fastkm.testing.operations import OPERATORS
 from fastkm.testing.presets import PRESETS, Preset

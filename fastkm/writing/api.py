@@ -8,6 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
+from fastkm._runtime.results import result
 from fastkm.state import MemoryState
 from fastkm.writing import native, reference
 
@@ -30,6 +31,7 @@ WRITE = Operation(
 )
 
 
+@result
 class WriteResult(NamedTuple):
     """What :func:`write` returns."""
 

@@ -73,22 +73,22 @@ RUNTIME = [
     fault(
         "true-is-a-count",
         "True counts as the number one",
-        before="isinstance(value, bool) or not isinstance(value, int)",
-        after="not isinstance(value, int)",
+        before="(isinstance(plain, (int, torch.SymInt)) and not isinstance(plain, bool))",
+        after="isinstance(plain, (int, torch.SymInt))",
         tests=(f"{CHECK}::test_counts",),
     ),
     fault(
         "denormal-variance-admitted",
         "a variance that is zero in float32 passes the guard",
-        before="torch.finfo(first.dtype).tiny <= value",
-        after="0 < value",
+        before="if not limits.tiny <= value <= limits.max",
+        after="if not 0 < value <= limits.max",
         tests=(f"{CHECK}::test_variance_must_be_positive_and_finite_in_the_dtype_of_the_call",),
     ),
     fault(
         "infinite-variance-admitted",
         "only the smallest of several variances is checked",
-        before="all(0 < bound.item() < math.inf for bound in torch.aminmax(value))",
-        after="0 < value.min().item() < math.inf",
+        before="all(limits.tiny <= bound.item() <= limits.max for bound in torch.aminmax(value))",
+        after="limits.tiny <= value.min().item() < math.inf",
         tests=(f"{CHECK}::test_variance_must_be_positive_and_finite",),
     ),
     fault(
@@ -282,8 +282,8 @@ MODULE = [
     fault(
         "weight-variance-is-a-deviation",
         "σw² is read as σw",
-        before="(2 * self.log_weight_stddev).exp()",
-        after="self.log_weight_stddev.exp()",
+        before="(2 * self.log_weight_stddev.squeeze(0)).exp()",
+        after="self.log_weight_stddev.squeeze(0).exp()",
         tests=(MEMORY,),
     ),
     fault(
@@ -296,8 +296,8 @@ MODULE = [
     fault(
         "prior-variance-squared",
         "the prior's covariance is the square of what its parameter says",
-        before="self.prior_log_var.exp()",
-        after="(2 * self.prior_log_var).exp()",
+        before="self._prior_log_var().exp()",
+        after="(2 * self._prior_log_var()).exp()",
         tests=(MEMORY,),
     ),
     fault(
