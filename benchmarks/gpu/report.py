@@ -4,6 +4,7 @@ import json
 import os
 import time
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,16 @@ class Report:
             "verified": records_of(self.run.verified),
             "records": records_of(self.run.timed),
         }
-        title, headers, lines = roofline.bound_table(BOUND_BATCH, QUERIES)
-        found["bound"] = {str(BOUND_BATCH): {"title": title, "headers": headers, "rows": lines}}
+        found["bound"] = self.bound
         self.folder.mkdir(parents=True, exist_ok=True)
         replace(self.folder / "gpu.json", json.dumps(found, indent=1) + "\n")
         replace(self.folder / "gpu.md", "\n\n".join(page(found)) + "\n")
         self.written = time.monotonic()
+
+    @cached_property
+    def bound(self) -> dict[str, Any]:
+        title, headers, lines = roofline.bound_table(BOUND_BATCH, QUERIES)
+        return {str(BOUND_BATCH): {"title": title, "headers": headers, "rows": lines}}
 
     def write_now_and_then(self) -> None:
         if time.monotonic() - self.written > OFTEN:

@@ -132,18 +132,15 @@ def as_version(number: int) -> str:
 def build(run: Run) -> Outcome:
     """The C++ and CUDA kernels of this checkout, in place, for the device that is there or for FASTKM_CUDA_ARCH."""
     library, wanted = ROOT / "fastkm" / "_C.abi3.so", wanted_architectures(run)
-    run.package = run.probe("package")
-    if (
-        library.exists()
-        and not run.package["unavailable"]
-        and up_to_date(library, run.package["architectures"], wanted)
-    ):
-        return Outcome("passed", f"up to date: {library_told(run)}", {"package": run.package})
+    if library.exists() or run.device["nvcc"] is None:
+        run.package = run.probe("package")
+        if not run.package["unavailable"] and up_to_date(library, run.package["architectures"], wanted):
+            return Outcome("passed", f"up to date: {library_told(run)}", {"package": run.package})
     if run.device["nvcc"] is None:
         raise Skip(f"needs nvcc, which is not there; {library_told(run)}")
     library.unlink(missing_ok=True)  # nothing may run a library of other sources
     variables = {"FASTKM_CUDA": "1", "FASTKM_NO_EXT": "0", **({"FASTKM_CUDA_ARCH": wanted} if wanted else {})}
-    run.command("build", sys.executable, "setup.py", "build_ext", "--inplace", "--force", **variables)
+    run.command("build", sys.executable, "setup.py", "build_ext", "--inplace", **variables)
     run.package = run.probe("package")
     if run.package["unavailable"] or not run.package["architectures"]:
         raise RuntimeError(f"the library that was built does not serve: {library_told(run)}")

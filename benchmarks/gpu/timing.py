@@ -35,7 +35,7 @@ class Stopwatch:
     def time(self, call: Callable[[], object], cold: bool) -> dict[str, float]:
         """Median and quartiles; three calls before are not counted."""
         usual = min(self.once(call, cold) for _ in range(3))
-        rounds = max(LEAST_ROUNDS, min(self.rounds, int(LONGEST / usual)))
+        rounds = max(LEAST_ROUNDS, min(self.rounds, int(LONGEST / max(usual, 1e-6))))
         times = [self.once(call, cold) for _ in range(rounds)]
         lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
         return {"median": median, "lower": lower, "upper": upper, "rounds": rounds}
