@@ -153,7 +153,8 @@ def wanted_architectures(run: Run) -> str:
 
 
 def up_to_date(library: Path, built: list[int], wanted: str) -> bool:
-    sources = [path for name in SOURCES for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()]
+    files = [path for name in SOURCES for path in [ROOT / name, *(ROOT / name).rglob("*")]]
+    sources = [path for path in files if path.is_file() and path.suffix != ".pyc"]
     newest = max(path.stat().st_mtime for path in sources)
     there = {str(architecture) for architecture in built}
     return bool(built) and library.stat().st_mtime > newest and {w.strip() for w in wanted.split(",") if w} <= there
