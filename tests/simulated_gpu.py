@@ -1,8 +1,8 @@
 """A GPU simulated on the CPU, for the processes of `make gpu`: ``python -m simulated_gpu -m MODULE ...`` runs MODULE.
 
 ``torch.cuda`` answers what the command asks, tensors stay on the CPU, the native backend runs its CPU kernels and the
-Triton kernels run in Triton's interpreter. Presets and batches are small. SIMULATED_FAULT, as in "hang write triton",
-plants a fault in the verification of one candidate: exit, hang, lost or wrong.
+Triton kernels run in Triton's interpreter. Presets and batches are small, cases are few. SIMULATED_FAULT, as in
+"hang write triton", plants a fault in the verification of one candidate: exit, hang, lost or wrong.
 """
 
 import os
@@ -14,6 +14,9 @@ from types import SimpleNamespace
 
 import torch
 
+from fastkm.testing.operations import Case
+
+CASES = (Case("write"), Case("read"), Case("write", True), Case("kl_memory"))
 SMALL = {"S": (7, 12, 9), "M": (5, 6, 3), "L": (6, 5, 2), "XL": (4, 5, 2), "LLM": (3, 5, 2)}  # K, C, T
 
 
@@ -68,11 +71,12 @@ def install() -> None:
         from gpu.interpreter import correct
 
         correct()
-    from benchmarks.gpu import probe, timing
+    from benchmarks.gpu import candidates, probe, timing
     from fastkm._runtime import dispatch
     from fastkm.testing import episodes
     from fastkm.testing.presets import PRESETS, Preset
 
+    candidates.CASES = CASES
     probe.DEVICE, timing.COPIED = "cpu", 1024
     build = episodes.build_episode
     episodes.build_episode = lambda images, preset, batch, *_: build(images, preset, min(batch, 2), 3, 2)

@@ -17,6 +17,8 @@ from fastkm.testing.operations import Case, computation
 from fastkm.testing.presets import PRESETS, Preset
 
 pytest.importorskip("benchmarks.gpu", reason="needs the source tree")
+from simulated_gpu import CASES
+
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import candidates, data, plan, report, runner, steps, worker
 from benchmarks.gpu.journal import Journal
@@ -494,6 +496,7 @@ def simulated(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(runner, "PYTHON", (sys.executable, "-m", "simulated_gpu"))
     monkeypatch.setattr(steps, "PROCESSES", 2)
+    monkeypatch.setattr(steps, "CHECKED", ("S:64", "M:64"))
     monkeypatch.setattr(steps, "TESTS", ("tests/gpu/test_matrix_normal.py",))
     monkeypatch.setattr(steps, "SANITIZED", ("tests/gpu/test_matrix_normal.py", "-k", "memory_in_the_batch"))
     monkeypatch.setattr(steps, "SANITIZER_TOOLS", ("memcheck",))
@@ -510,13 +513,13 @@ def test_every_step_on_a_simulated_device(simulated, monkeypatch, tmp_path):
     for name in ("tests-native", "tests-triton", "smoke-native", "smoke-triton", "sanitizer"):
         assert by_name[name]["counts"]["passed"] > 3
     verified = {(Case(r["operation"], r["gradient"]), r["candidate"]) for r in found["verified"]}
-    assert {case for case, _ in verified} == set(candidates.CASES)
+    assert {case for case, _ in verified} == set(CASES)
     assert (Case("write", True), "triton tf32x3") in verified
     timed = {
         (r["preset"], r["batch"], Case(r["operation"], r["gradient"]), r["candidate"]): r for r in found["records"]
     }
     assert {preset for preset, *_ in timed} == set(PRESETS)
-    assert {case for _, _, case, _ in timed} == set(candidates.CASES)
+    assert {case for _, _, case, _ in timed} == set(CASES)
     assert timed["S", 64, Case("write"), "reference"]["seconds"]["cold"]["median"] == 0.5e-3
     assert all(record["seconds"].keys() == set(report.MODES) for record in timed.values())
     exact, coarse = (timed["S", 64, Case("write"), name] for name in ("native", "native tf32"))
@@ -533,7 +536,7 @@ def test_a_candidate_with_a_fault_is_told_and_not_timed(simulated, monkeypatch, 
     assert command.main([*simulated, "--steps", "smoke-native", "timings"]) == 1
     found, by_name = read(tmp_path)
     smoke = by_name["smoke-native"]
-    assert smoke["counts"]["failed"] == 3, "at every preset"
+    assert smoke["counts"]["failed"] == len(steps.CHECKED), "at every preset"
     told = {"exit": "the process ended with 9", "lost": "illegal memory access", "wrong": "mean is off"}[fault]
     assert all(failure["item"].startswith("write ") for failure in smoke["failures"])
     assert all(told in failure["told"] for failure in smoke["failures"])

@@ -20,6 +20,7 @@ from benchmarks.gpu.runner import ROOT, Skip, Worker, drive, lines_of, module
 
 WORK = ROOT / "build" / "gpu"  # logs, journals and caches; not what is reported
 SOURCES = ("csrc", "setup.py", "build_support")
+CHECKED = ("S:64", "M:64", "L:64")  # presets and batch of the smoke checks
 TESTS: tuple[str, ...] = ("tests/gpu",)
 SANITIZED = ("tests/gpu", "-k", "memory_in_the_batch")  # few and small: the sanitizer is 10 to 100 times slower
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -221,7 +222,7 @@ def smoke(run: Run, backend: str) -> Outcome:
     shards = run.processes()
 
     def words(shard: int) -> Callable[[Journal], tuple[str, ...]]:
-        return lambda journal: work(run, journal, ("S:64", "M:64", "L:64"), (backend,), "--shard", f"{shard}/{shards}")
+        return lambda journal: work(run, journal, CHECKED, (backend,), "--shard", f"{shard}/{shards}")
 
     own = run.environment | {"OMP_NUM_THREADS": "1"}
     workers = [Worker(words(i), WORK / f"smoke-{backend}" / str(i), own, PATIENCE) for i in range(shards)]
