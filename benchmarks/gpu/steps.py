@@ -192,22 +192,22 @@ def judged(lines: list[Line], finished: bool, of: str) -> Outcome:
     return Outcome("skipped", f"{told}: {'; '.join(reason for reason, _ in reasons)}", more)
 
 
-def tests(run: Run, name: str, selection: Sequence[str], shards: int, **environment: str) -> Outcome:
+def tests(run: Run, name: str, selection: Sequence[str], shards: int, patience: float = PATIENCE) -> Outcome:
     """Tests of the checkout in several processes."""
 
     def words(shard: int) -> Callable[[Journal], tuple[str, ...]]:
         plugin = ("-p", "benchmarks.gpu.pytest_journal", "-p", "no:cacheprovider", "--shard", f"{shard}/{shards}")
         return lambda journal: module("pytest", *plugin, "--journal", journal.path, *selection)
 
-    own = run.environment | {"OMP_NUM_THREADS": "1"} | environment
-    workers = [Worker(words(i), WORK / name / str(i), own, PATIENCE) for i in range(shards)]
+    own = run.environment | {"OMP_NUM_THREADS": "1"}
+    workers = [Worker(words(i), WORK / name / str(i), own, patience) for i in range(shards)]
     finished = drive(workers, run.time_left, run.tick)
     return judged(lines_of(workers), finished, f"tests of {run.package.get('package')}")
 
 
 def machine_code(run: Run) -> Outcome:
     """Registers, spills, atomics, wide loads and tensor cores in the machine code of the library, nothing run."""
-    return tests(run, "machine-code", ("tests/test_cuda_budgets.py",), 1)
+    return tests(run, "machine-code", ("tests/test_cuda_budgets.py",), 1, LONG_PATIENCE)
 
 
 def device_tests(run: Run, backend: str) -> Outcome:
