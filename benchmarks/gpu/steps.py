@@ -192,7 +192,7 @@ def judged(lines: list[Line], finished: bool, of: str) -> Outcome:
     return Outcome("skipped", f"{told}: {'; '.join(reason for reason, _ in reasons)}", more)
 
 
-def tests(run: Run, name: str, selection: Sequence[str], shards: int, patience: float = PATIENCE) -> Outcome:
+def run_tests(run: Run, name: str, selection: Sequence[str], shards: int, patience: float = PATIENCE) -> Outcome:
     """Tests of the checkout in several processes."""
 
     def words(shard: int) -> Callable[[Journal], tuple[str, ...]]:
@@ -207,13 +207,13 @@ def tests(run: Run, name: str, selection: Sequence[str], shards: int, patience: 
 
 def machine_code(run: Run) -> Outcome:
     """Registers, spills, atomics, wide loads and tensor cores in the machine code of the library, nothing run."""
-    return tests(run, "machine-code", ("tests/test_cuda_budgets.py",), 1, LONG_PATIENCE)
+    return run_tests(run, "machine-code", ("tests/test_cuda_budgets.py",), 1, LONG_PATIENCE)
 
 
 def device_tests(run: Run, backend: str) -> Outcome:
     """Every test of the kernels of one backend on the device."""
     run.need(backend)
-    return tests(run, f"tests-{backend}", (*TESTS, "--kernels=gpu", "-k", backend), run.processes())
+    return run_tests(run, f"tests-{backend}", (*TESTS, "--kernels=gpu", "-k", backend), run.processes())
 
 
 def smoke(run: Run, backend: str) -> Outcome:
