@@ -16,7 +16,7 @@ import torch
 
 from fastkm.testing.operations import Case
 
-CASES = (Case("write"), Case("read"), Case("write", True), Case("kl_memory"))
+CASES = (Case("write"), Case("write", True), Case("kl_memory"))
 SMALL = (4, 5, 2)  # K, C, T of every preset
 
 

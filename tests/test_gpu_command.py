@@ -496,7 +496,7 @@ def simulated(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(runner, "PYTHON", (sys.executable, "-m", "simulated_gpu"))
     monkeypatch.setattr(steps, "PROCESSES", 2)
-    monkeypatch.setattr(steps, "CHECKED", ("S:64", "M:64"))
+    monkeypatch.setattr(steps, "CHECKED", ("S:64",))
     monkeypatch.setattr(steps, "TESTS", ("tests/gpu/test_matrix_normal.py",))
     monkeypatch.setattr(steps, "SANITIZED", ("tests/gpu/test_matrix_normal.py", "-k", "memory_in_the_batch"))
     monkeypatch.setattr(steps, "SANITIZER_TOOLS", ("memcheck",))
@@ -505,7 +505,12 @@ def simulated(monkeypatch, tmp_path):
 
 def test_every_step_on_a_simulated_device(simulated, monkeypatch, tmp_path):
     shown = {"machine_code": lambda run: Outcome("passed", "1 passed")}  # has a test of its own
-    replace_steps(monkeypatch, build=have_library, **shown)
+    few = {
+        "timings": plan.timed("timings", "S:64", plan.QUICK),
+        "timings_batches": plan.timed("batches", "M:1 L:1", ("native", "reference")),
+        "timings_large": plan.timed("large", "XL:64 LLM:64", ("native",)),
+    }  # Triton's interpreter takes seconds for a call
+    replace_steps(monkeypatch, build=have_library, **shown, **few)
     assert command.main(simulated) == 0, (tmp_path / "gpu.md").read_text()
     found, by_name = read(tmp_path)
     assert {step["status"] for step in by_name.values()} == {"passed"}
@@ -532,7 +537,7 @@ def test_every_step_on_a_simulated_device(simulated, monkeypatch, tmp_path):
 @pytest.mark.parametrize("fault", ["exit", "lost", "wrong"])
 def test_a_candidate_with_a_fault_is_told_and_not_timed(simulated, monkeypatch, tmp_path, fault):
     monkeypatch.setenv("SIMULATED_FAULT", f"{fault} write native")
-    few = plan.timed("timings", "S:64 M:64", ("native", "reference"))
+    few = plan.timed("timings", "S:64", ("native", "reference"))
     replace_steps(monkeypatch, build=have_library, timings=few)
     assert command.main([*simulated, "--steps", "smoke-native", "timings"]) == 1
     found, by_name = read(tmp_path)
