@@ -10,6 +10,9 @@ TRITON ?= 3.8.0
 # Passed on to the command of `make test` and `make bench`: make test ARGS='-k write -x'
 ARGS ?=
 
+# `make gpu SYSTEM=1` runs in $(PYTHON) itself, with the packages that it has.
+SYSTEM ?=
+
 # What `make study` trains on.
 DATA ?= mnist
 
@@ -54,8 +57,8 @@ study: setup ## train the generative model on DATA='mnist PATH ...' and print ev
 	$(BIN)/python -m examples.dkm.study --data $(DATA) $(ARGS)
 	$(BIN)/python tools/update_readme.py --study
 
-gpu: setup ## on a machine with a GPU: build, tests, sanitizer, timings; elsewhere what can be done without one
-	$(BIN)/python -m benchmarks.gpu $(ARGS)
+gpu: $(if $(SYSTEM),,setup) ## on a machine with a GPU: build, checks, timings, tests, sanitizer; SYSTEM=1 takes the Python that is there and installs nothing
+	$(if $(SYSTEM),$(PYTHON),$(BIN)/python) -m benchmarks.gpu $(ARGS)
 
 kernels: setup ## what every GPU kernel compiles to, into docs/results/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from fastkm._runtime import schema
 
 EXTENSION = Path(schema.__file__).parents[1] / "_C.abi3.so"
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = ("sm_80", "sm_90", "sm_100")  # of a build for all devices
 THREADS = 256  # of a block, kThreads of csrc/cuda/linalg/workspace.cuh
 CORES = {"0": "ieee", "1": "tensor"}  # the enum among the template arguments of kernels that multiply with codes
 
@@ -55,6 +55,11 @@ def unavailable() -> str | None:
         return "the extension was built without CUDA kernels; they need nvcc"
     missing = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
     return f"no {' and no '.join(missing)}; they come with Triton" if missing else None
+
+
+def built() -> list[str]:
+    """The targets that the extension holds machine code for."""
+    return [f"sm_{architecture}" for architecture in schema.cuda_architectures()]
 
 
 def occupancy(target: str, registers: int, threads: int, shared: int) -> float:

@@ -164,7 +164,7 @@ def update_again(parts, mean, cov, noise, PRECISION: tl.constexpr, SINGLE: tl.co
 def back_through_state(to, parts, grad_cov, PRECISION: tl.constexpr):
     """Ḡ, and what of Ē comes through the mean, in the place of the values' gradient."""
     product(parts.to_projected, parts.error, transposed(to.mean), precision=PRECISION)
-    if grad_cov is not None:
+    if len(grad_cov) != 0:
         product(parts.to_projected, parts.gain, grad_cov, scale=-1.0, accumulate=True)
         product(parts.to_projected, parts.gain, transposed(grad_cov), scale=-1.0, accumulate=True)
     product(to.z, parts.gain, to.mean, precision=PRECISION)

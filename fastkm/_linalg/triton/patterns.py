@@ -23,7 +23,7 @@ CHUNK = tl.constexpr(16)
 class Patterns(NamedTuple):
     """Weights [T, K], None while they are searched for, values z [T, C], noise variances [T], and mask [T] or None.
 
-    As a kernel argument of every memory, and as ``patterns_of`` returns it of one.
+    As a kernel argument of every memory, and as ``patterns_of`` returns it of one, with () for None.
     """
 
     weights: Any
@@ -53,7 +53,7 @@ def starts_chunk(t):
 def is_written(mask, o_t, T):
     """Which patterns are written: all up to ``T`` but the masked ones."""
     m_t = o_t < T
-    if mask is not None:
+    if len(mask) != 0:
         m_t = m_t & (load_vector(mask, o_t, 0) != 0)
     return m_t
 

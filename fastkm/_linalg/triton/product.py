@@ -10,10 +10,12 @@ from fastkm._linalg.triton.tiles import BLOCK, load_tile, store_tile
 
 # What one thread holds of a row of A and of a column of B at a time.
 STEP = tl.constexpr(16)
+# Triton 3.6 takes no plain string as the default of a device function.
+IEEE = tl.constexpr("ieee")
 
 
 @triton.jit
-def product_tile(a, b, o_m, o_n, first, end, precision: tl.constexpr = "ieee"):
+def product_tile(a, b, o_m, o_n, first, end, precision: tl.constexpr = IEEE):
     """Rows ``o_m`` and columns ``o_n`` of A B, summed over [first, end).
 
     ``end`` is where A ends, or a multiple of STEP after ``first``.
@@ -26,7 +28,7 @@ def product_tile(a, b, o_m, o_n, first, end, precision: tl.constexpr = "ieee"):
 
 
 @triton.jit
-def product(out, a, b, scale=1.0, accumulate: tl.constexpr = False, precision: tl.constexpr = "ieee"):
+def product(out, a, b, scale=1.0, accumulate: tl.constexpr = False, precision: tl.constexpr = IEEE):
     """out = scale A B, or with ``accumulate`` out += scale A B, tile by tile. Ends with a barrier.
 
     A [m, k], B [k, n], out [m, n]; ``out`` overlaps neither.

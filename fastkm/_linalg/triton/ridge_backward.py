@@ -181,11 +181,11 @@ def subtract(to, x, scale):
 def back_through_values(to_mean, rows, mean, grad_values, grad_weights, first, PRECISION: tl.constexpr):
     """w̄ from the cotangents of the weights and of the values ẑ = Rᵀ w."""
     count = rows.weights.rows
-    if grad_weights is None:
+    if len(grad_weights) == 0:
         fill_zero(rows.to_weights)
     else:
         copy(rows.to_weights, rows_from(grad_weights, first, count))
-    if grad_values is not None:
+    if len(grad_values) != 0:
         b_grad = rows_from(grad_values, first, count)
         product(rows.to_weights, b_grad, transposed(mean), accumulate=True, precision=PRECISION)
         product(to_mean, transposed(rows.weights), b_grad, accumulate=True, precision=PRECISION)

@@ -83,9 +83,9 @@ def matrix_of(x, i_b, rows, columns):
 
 @triton.jit
 def optional_matrix_of(x, i_b, rows, columns):
-    """``matrix_of``, or None for None."""
+    """``matrix_of``, or () for None: Triton 3.6 returns no None from a device function."""
     if x is None:
-        return None
+        return ()
     else:
         return matrix_of(x, i_b, rows, columns)
 
@@ -98,9 +98,9 @@ def vector_of(x, i_b, size):
 
 @triton.jit
 def optional_vector_of(x, i_b, size):
-    """``vector_of``, or None for None."""
+    """``vector_of``, or () for None."""
     if x is None:
-        return None
+        return ()
     else:
         return vector_of(x, i_b, size)
 
@@ -222,8 +222,8 @@ def fill_zero(to):
 
 @triton.jit
 def copy_or_zero(to, x):
-    """Copy a matrix; None stands for zero. Ends with a barrier."""
-    if x is None:
+    """Copy a matrix; () stands for zero. Ends with a barrier."""
+    if len(x) == 0:
         fill_zero(to)
     else:
         copy(to, x)
