@@ -26,10 +26,9 @@ def replace_file(path: AnyPath) -> Iterator[str]:
         yield partial
         _finish(partial, mode)
         os.replace(partial, target)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    finally:
+        with suppress(FileNotFoundError):  # it is there after an error only
             os.unlink(partial)
-        raise
 
 
 def check_file(path: AnyPath) -> None:
