@@ -59,8 +59,8 @@ RUNTIME = [
     fault(
         "wrong-dtype-of-memory-taken",
         "a backend is taken for a dtype it does not compute in",
-        before="dtype not in capability.devices[device]",
-        after="device not in capability.devices",
+        before="if only and dtype not in only[device]:",
+        after="if only and device not in only:",
         tests=(BACKEND,),
     ),
     fault(
