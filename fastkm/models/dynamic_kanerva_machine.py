@@ -92,7 +92,7 @@ class DynamicKanervaMachine(nn.Module):
         _check_mask(mask, patterns)
         rows = _unmasked(patterns, mask)  # [N, *pattern]
         codes = self.encoder(rows)
-        wanted = (len(rows), self.memory.code_size)
+        wanted = (rows.shape[0], self.memory.code_size)
         if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
             returned = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {returned}")
@@ -107,9 +107,9 @@ class DynamicKanervaMachine(nn.Module):
         decoded = self.decoder(rows)
         if not isinstance(decoded, Distribution):
             raise TypeError(f"decoder must return a torch.distributions.Distribution, got {type(decoded).__name__}")
-        if tuple(decoded.batch_shape) != (len(rows),):
+        if tuple(decoded.batch_shape) != (rows.shape[0],):
             raise ValueError(
-                f"decoder must return a distribution of batch_shape [{len(rows)}], one for each code, whose "
+                f"decoder must return a distribution of batch_shape [{rows.shape[0]}], one for each code, whose "
                 f"event_shape is that of a pattern; got batch_shape {list(decoded.batch_shape)} and event_shape "
                 f"{list(decoded.event_shape)}. torch.distributions.Independent makes axes of a batch axes of the event"
             )
@@ -282,7 +282,7 @@ def _nats(decoded: Distribution, patterns: Tensor) -> Tensor:
         wanted, got = list(patterns.shape[1:]), list(decoded.event_shape)
         raise ValueError(f"decoder must return a distribution of event_shape {wanted}, that of a pattern, got {got}")
     if patterns.numel() == 0:  # torch.distributions.Independent does not take an empty batch
-        return patterns.new_zeros(len(patterns))
+        return patterns.new_zeros(patterns.shape[:1])
     return -decoded.log_prob(patterns)
 
 
