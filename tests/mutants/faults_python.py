@@ -417,7 +417,7 @@ TRAINING = [
     fault(
         "decoder-of-other-axes",
         "a decoder that leaves axes of the pattern in its batch is taken",
-        before="if tuple(decoded.batch_shape) != (len(rows),):",
+        before="if tuple(decoded.batch_shape) != (rows.shape[0],):",
         after="if False:",
         tests=(f"{MODELS}::test_a_decoder_of_other_axes_is_refused",),
     ),
