@@ -127,7 +127,7 @@ def touch() -> float:
     """One kernel of PyTorch's."""
     import torch
 
-    return torch.ones(1, device=DEVICE).add_(1).item()
+    return torch.ones(1).to(DEVICE).add_(1).item()
 
 
 if __name__ == "__main__":
