@@ -25,7 +25,7 @@ class Journal:
 
     def note(self, **line: Any) -> None:
         # The newline comes first: a line that a killed process left half written ends there.
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(line))
 
     def begin(self, item: str, doing: str = "") -> None:
@@ -37,7 +37,7 @@ class Journal:
     def read(self) -> Entries:
         ended: dict[str, Line] = {}
         begun, doing, facts = None, "", {}
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
                 line = json.loads(text or "{}")
             except json.JSONDecodeError:

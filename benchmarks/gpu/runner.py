@@ -31,7 +31,7 @@ class Stopped(BaseException):
 
 
 def tail(log: Path) -> str:
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return "\n".join(text.strip().splitlines()[-TAIL:])
 
 

@@ -297,7 +297,9 @@ def can(run: Run, backend: str) -> bool:
 def sanitized(name: str, worker: Worker) -> list[Line]:
     """The tests that ran under one tool, and the tool's own verdict: one that reports no summary has shown nothing."""
     lines = [{**line, "item": f"{name}: {line['item']}"} for line in worker.journal.read().ended.values()]
-    summary = [line for line in worker.log.read_text(errors="replace").splitlines() if "SUMMARY" in line]
+    summary = [
+        line for line in worker.log.read_text(encoding="utf-8", errors="replace").splitlines() if "SUMMARY" in line
+    ]
     if worker.process.status() not in worker.done:  # stopped, or noted as failed
         return lines
     clean = bool(summary) and all(" 0 errors" in line or " 0 hazards" in line for line in summary)
