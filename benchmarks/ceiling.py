@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from fastkm.testing import counts, roofline
+from fastkm._runtime import counts
+from fastkm.testing import roofline
 from fastkm.testing.operations import Case
 from fastkm.testing.presets import Preset
 from fastkm.testing.timing import clock

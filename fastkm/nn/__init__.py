@@ -1,5 +1,5 @@
 """The memory as a module."""
 
-from fastkm.nn.memory import KanervaMemory
+from fastkm.nn.memory import KanervaMemory, MemoryPass
 
-__all__ = ["KanervaMemory"]
+__all__ = ["KanervaMemory", "MemoryPass"]
