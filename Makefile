@@ -69,6 +69,10 @@ test: setup ## the tests of the package, in as many processes as there are proce
 test-kernels: setup ## the tests of the GPU kernels, once for each way of running them without a GPU
 	for rung in $(RUNGS); do $(BIN)/python -m pytest $(PARALLEL) --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
 
+cases: setup ## situations that users reported, of the API, the commands and installing; SLOW=1 builds the extension as well
+	$(BIN)/python -m tests.reported.cases
+	bash tests/reported/cases.sh
+
 arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; two minutes
 	PYTHONPATH=tests $(BIN)/python -m compilers --whole aarch64-linux-gnu-g++
 

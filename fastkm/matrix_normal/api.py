@@ -91,6 +91,7 @@ def kl_memory(state: MemoryState, prior: MemoryState, *, method: str = "exact", 
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None; ``"deepmind"`` has the reference only.
 
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+    Second derivatives are those of the reference form, at its cost.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
@@ -116,7 +117,7 @@ def logdet(cov: Tensor, *, backend: str | None = None) -> Tensor:
         ``[B]``; 0 for an empty matrix.
 
     Numerics: computed in the dtype given, under autocast in float32. The determinant itself is never
-    formed, so it neither over- nor underflows.
+    formed, so it neither over- nor underflows. Second derivatives are those of the reference form, at its cost.
 
     Raises:
         TypeError, ValueError: ``cov`` is of the wrong kind, dtype or shape.

@@ -77,7 +77,8 @@ def update_posterior(
     bfloat16 or float16. A pattern with ``wᵀ U w / σ²`` below 1.6e4 in float32, 9e12 in float64, may repeat any number
     of times; beyond, a covariance that rounding could make indefinite is refused. No ``kl`` is negative.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
-    The gradient for ``state.cov`` is that of a symmetric matrix.
+    The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
+    its cost.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

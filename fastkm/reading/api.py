@@ -98,6 +98,7 @@ def read(
         :class:`ReadResult` in the dtype of ``mean`` (float32 or float64), which is also the compute dtype; beside
         float32 ``queries`` may be bfloat16 or float16.
         Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
+        Second derivatives are those of the reference form, at its cost.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.

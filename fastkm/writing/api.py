@@ -79,7 +79,8 @@ def write(
     The native kernel works in Gram space; at σ² = λ = 1 it is as accurate as the literal loop unless patterns nearly
     repeat, and it loses digits first when λ is small against the patterns' energy.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
-    The gradient for ``state.cov`` is that of a symmetric matrix.
+    The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
+    its cost.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
