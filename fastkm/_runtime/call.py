@@ -1,7 +1,7 @@
 """The one way into a kernel: every public function ends in :func:`call`.
 
-Most calls are plain: tensors on the CPU, outside every transform, mode, autocast, trace and compilation, for the native
-backend. A plain call goes to the compiled operator without a check in Python. The operator refuses everything that the
+Most calls are plain: tensors on the CPU, outside every transform, autocast and compilation, for the native backend. A
+plain call goes to the compiled operator without a check in Python. The operator refuses everything that the
 checks refuse before it touches memory, but not in words; so when it has refused, the checks run and say what is wrong.
 This saves the time of the checks and of the dispatch; ``make bench-full`` prints what a call costs beyond its operator.
 
@@ -23,12 +23,10 @@ from fastkm._runtime.diagnosis import factorisation_error, raise_failures
 from fastkm._runtime.guards import DTYPES, LOW_PRECISION
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.torch_private import (
-    are_functorch_transforms_active,
-    count_dispatch_modes,
     disable_current_modes,
     is_any_autocast_enabled,
-    is_in_forward_mode,
-    tracing_state,
+    is_transformed,
+    pause_tracing,
 )
 from fastkm.state import MemoryState
 
@@ -50,9 +48,7 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     chosen = dispatch.CHOSEN if backend is None else backend
     if native is None or (chosen is not None and chosen != "native") or schema.unavailable is not None:
         return _call_checked(operation, backend, *arguments)
-    if is_dynamo_compiling() or is_any_autocast_enabled() or are_functorch_transforms_active():
-        return _call_checked(operation, backend, *arguments)
-    if count_dispatch_modes() or is_in_forward_mode() or tracing_state() is not None:
+    if is_dynamo_compiling() or is_any_autocast_enabled() or is_transformed():
         return _call_checked(operation, backend, *arguments)
     inputs: list = []
     wants_gradient = False
@@ -105,8 +101,14 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     except (RuntimeError, OverflowError):
         operation.raise_in_words(arguments)
         raise
-    if any(outputs[-1].tolist()):
-        raise factorisation_error(outputs[-1], operation, inputs)
+    info = outputs[-1]
+    try:
+        failed = any(info.tolist())
+    except RuntimeError:  # make_fx records the call and has no value to give; its graph asserts that none failed
+        failed = False
+        raise_failures(info, operation, inputs)
+    if failed:
+        raise factorisation_error(info, operation, inputs)
     return native.attach(outputs, inputs) if wants_gradient else outputs
 
 
@@ -115,7 +117,8 @@ def number_as_tensor(value: float, dtype: torch.dtype) -> Tensor | None:
     """A number as a 0-d tensor that nobody writes to. None if ``dtype`` cannot hold it as a positive number."""
     if dtype not in DTYPES or not torch.finfo(dtype).tiny <= value <= torch.finfo(dtype).max:
         return None
-    with disable_current_modes(), torch.inference_mode(False):  # it outlives the mode of its first call
+    # It outlives the modes of the first call.
+    with disable_current_modes(), pause_tracing(), torch.inference_mode(False):
         return torch.full((), value, dtype=dtype, device="cpu")
 
 

@@ -170,13 +170,14 @@ def choice(name: str, value: str, allowed: Iterable[str]) -> str:
 def positive_number(name: str, value: Any, like: Tensor) -> Tensor:
     """A number as a 0-d tensor in the dtype and on the device of ``like``.
 
-    It is a product with one because Dynamo keeps a float symbolic in a product; ``torch.full`` would make it compile
-    again for every value.
+    Dynamo keeps a float symbolic in a product; ``torch.full`` would make it compile again for every value.
     """
     value, limits = number(name, value, "a float or a tensor"), torch.finfo(like.dtype)
     if not limits.tiny <= value <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype_name(like.dtype)}, got {value}")
-    return like.new_ones(()) * value
+    if torch.compiler.is_compiling():
+        return like.new_ones(()) * value
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def _check_positive(name: str, value: Tensor) -> None:

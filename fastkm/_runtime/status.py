@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastkm._runtime.deferred import assert_later, is_value_unknown, known
+from fastkm._runtime.deferred import assert_later, is_value_unknown
 
 # LOST: the matrices were good, and the covariance that follows from them has lost its digits to rounding.
 ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST = 1, 2, 3
@@ -30,7 +30,7 @@ def raise_failures(info: Tensor, matrix: str, place: Callable[[list], str] = in_
     if is_value_unknown(info):
         assert_later(~info.any(), f"{matrix} is not symmetric positive definite")
         return
-    info = known(info)
+    info = torch.func.debug_unwrap(info)
     if any(info.flatten().tolist()):
         raise factorisation_error(info, matrix, place)
 

@@ -5,6 +5,8 @@ is the only one to change. Not listed are the protected methods of ``torch.distr
 subclasses are meant to use.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,18 +17,16 @@ from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
     "OpOverload",  # the type of torch.ops.<namespace>.<name>.<overload>, for annotations
-    "are_functorch_transforms_active",
     "argument_names",
     "assert_when_run",
-    "count_dispatch_modes",
     "disable_current_modes",
     "has_kernel",
     "holds_no_value",
     "is_any_autocast_enabled",
-    "is_in_forward_mode",
     "is_part_of_trace",
     "is_transformed",
     "num_returns",
+    "pause_tracing",
     "register_named_tuple",
     "short_name",
     "tracing_state",
@@ -47,24 +47,29 @@ tree_map = _pytree.tree_map
 
 _MODES = torch._C._TorchDispatchModeKey
 
-# Whether a transform of torch.func is active. No tensor tells whether an outer level maps or differentiates it.
-are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-
-# How many modes see every operator of this thread: FakeTensorMode, those of make_fx, FlopCounterMode and others.
-count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 # Not None inside torch.jit.trace. The public torch.jit.is_tracing() asks the same in two more Python calls.
 tracing_state = torch._C._get_tracing_state
 
 
-def is_in_forward_mode() -> bool:
-    """Inside forward-mode differentiation, whose level has no public name."""
-    return forward_ad._current_level >= 0
-
-
 def is_transformed() -> bool:
-    """Inside torch.func or forward mode."""
-    return are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Inside torch.func or forward mode. No tensor tells whether an outer level maps or differentiates it.
+
+    Neither the stack of torch.func nor the level of forward mode has a public name.
+    """
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@contextmanager
+def pause_tracing() -> Iterator[None]:
+    """What is computed here is no part of the graph that torch.jit.trace records."""
+    state = tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def holds_no_value(value: torch.Tensor) -> bool:

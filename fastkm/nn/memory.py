@@ -134,7 +134,10 @@ class KanervaMemory(nn.Module):
     @property
     def ridge(self) -> Tensor:
         """λ = σ²/σ0², 0-d."""
-        return self.noise_var / self.w_prior_stddev**2
+        return self._ridge_of(self.noise_var)
+
+    def _ridge_of(self, noise_var: Tensor) -> Tensor:
+        return noise_var if self.w_prior_stddev == 1 else noise_var / self.w_prior_stddev**2
 
     @property
     def weight_var(self) -> Tensor:
@@ -152,10 +155,12 @@ class KanervaMemory(nn.Module):
     def write(self, values: Tensor, state: MemoryState | None = None, mask: Tensor | None = None) -> WriteResult:
         """Write ``values [B, T, C]`` into ``state``, or into the prior; see :func:`fastkm.write`."""
         if state is None:
-            values = self._signature().tensor("values", values, "BTC", low_precision=True)
+            signature = self._signature()
+            signature.first = ("prior_mean", self.prior_mean)
+            values = signature.tensor("values", values, "BTC", low_precision=True)
             state = self.prior_state(values.shape[0])
         noise_var = self.noise_var
-        ridge = noise_var / self.w_prior_stddev**2
+        ridge = self._ridge_of(noise_var)
         return write(state, values, noise_var, ridge, num_opt_iters=self.num_opt_iters, mask=mask, backend=self.backend)
 
     @in_float32
@@ -248,7 +253,6 @@ class KanervaMemory(nn.Module):
 
     def _signature(self) -> guards.Signature:
         signature = guards.Signature()
-        signature.first = ("prior_mean", self.prior_mean)
         signature.sizes.update(K=self.memory_size, C=self.code_size)
         return signature
 

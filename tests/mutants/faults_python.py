@@ -45,8 +45,8 @@ RUNTIME = [
     fault(
         "bad-status-not-raised-plainly",
         "a plain call hands back what a failed factorisation left",
-        before="if any(outputs[-1].tolist()):",
-        after="if False:",
+        before="failed = any(info.tolist())",
+        after="failed = False",
         tests=(f"{CHECK}::test_covariance_that_is_none",),
     ),
     fault(
@@ -289,8 +289,8 @@ MODULE = [
     fault(
         "ridge-by-a-deviation",
         "λ is σ²/σ0 in place of σ²/σ0²",
-        before="self.noise_var / self.w_prior_stddev**2",
-        after="self.noise_var / self.w_prior_stddev",
+        before="noise_var / self.w_prior_stddev**2",
+        after="noise_var / self.w_prior_stddev",
         tests=(MEMORY,),
     ),
     fault(
