@@ -40,7 +40,8 @@ def update_block(mean, cov, weights, values, noise_var) -> Result:
     gain = torch.linalg.solve_triangular(lower, projected, upper=False)
     error = torch.linalg.solve_triangular(lower, torch.baddbmm(values, weights, mean, alpha=-1), upper=False)
     innovation_var = lower.diagonal(dim1=-2, dim2=-1).square()
-    kl, log_evidence = information(innovation_var, noise_var, error, None)
+    energy, explained = error.square().sum(-1), innovation_var - noise_var
+    kl, log_evidence = information(explained, noise_var, energy, values.shape[-1], None)
     state = {"mean": torch.baddbmm(mean, gain.mT, error), "cov": torch.baddbmm(cov, gain.mT, gain, alpha=-1)}
     return {**state, "innovation_var": innovation_var, "kl": kl, "log_evidence": log_evidence}
 
