@@ -21,6 +21,7 @@ PREFERENCE = ("native", "triton", "reference")
 FLOAT32 = (torch.float32,)
 # The backend of every call that names none. Read once: asking the environment took a fifth of a call's overhead.
 CHOSEN = os.environ.get("FASTKM_BACKEND") or None
+has_triton = find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 
 
 class Capability(NamedTuple):
@@ -79,7 +80,7 @@ def _not_installed(backend: str, device: str) -> str | None:
             "the extension was built without CUDA; install the CUDA toolkit (nvcc) and reinstall fastkm with "
             "FASTKM_CUDA=1 and --no-build-isolation"
         )
-    if backend == "triton" and find_spec("triton") is None:
+    if backend == "triton" and not has_triton:
         return "Triton is not installed; pip install 'fastkm[triton]'"
     return None
 
