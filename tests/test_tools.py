@@ -1,6 +1,5 @@
 """The tools that make and try a release, on small things."""
 
-import json
 import platform
 import re
 import shutil
@@ -80,11 +79,8 @@ def test_the_page_of_the_matrix_has_a_row_for_each_cell_and_names_what_failed():
     assert "* torch 2.10.0+cu128, g++: `tests/a.py::b`" in lines
 
 
-def test_the_kept_page_of_the_matrix_is_whole():
-    """The floor and the newest torch are on it."""
-    text = matrix.PAGE.read_text()
-    for release in (matrix.TORCHES[0], matrix.TORCHES[-1]):
-        assert f"| {release.rpartition('.')[0]}." in text, json.dumps(release)
+def test_the_kept_page_of_the_matrix_has_the_floor():
+    assert f"| {matrix.TORCHES[0]}" in matrix.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_floor_of_the_matrix_is_what_the_package_declares():

@@ -24,6 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK, PAGE = ROOT / "build" / "matrix", ROOT / "docs" / "results" / "matrix.md"
+RESULTS = WORK / "results.json"
 TORCHES = ("2.10.0", "2.11.0", "2.12.0", "2.13.0", "2.14.1", "2.15.0")  # the floor, the newest, and those between
 COMPILERS = ("g++", "g++-11", "clang++-14", "clang++-19")
 NEEDS = ("setuptools", "wheel", "numpy", "pytest", "pytest-xdist", "hypothesis", "safetensors", "mlxtend", "pillow")
@@ -190,6 +191,17 @@ Written by `make matrix`: the package built and tested with each torch, the Trit
 """
 
 
+def read_results() -> dict:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
+def keep_result(name: str, result: dict) -> None:
+    """Read the file again before writing it, for another run may have added to it."""
+    kept = read_results() | {name: result}
+    RESULTS.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    PAGE.write_text(page(kept), encoding="utf-8")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", nargs="+", type=Path, help="environments that exist; nothing is installed")
@@ -202,24 +214,21 @@ def main() -> int:
     options = parser.parse_args()
     torches = TORCHES[:: len(TORCHES) - 1] if options.light else TORCHES
     pythons = [path.absolute() for path in options.python] if options.python else map(make_environment, torches)
-    kept_at, paths = WORK / "results.json", sources()
-    kept = json.loads(kept_at.read_text(encoding="utf-8")) if kept_at.exists() else {}
-    sound = True
+    paths, sound = sources(), True
     for place, python in enumerate(pythons):
         first_only = (place > 0 and not options.all) or options.light
         for compiler in options.compilers[:1] if first_only else options.compilers:
             cell = Cell(python, compiler, options.jobs)
-            old = kept.get(cell.name, {})
-            same = old.get("sources") == digest(paths) and (options.untested or "core" in old)
+            result = read_results().get(cell.name, {})
+            same = result.get("sources") == digest(paths) and (options.untested or "core" in result)
             if options.again or not same:
                 print(f"{cell.name} ...", flush=True)
-                kept[cell.name] = cell.results(paths, not options.untested) | {"sources": digest(paths)}
-                WORK.mkdir(parents=True, exist_ok=True)
-                kept_at.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-                PAGE.write_text(page(kept), encoding="utf-8")
-            found = kept[cell.name]
-            print(f"{cell.name}: build {found['build']}; {found.get('check')}; {told(found.get('core'))}", flush=True)
-            sound = sound and "levels" in found and not found.get("core", {"status": 0})["status"]
+                result = cell.results(paths, not options.untested) | {"sources": digest(paths)}
+                keep_result(cell.name, result)
+            print(
+                f"{cell.name}: build {result['build']}; {result.get('check')}; {told(result.get('core'))}", flush=True
+            )
+            sound = sound and "levels" in result and not result.get("core", {"status": 0})["status"]
     return 0 if sound else 1
 
 
