@@ -81,7 +81,7 @@ class BuildLibrary(build_ext):
         toolkit = cuda.find_toolkit() if CUDA_SOURCES else None
         levels = cxx.buildable_levels(compiler)
         folder = Path(self.build_temp)
-        facts.write_header(folder / "facts" / "fastkm_build.h", facts_of(compiler, torch, toolkit, levels))
+        facts.write_header(folder / "facts" / "fastkm_build.h", facts_of(compiler, torch, toolkit))
 
         made = self._compile(compiler, torch, toolkit, levels)
         libraries = torch.link_flags + (cuda.libraries(toolkit.nvcc) if toolkit else [])
@@ -92,7 +92,7 @@ class BuildLibrary(build_ext):
     def _compile(self, compiler, torch, toolkit, levels) -> list[str]:
         """The objects of the library. Only the bindings know torch and whether there are CUDA kernels."""
         folder = Path(self.build_temp)
-        own = ["-Wall", "-Icsrc", f"-DFASTKM_LEVELS={len(levels)}"]
+        own = ["-Wall", "-Icsrc", f"-DFASTKM_LEVELS={levels}"]
         command = [*compiler.command, *compiler.compile_flags, *cxx.FLAGS, *own]
         binding = [*command, f"-I{folder / 'facts'}", *torch.compile_flags]
         if toolkit:
@@ -106,11 +106,10 @@ class BuildLibrary(build_ext):
         return objects.compile_all(jobs, folder)
 
 
-def facts_of(compiler, torch, toolkit, levels) -> dict[str, str]:
+def facts_of(compiler, torch, toolkit) -> dict[str, str]:
     """What csrc/bindings/build.cpp is told, by macro."""
     return {
         "FASTKM_SCHEMAS": "\n".join(facts.schemas_of(Path("fastkm/_runtime/schema.py").read_text(encoding="utf-8"))),
-        "FASTKM_LEVEL_NAMES": ", ".join(levels),
         "FASTKM_TORCH": torch.version,
         "FASTKM_CUDA_RELEASE": toolkit.release if toolkit else "",
         "FASTKM_FLAGS_LEFT_OUT": " ".join(compiler.left_out),

@@ -9,7 +9,6 @@ import subprocess
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")  # programs that stand before a compiler and run it
 LEAST = {"g++": 11, "clang": 14}  # the oldest compilers that the package is built and tested with
@@ -35,29 +34,9 @@ LEFT_OUT = re.compile(
 )
 
 
-class Level(NamedTuple):
-    name: str
-    architecture: str
-    vector_bytes: int
-    register: str  # what its code must mention
-
-
-# The instruction levels above the base, the lower first.
-LEVELS = (Level("AVX2", "x86-64-v3", 32, "ymm"), Level("AVX-512", "x86-64-v4", 64, "zmm"))
-# csrc/cpu/levels selects the instruction set in the same way.
-PROBE = """
-#if defined(__clang__)
-#pragma clang diagnostic error "-Wignored-attributes"
-#pragma clang attribute push(__attribute__((target("arch={architecture}"))), apply_to = function)
-#else
-#pragma GCC target("arch={architecture}")
-#endif
-typedef float Vector __attribute__((vector_size({size})));
-void multiply(Vector* a, const Vector* b) {{ *a *= *b; }}
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-"""
+# The instruction levels above the base, the lower first: name, source in csrc/cpu/levels, and the registers that its
+# code must mention.
+LEVELS = (("AVX2", "avx2", "ymm"), ("AVX-512", "avx512", "zmm"))
 
 
 class BuildError(SystemExit):
@@ -151,21 +130,19 @@ def least() -> str:
     return " or ".join(f"{name} {version}" for name, version in LEAST.items()) + ", or newer"
 
 
-def buildable_levels(compiler: Compiler) -> list[str]:
-    """The instruction levels that the compiler can build, the base first. What it cannot build is said."""
-    names = ["base"]
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return names
-    for level in LEVELS:
-        if not can_build(compiler, level):
-            print(f"fastkm: {shlex.join(compiler.command)} cannot build {level.name}; the library has no such kernels")
-            break
-        names.append(level.name)
-    return names
+def buildable_levels(compiler: Compiler) -> int:
+    """How many instruction levels the compiler can build, the base first. What it cannot build is said."""
+    for count, (name, stem, register) in enumerate(LEVELS, 1):
+        source = Path("csrc", "cpu", "levels", f"{stem}.cpp")
+        if platform.machine() not in ("x86_64", "AMD64") or not source.exists():
+            return count
+        if not can_build(compiler, source, register):
+            print(f"fastkm: {shlex.join(compiler.command)} cannot build {name}; the library has no such kernels")
+            return count
+    return 1 + len(LEVELS)
 
 
-def can_build(compiler: Compiler, level: Level) -> bool:
-    """Whether a product of two vectors becomes code of the level. A compiler may ignore what it does not know."""
-    source = PROBE.format(architecture=level.architecture, size=level.vector_bytes)
-    made = compiler.run("-S", "-o", "-", source=source)
-    return made.returncode == 0 and f"%{level.register}" in made.stdout
+def can_build(compiler: Compiler, source: Path, register: str) -> bool:
+    """Whether a level becomes code of its own. A compiler may ignore an instruction set that it does not know."""
+    made = compiler.run("-Icsrc", "-DFASTKM_PROBE", "-w", "-S", "-o", "-", source=source.read_text(encoding="utf-8"))
+    return made.returncode == 0 and f"%{register}" in made.stdout

@@ -126,18 +126,19 @@ def test_a_compiler_that_adds_fast_math_by_itself_is_refused(program, environmen
 
 @needs_compiler
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of x86-64 on Linux")
-def test_a_level_that_the_compiler_cannot_build_is_left_out_and_said(program, environment, capsys):
+def test_a_level_that_the_compiler_cannot_build_is_left_out_and_said(program, environment, capsys, monkeypatch):
     """One refuses the architecture, one ignores it in silence."""
     if compiler.platform.machine() != "x86_64":
         pytest.skip("of x86-64")
+    monkeypatch.chdir(ROOT)
     real = shutil.which("g++")
     environment(CXX=real)
-    assert compiler.buildable_levels(compiler.find_compiler()) == ["base", "AVX2", "AVX-512"]
+    assert compiler.buildable_levels(compiler.find_compiler()) == 3
     refuses = 'code=$(cat); case "$code" in *x86-64-v4*) exit 1;; esac'
     ignores = "code=$(sed 's/arch=x86-64-v4/arch=x86-64/')"
     for does in (refuses, ignores):
         environment(CXX=program("g++", f'{does}; printf "%s\\n" "$code" | {real} "$@"'))
-        assert compiler.buildable_levels(compiler.find_compiler()) == ["base", "AVX2"]
+        assert compiler.buildable_levels(compiler.find_compiler()) == 2
         assert "cannot build AVX-512" in capsys.readouterr().out
 
 

@@ -1,6 +1,5 @@
 """The tools that make and try a release, on small things."""
 
-import json
 import platform
 import re
 import shutil
@@ -21,12 +20,20 @@ matrix = pytest.importorskip("tools.matrix")
 SOURCE = """
 #include <dlfcn.h>
 #include <math.h>
-#include <pthread.h>
+void start(void*);
 extern char __libc_single_threaded;
 int use(double x, void* p) {
+  start(p);
+  return __libc_single_threaded + log(x) + logf(x) + (dlsym(0, "x") != 0);
+}
+"""
+
+# Stands in an archive that is linked after the stubs, as the CUDA runtime is.
+ARCHIVE = """
+#include <pthread.h>
+void start(void* p) {
   pthread_t thread;
   pthread_create(&thread, 0, (void* (*)(void*))p, 0);
-  return __libc_single_threaded + log(x) + logf(x) + (dlsym(0, "x") != 0);
 }
 """
 
@@ -34,14 +41,17 @@ int use(double x, void* p) {
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdump")), reason="needs gcc and objdump")
 def test_a_library_is_linked_for_an_older_glibc(tmp_path):
-    source, made = tmp_path / "use.c", tmp_path / "use.so"
-    source.write_text(SOURCE)
-    command = ["gcc", "-fPIC", "-shared", source, "-o", made]
-    subprocess.run([*command, "-lm"], check=True)
+    source, made, archive = tmp_path / "use.c", tmp_path / "use.so", tmp_path / "start.o"
+    source.write_text(SOURCE, encoding="utf-8")
+    subprocess.run(["gcc", "-fPIC", "-x", "c", "-c", "-", "-o", archive], input=ARCHIVE, text=True, check=True)
+    subprocess.run(["ar", "rc", tmp_path / "libstart.a", archive], check=True)
+    command = ["gcc", "-fPIC", "-shared", "-Wl,--as-needed", source, "-o", made]
+    later = [f"-L{tmp_path}", "-lstart", "-lm"]
+    subprocess.run([*command, *later], check=True)
     names = old_glibc.too_new(made, "2.28")
     if not names:
         pytest.skip("this glibc has nothing newer")
-    subprocess.run([*command, *old_glibc.write_stubs(made, "2.28", tmp_path / "stubs"), "-lm"], check=True)
+    subprocess.run([*command, *old_glibc.write_stubs(made, "2.28", tmp_path / "stubs"), *later], check=True)
     assert old_glibc.too_new(made, "2.28") == []
     needed = dict(old_glibc.symbols(made, undefined=True))
     assert {"pthread_create", "log", "logf", "dlsym"} <= set(needed), "every symbol has a version"
@@ -80,11 +90,8 @@ def test_the_page_of_the_matrix_has_a_row_for_each_cell_and_names_what_failed():
     assert "* torch 2.10.0+cu128, g++: `tests/a.py::b`" in lines
 
 
-def test_the_kept_page_of_the_matrix_is_whole():
-    """The floor and the newest torch are on it."""
-    text = matrix.PAGE.read_text()
-    for release in (matrix.TORCHES[0], matrix.TORCHES[-1]):
-        assert f"| {release.rpartition('.')[0]}." in text, json.dumps(release)
+def test_the_kept_page_of_the_matrix_has_the_floor():
+    assert f"| {matrix.TORCHES[0]}" in matrix.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_floor_of_the_matrix_is_what_the_package_declares():

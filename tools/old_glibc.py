@@ -47,8 +47,10 @@ def write_stubs(library: Path, limit: str, folder: Path) -> list[str]:
     served = set(chain(*(chain(*versions.values()) for versions in stubs.values())))
     if lost := [name for name in names if name not in served and name not in REPLACED]:
         raise SystemExit(f"no version up to glibc {limit} of {', '.join(lost)}")
-    flags = [f"-L{folder}", *(f"-l:{write_stub(soname, stubs[soname], folder)}" for soname in changed)]
-    return [*flags, *(write_replacement(name, folder) for name in names if name in REPLACED)]
+    # A library that is dropped when nothing before it needs it would not serve the archives that come later.
+    flags = ["-Wl,--push-state,--no-as-needed", f"-L{folder}"]
+    flags += [f"-l:{write_stub(soname, stubs[soname], folder)}" for soname in changed]
+    return [*flags, "-Wl,--pop-state", *(write_replacement(name, folder) for name in names if name in REPLACED)]
 
 
 def versions_up_to(library: Path, limit: str) -> dict[str, dict[str, list[str]]]:

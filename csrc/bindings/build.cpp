@@ -26,15 +26,12 @@ static std::string built_schemas() { return FASTKM_SCHEMAS; }
 
 // One fact a line: a name, a colon, a value.
 static std::string build_facts() {
-#ifdef __clang__
-  const std::string compiler = "clang " __clang_version__;
-#else
-  const std::string compiler = "g++ " __VERSION__;
-#endif
+  std::string levels = level_name(0);
+  for (int64_t i = 1; level_name(i); ++i) levels += std::string(", ") + level_name(i);
   constexpr uint64_t kTarget = TORCH_TARGET_VERSION;
   const std::string oldest = std::to_string(kTarget >> 56) + "." + std::to_string(kTarget >> 48 & 0xFF);
-  return "compiler: " + compiler + "\ninstruction levels: " FASTKM_LEVEL_NAMES "\ntorch: " FASTKM_TORCH ", runs from " +
-         oldest + "\nCUDA: " FASTKM_CUDA_RELEASE "\nflags left out: " FASTKM_FLAGS_LEFT_OUT;
+  return std::string("compiler: ") + compiler() + "\ninstruction levels: " + levels + "\ntorch: " FASTKM_TORCH +
+         ", runs from " + oldest + "\nCUDA: " FASTKM_CUDA_RELEASE "\nflags left out: " FASTKM_FLAGS_LEFT_OUT;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastkm, CompositeExplicitAutograd, m) {

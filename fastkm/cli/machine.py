@@ -10,15 +10,14 @@ import torch
 import fastkm
 from fastkm._runtime import schema
 
-LEVELS = ("base", "AVX2", "AVX-512")
-
 
 def instruction_level() -> str | None:
     """The instruction set the native kernels run with; ``None`` without them."""
     if schema.unavailable is not None:
         return None
-    level = torch.ops.fastkm.select_cpu_level(len(LEVELS) - 1)
-    return f"{level} ({LEVELS[level]})"
+    built = schema.build_facts()["instruction levels"].split(", ")
+    level = torch.ops.fastkm.select_cpu_level(len(built) - 1)
+    return f"{level} ({built[level]})"
 
 
 def processor() -> str:
