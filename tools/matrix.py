@@ -134,7 +134,7 @@ class Cell:
 
     def tested(self, *arguments: str) -> dict:
         """Counts of passed, failed and skipped tests, and the names of those that failed."""
-        options = ("-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
+        options = ("-rfE", "--tb=short", "-p", "no:cacheprovider")
         done, seconds = self.run("-m", "pytest", *options, *arguments)
         last = done.stdout.strip().rpartition("\n")[2]
         counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
@@ -184,10 +184,11 @@ def page(kept: dict) -> str:
 Written by `make matrix`: the package built and tested with each torch, the Triton that it brings, and each compiler.
 *check* is `python -m fastkm check --presets S`. *Core tests* are those of {", ".join(CORE)}.
 *Interpreter* is `{INTERPRETED}`: Triton kernels in the interpreter of this Triton. That of 3.6 needs NumPy before 2.4.
+*Build* is the time of what was out of date in this run, with a compiler cache. A dash stands for what was not run.
 
 {chr(10).join(lines)}
 
-{chr(10).join(["Failed:", "", *wrong]) if wrong else "No test failed."} A dash stands for what was not run.
+{chr(10).join(["Failed:", "", *wrong]) if wrong else "No test failed."}
 """
 
 
