@@ -68,21 +68,21 @@ def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> Memo
         TypeError, ValueError: the file holds something else than one state.
         OSError: ``path`` cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     path = os.fsdecode(path)
-    with open(path, "rb"):  # Python's errors name the path
-        pass
+    with open(path, "rb") as file:
+        content = file.read()  # once, for another process may replace the file meanwhile
     try:
-        with safe_open(path, "pt") as file:
-            names = sorted(file.keys())
-            if names != sorted(MemoryState._fields):
-                held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
-                raise ValueError(f"it must hold mean and cov and nothing else, it holds {held}")
-            # Before version 0.8 of safetensors these tensors are views of the file.
-            state = MemoryState(*(file.get_tensor(name) for name in MemoryState._fields))
-            guards.Signature().state("state", state)
-            return MemoryState(*(tensor.to(device, copy=True) for tensor in state))
+        tensors = load(content)
+        if tensors.keys() != set(MemoryState._fields):
+            names = sorted(tensors)
+            held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
+            raise ValueError(f"it must hold mean and cov and nothing else, it holds {held}")
+        state = MemoryState(**tensors)
+        guards.Signature().state("state", state)
+        return MemoryState(*(tensor.to(device, copy=True) for tensor in state))
     except (SafetensorError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{path} holds no memory state: {error}") from error

@@ -114,7 +114,7 @@ def test_processes_share_the_device_as_it_allows():
 
 
 def test_make_takes_the_python_that_is_there():
-    say = ("make", "--dry-run", "gpu", "SYSTEM=1", "PYTHON=/some/python3", "ARGS=--plan")
+    say = ("make", "--no-print-directory", "--dry-run", "gpu", "SYSTEM=1", "PYTHON=/some/python3", "ARGS=--plan")
     said = subprocess.run(say, cwd=ROOT, capture_output=True, text=True).stdout
     assert said.splitlines() == ["/some/python3 -m benchmarks.gpu --plan"]
 

@@ -177,9 +177,10 @@ def load_weights(model: DynamicKanervaMachine, tensors: dict[str, Tensor], path:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:
     safetensors = import_extra("safetensors")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        content = path.read_bytes()  # once, for another training may replace the file meanwhile
+        tensors = import_extra("safetensors.torch").load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        metadata = header["__metadata__"]
         return tensors, Settings(**json.loads(metadata["settings"])), metadata["data"]
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no checkpoint of `python -m examples.dkm.train` ({error})") from error
