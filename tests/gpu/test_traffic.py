@@ -25,8 +25,8 @@ def test_an_update_reads_and_writes_the_state_once(counter):
     # The covariance also from its other side, to see whether it is symmetric; weights again for every tile of C, and
     # the noise again for what is reported of each pattern.
     assert traffic.read == 4 * (K * C + 2 * K * K + (1 + TILES) * T * K + T * C + 2 * T)
-    # Besides the state, innovation variances and divergences; evidence and status.
-    assert traffic.written == 4 * (K * C + K * K + 2 * T + 2)
+    # Besides the state, what the memory explained of each pattern, innovation variances, divergences; evidence and status.
+    assert traffic.written == 4 * (K * C + K * K + 3 * T + 2)
     assert traffic.read_again == 4 * (TILES * T + T)  # innovation variances
 
 
