@@ -25,9 +25,10 @@ def test_an_update_reads_and_writes_the_state_once(counter):
     # The covariance also from its other side, to see whether it is symmetric; weights again for every tile of C, and
     # the noise again for what is reported of each pattern.
     assert traffic.read == 4 * (K * C + 2 * K * K + (1 + TILES) * T * K + T * C + 2 * T)
-    # Besides the state, what the memory explained of each pattern, innovation variances, divergences; evidence and status.
+    # Besides the state, for each pattern what the memory explains, the innovation variance and the divergence; evidence
+    # and status.
     assert traffic.written == 4 * (K * C + K * K + 3 * T + 2)
-    assert traffic.read_again == 4 * (TILES * T + T)  # innovation variances
+    assert traffic.read_again == 4 * (TILES * T + 2 * T)  # innovation variances, and what the memory explains
 
 
 def test_what_is_masked_is_not_counted(counter):
