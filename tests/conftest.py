@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 from oracle import OPERATIONS, runs_on_cpu
+from torch.distributions import Distribution
 
 from fastkm._runtime import dispatch, schema
 
@@ -62,3 +63,12 @@ def fixed_surroundings(monkeypatch):
     monkeypatch.setattr(dispatch, "CHOSEN", None)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nothing_compiled_yet(monkeypatch):
+    """Dynamo has no graphs, and distributions go on validating, which the first torch.compile turns off for good."""
+    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -10,26 +10,19 @@ import torch
 from oracle import call, flat, problem
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.distributions import Distribution
 
 import fastkm
 from fastkm import KanervaMemory
 from fastkm._runtime import dispatch, schema
 
-pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+pytestmark = [
+    pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable)),
+    pytest.mark.usefixtures("nothing_compiled_yet"),
+]
 
 OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "kl_memory")
 WIDTH, CODE, ROWS = 9, 7, 5
 PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_yet(monkeypatch):
-    """And distributions go on validating: the first torch.compile of a process turns that off, for good."""
-    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Model(nn.Module):

@@ -173,15 +173,7 @@ CALLS = [
 # torch.distributions turns sizes into numbers, which torch.jit.trace makes constants of.
 STATIC_IN_A_TRACE = ("log_prob", "entropy", "rsample", "kl_divergence", "memory.read of samples")
 every_call = pytest.mark.parametrize(("make", "name", "backend"), CALLS)
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled_yet(monkeypatch):
-    """And distributions go on validating: the first torch.compile of a process turns that off, for good."""
-    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled_yet")
 
 
 class Module(nn.Module):
