@@ -136,8 +136,20 @@ struct MatrixNormalGrads {
   Batch<Real> to_prior_mean, to_prior_cov;  // likewise
 };
 
-// The CPU kernels. Each computes memories [begin, end) on the calling thread, which computes a memory whole, so results
-// do not depend on the number of threads.
+// Threads that share the work inside a memory. `share` calls part(context, begin, end) for disjoint parts that cover
+// [0, count), and returns when all of them have returned.
+using Part = void (*)(const void* context, int64_t begin, int64_t end);
+struct Team {
+  int64_t threads;
+  void (*share)(int64_t count, Part part, const void* context);
+};
+
+// The team of the calling thread; null if it works alone, which is the default. Kernels ask for it; a caller that has
+// more threads than memories sets it around a kernel.
+const Team*& current_team();
+
+// The CPU kernels. Each computes memories [begin, end) on the calling thread and its team. A team shares rows and
+// columns, never a sum, so results do not depend on the number of threads.
 template <class Real>
 struct Kernels {
   void (*update_posterior)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);

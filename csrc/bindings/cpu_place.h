@@ -37,20 +37,38 @@ class Cpu {
   }
   static Tensor like_codes(const Tensor& result, const Tensor&) { return result; }
 
-  // Compute `B` memories with an entry of the table, spread over torch's threads. One thread computes a whole memory,
-  // so its result does not depend on the other memories of the batch.
+  // Compute `B` memories with an entry of the table. Many memories are spread over torch's threads; of few, all threads
+  // share each. A result depends neither on the other memories of the batch nor on the number of threads.
   template <class Real, class Entry, class Launcher, class... Arguments>
   void run(int64_t B, Entry Kernels<Real>::* entry, const Launcher&, const Arguments&... arguments) const {
     const auto& compute = kernels<Real>().*entry;
     over_threads(B, [&](int64_t begin, int64_t end) { compute(arguments..., begin, end); });
   }
 
+  // Call compute(begin, end) for parts of [0, n): each part on one thread, or one after the other with all threads as
+  // its team if there are fewer parts than threads.
   template <class F>
   static void over_threads(int64_t n, const F& compute) {
-    torch::stable::parallel_for(0, n, 1, compute);
+    const int64_t threads = torch::stable::get_num_threads();
+    if (n >= threads) return torch::stable::parallel_for(0, n, 1, compute);
+    const Team team{threads, [](int64_t count, Part part, const void* context) {
+                      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+                        part(context, begin, end);
+                      });
+                    }};
+    const Gathered gathered(team);
+    compute(int64_t{0}, n);
   }
 
  private:
+  // The calling thread has a team while this lives.
+  struct Gathered {
+    const Team* before = current_team();
+    explicit Gathered(const Team& team) { current_team() = &team; }
+    ~Gathered() { current_team() = before; }
+    Gathered(const Gathered&) = delete;
+  };
+
   static void expect_here(const Tensor& tensor) {
     int32_t device;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device));

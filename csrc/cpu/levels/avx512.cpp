@@ -3,6 +3,7 @@
 // The standard library comes before the target is set. Its inline functions are shared by all levels, so none may be
 // compiled for this one.
 #include <array>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <limits>

@@ -3,7 +3,15 @@
 #include <algorithm>
 #include <new>
 
+#include "kernel_args.h"
+
 namespace fastkm {
+
+// It stands here because it belongs to a thread, as an arena does.
+const Team*& current_team() {
+  static thread_local const Team* team = nullptr;
+  return team;
+}
 
 namespace {
 constexpr std::align_val_t kLine{64};

@@ -246,21 +246,30 @@ void invert_block(const Factor<Real>& f) {
 // The diagonal blocks that `cholesky` inverts. The last inverse is needed only by solves, not by the factorisation.
 enum class Inverses { kAll, kAllButLast };
 
-// Factor the lower triangle of f.lower, plus a diagonal, in place. Returns whether the matrix is positive definite; if
-// not, the factor is finite but meaningless.
+// Columns of a panel. Panels are updated by all columns before them in one wide product.
+constexpr int64_t kPanelColumns = 128;
+static_assert(kPanelColumns % kBlock == 0);
+
+// What the factorisation of a panel needs beside the matrix.
 template <class Real>
-bool cholesky(const Factor<Real>& f, Arena& arena, const AddedDiagonal<Real>& added = {}, Prefetch* prefetch = nullptr,
-              Inverses inverses = Inverses::kAll) {
+struct PanelWork {
+  Matrix<Real> row_transposed;  // [kPanelColumns, kBlock], (L_j,<j)ᵀ
+  Matrix<Real> column;          // [n, kBlock]
+};
+
+// Factor the block columns [first, end) of a panel, whose entries are up to date with the columns before `first`.
+template <class Real>
+bool factor_panel(const Factor<Real>& f, int64_t first, int64_t end, const PanelWork<Real>& work,
+                  const AddedDiagonal<Real>& added, Prefetch* prefetch, Inverses inverses) {
   const int64_t n = f.size();
-  const Matrix<Real> row_transposed = allocate_matrix<Real>(arena, n, kBlock);  // (L_j,<j)ᵀ
-  const Matrix<Real> panel = allocate_matrix<Real>(arena, n, kBlock);
   bool good = true;
-  for (int64_t j = 0; j < n; j += kBlock) {
-    const int64_t width = smaller(kBlock, n - j);
+  for (int64_t j = first; j < end; j += kBlock) {
+    const int64_t width = smaller(kBlock, n - j), before = j - first;
     const Matrix<Real> column = f.lower.block(j, n - j, j, width);
-    if (j > 0) {
-      transpose(row_transposed.block(0, j, 0, width), f.lower.block(j, width, 0, j));
-      product<Into::kSubtract>(column, j, operand(f.lower.rows_from(j, n - j)), row_transposed, prefetch);
+    if (before > 0) {
+      transpose(work.row_transposed.block(0, before, 0, width), f.lower.block(j, width, first, before));
+      product<Into::kSubtract>(column, before, operand(f.lower.block(j, n - j, first, before)), work.row_transposed,
+                               prefetch);
     }
     const int64_t below = n - j - width;
     const bool inverted = below > 0 || inverses == Inverses::kAll;
@@ -268,9 +277,32 @@ bool cholesky(const Factor<Real>& f, Arena& arena, const AddedDiagonal<Real>& ad
                          f.inverse_transposed_block(j).data);
     if (below > 0) {
       const Matrix<Real> rest = column.rows_from(width, below);
-      copy_rows(panel, rest);
-      product<Into::kSet>(rest, kBlock, operand(panel), f.inverse_transposed_block(j), prefetch);
+      copy_rows(work.column, rest);
+      product<Into::kSet>(rest, kBlock, operand(work.column), f.inverse_transposed_block(j), prefetch);
     }
+  }
+  return good;
+}
+
+// Factor the lower triangle of f.lower, plus a diagonal, in place. Returns whether the matrix is positive definite; if
+// not, the factor is finite but meaningless.
+template <class Real>
+bool cholesky(const Factor<Real>& f, Arena& arena, const AddedDiagonal<Real>& added = {}, Prefetch* prefetch = nullptr,
+              Inverses inverses = Inverses::kAll) {
+  const int64_t n = f.size();
+  const PanelWork<Real> work{allocate_matrix<Real>(arena, smaller(n, kPanelColumns), kBlock),
+                             allocate_matrix<Real>(arena, n, kBlock)};
+  const Matrix<Real> rows_transposed = allocate_matrix<Real>(arena, n > kPanelColumns ? n : 0, kPanelColumns);
+  bool good = true;
+  for (int64_t first = 0; first < n; first += kPanelColumns) {
+    const int64_t width = smaller(kPanelColumns, n - first);
+    if (first > 0) {
+      const Matrix<Real> other = rows_transposed.block(0, first, 0, width);
+      transpose(other, f.lower.block(first, width, 0, first));
+      product<Into::kSubtract>(f.lower.block(first, n - first, first, width), first,
+                               operand(f.lower.rows_from(first, n - first)), other, prefetch);
+    }
+    good &= factor_panel(f, first, first + width, work, added, prefetch, inverses);
   }
   return good;
 }

@@ -10,6 +10,7 @@
 
 #include "cpu/linalg/arena.h"
 #include "cpu/linalg/simd.h"
+#include "cpu/linalg/team.h"
 #include "kernel_args.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -96,9 +97,17 @@ Matrix<Real> allocate_matrix(Arena& arena, int64_t rows, int64_t columns) {
   return {arena.allocate<Real>(rows * ld), rows, columns, ld};
 }
 
+// Call f(i) for every row of a matrix that is copied.
+template <class Real, class F>
+void share_rows(const Matrix<Real>& m, const F& f) {
+  share(team_for(m.rows * m.columns, kLeastCopy), m.rows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
 template <class Real>
 void fill_zero(const Matrix<Real>& m) {
-  for (int64_t i = 0; i < m.rows; ++i) __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real));
+  share_rows(m, [&](int64_t i) { __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real)); });
 }
 
 template <class Real>
@@ -132,7 +141,7 @@ Matrix<Real> allocate_cleared(Arena& arena, int64_t rows, int64_t columns) {
 // Copy matrix `b` into working memory and set the padding to zero.
 template <class Real>
 void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
-  for (int64_t i = 0; i < to.rows; ++i) {
+  share_rows(to, [&](int64_t i) {
     const Real* source = from.at(b, i);
     Real* target = to.row(i);
     if (from.stride[2] == 1) {
@@ -141,22 +150,24 @@ void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t 
       for (int64_t j = 0; j < to.columns; ++j) target[j] = source[j * from.stride[2]];
     }
     for (int64_t j = to.columns; j < to.ld; ++j) target[j] = 0;
-  }
+  });
 }
 
 // Copy a result to the caller's memory. If it was computed in the caller's own rows, there is nothing to copy.
 template <class Real>
 void store_matrix(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
   if (from.data == to.at(b)) return;
-  for (int64_t i = 0; i < from.rows; ++i)
+  share_rows(from, [&](int64_t i) {
     __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(Real));
+  });
 }
 
 // A view of the caller's rows if products run well on them, else `work`, which has the same size.
 template <class Real>
 Matrix<Real> view_or_work(const Batch<Real>& of, int64_t b, const Matrix<Real>& work) {
   constexpr int64_t kFewBytes = 1 << 16;  // so small a matrix nearly fits the cache, whatever sets its rows map to
-  const bool few = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(Real)) <= kFewBytes;
+  const int64_t bytes = work.rows * of.stride[1] * static_cast<int64_t>(sizeof(Real));
+  const bool few = bytes <= kFewBytes || bytes >= (1 << 20);
   if (of.stride[2] != 1 || work.columns < kLanes<Real> || (shares_cache_sets<Real>(of.stride[1]) && !few)) return work;
   return {of.at(b), work.rows, work.columns, of.stride[1], false};
 }
@@ -174,8 +185,9 @@ Matrix<Real> view_or_copy(const Batch<const Real>& from, int64_t b, const Matrix
 template <class Real>
 void copy_rows(const Matrix<Real>& to, const Matrix<Real>& from) {
   const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
-  for (int64_t i = 0; i < from.rows; ++i)
+  share_rows(from, [&](int64_t i) {
     for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(to.row(i) + j, load(from.row(i) + j));
+  });
 }
 
 template <class Real>

@@ -103,14 +103,71 @@ template <Into INTO, class Real>
     product_column<INTO, 1>(c, d, rows, k, a, b, prefetch);
 }
 
+// Rows of a strip of B from which on it pays to copy them before a product reads them.
+constexpr int64_t kRowsWorthPacking = 16;
+
+// B rows [0, count) of one strip, copied so that they are contiguous. The rows of a large matrix lie on pages of their
+// own, and those of many sizes map to the same sets of the cache.
+template <class Real>
+struct PackedStrip {
+  static constexpr int64_t kWidth = kTileVectors * kLanes<Real>;
+  alignas(64) Real entry[kSumRun * kWidth];
+
+  Rows<const Real> load_from(Rows<const Real> b, int64_t count, int64_t vectors) {
+    const int64_t width = vectors * kLanes<Real>;
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t j = 0; j < width; j += kLanes<Real>)
+        store<Real>(entry + p * width + j, load(b.data + p * b.ld + j));
+    return {entry, width};
+  }
+};
+
 // One strip of C = A B or D ± A B.
 template <Into INTO, class Real>
-void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k, Operand<Real> a,
+void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k, const Operand<Real>& a,
                    Rows<const Real> b, Prefetch* prefetch) {
-  product_run<INTO, Real>(c, d, rows, vectors, smaller(kSumRun, k), a, b, prefetch);
-  for (int64_t first = kSumRun; first < k; first += kSumRun)
-    product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, smaller(kSumRun, k - first),
-                                                              a.columns_from(first), b.from(first), prefetch);
+  PackedStrip<Real> packed;
+  for (int64_t first = 0; first < k || first == 0; first += kSumRun) {
+    const int64_t count = smaller(kSumRun, k - first);
+    Rows<const Real> here = b.from(first);
+    if (rows >= kRowsWorthPacking && k >= kSumRun) here = packed.load_from(here, count, vectors);
+    if (first == 0)
+      product_run<INTO, Real>(c, d, rows, vectors, count, a, here, prefetch);
+    else
+      product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, count, a.columns_from(first), here,
+                                                                prefetch);
+  }
+}
+
+// Columns that a strip covers if it is as wide as a tile. A group of columns for a team ends where such a strip does.
+template <class Real>
+constexpr int64_t kStripColumns = kTileVectors * kLanes<Real>;
+
+// How many groups columns are shared in. The last one has at least two strips' columns, because the last strip of rows
+// that are not padded may overlap the one before it.
+template <class Real>
+int64_t column_groups(int64_t columns) {
+  const int64_t vectors = (columns + kLanes<Real> - 1) / kLanes<Real>;
+  return vectors <= 2 * kTileVectors ? 1 : (vectors - 1) / kTileVectors;
+}
+
+// Call f(first, vectors) for the strips of groups [begin, end).
+template <class Real, class F>
+[[gnu::always_inline]] inline void each_strip(int64_t columns, bool padded, int64_t begin, int64_t end, const F& f) {
+  const int64_t stop = end == column_groups<Real>(columns) ? columns : end * kStripColumns<Real>;
+  for (int64_t j = begin * kStripColumns<Real>; j < stop;) {
+    const auto [first, vectors] = strip_at<Real>(j, columns, padded);
+    f(first, vectors);
+    j = first + vectors * kLanes<Real>;
+  }
+}
+
+// Whether a product takes so few steps for each entry that it is bound by the bytes of C. It then goes through C a few
+// rows at a time, and B stays in the cache; else it goes strip by strip.
+template <class Real>
+bool is_short_sum(const Matrix<Real>& c, int64_t k) {
+  constexpr int64_t kLargeBytes = 1 << 20;
+  return k <= kSumRun && c.rows * c.columns * static_cast<int64_t>(sizeof(Real)) > kLargeBytes;
 }
 
 // C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. If one of them is not padded, D is not
@@ -118,12 +175,25 @@ void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vecto
 template <Into INTO, class Real>
 void product(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a, const Matrix<Real>& b,
              Prefetch* prefetch = nullptr) {
-  for (int64_t j = 0; j < c.columns;) {
-    const auto [first, vectors] = strip_at<Real>(j, c.columns, b.padded && c.padded && d.padded);
-    product_strip<INTO, Real>(c.columns_from(first), d.columns_from(first), c.rows, vectors, k, a,
-                              b.columns_from(first), prefetch);
-    j = first + vectors * kLanes<Real>;
-  }
+  const bool padded = b.padded && c.padded && d.padded;
+  const Team* team = team_for(c.rows * c.columns * k, kLeastProduct);
+  if (team) prefetch = nullptr;  // it belongs to one thread
+  const auto compute = [&](int64_t rows, int64_t first_row, int64_t begin, int64_t end) {
+    each_strip<Real>(c.columns, padded, begin, end, [&](int64_t first, int64_t vectors) {
+      product_strip<INTO, Real>(c.columns_from(first).from(first_row), d.columns_from(first).from(first_row), rows,
+                                vectors, k, a.rows_from(first_row), b.columns_from(first), prefetch);
+    });
+  };
+  const int64_t groups = column_groups<Real>(c.columns);
+  const bool by_rows = is_short_sum<Real>(c, k);
+  if (!team && !by_rows) return compute(c.rows, 0, 0, groups);
+  if (!by_rows && groups >= 2 * team->threads)
+    return share(team, groups, [&](int64_t begin, int64_t end) { compute(c.rows, 0, begin, end); });
+  share(team, (c.rows + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+    const int64_t step = by_rows ? 1 : end - begin;
+    for (int64_t i = begin; i < end; i += step)
+      compute(smaller((i + step) * kBlock, c.rows) - i * kBlock, i * kBlock, 0, groups);
+  });
 }
 
 // C (=, +=, −=) A B
@@ -133,16 +203,32 @@ void product(const Matrix<Real>& c, int64_t k, const Operand<Real>& a, const Mat
   product<INTO>(c, c, k, a, b, prefetch);
 }
 
-// The lower triangle of a square C, in blocks of rows that end with the diagonal. Entries above the diagonal are
-// meaningless.
+// Rows from which on a triangle is computed strip by strip, so that a strip of B is read once. Below, more of the work
+// would lie above the diagonal.
+constexpr int64_t kRowsInStrips = 256;
+
+// The lower triangle of a square C. Entries above the diagonal are meaningless.
 template <Into INTO, class Real>
 void product_lower(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                    const Matrix<Real>& b) {
-  for (int64_t i = 0; i < c.rows; i += kBlock) {
-    const int64_t count = smaller(kBlock, c.rows - i);
-    const auto rows = [&](const Matrix<Real>& m) { return m.block(i, count, 0, i + count); };
-    product<INTO>(rows(c), rows(d), k, a.rows_from(i), b);
+  const Team* team = team_for(c.rows * c.rows * k / 2, kLeastProduct);
+  if (c.rows < kRowsInStrips || k <= kSumRun) {  // blocks of rows that end with the diagonal
+    return share_triangle(team, (c.rows + kBlock - 1) / kBlock, [&](int64_t block) {
+      const int64_t i = block * kBlock, count = smaller(kBlock, c.rows - i);
+      const auto rows = [&](const Matrix<Real>& m) { return m.block(i, count, 0, i + count); };
+      product<INTO>(rows(c), rows(d), k, a.rows_from(i), b);
+    });
   }
+  const bool padded = b.padded && c.padded && d.padded;
+  const int64_t groups = column_groups<Real>(c.columns);
+  const auto compute = [&](int64_t group) {
+    each_strip<Real>(c.columns, padded, group, group + 1, [&](int64_t first, int64_t vectors) {
+      const int64_t i = first / kBlock * kBlock;
+      product_strip<INTO, Real>(c.columns_from(first).from(i), d.columns_from(first).from(i), c.rows - i, vectors, k,
+                                a.rows_from(i), b.columns_from(first), nullptr);
+    });
+  };
+  share_triangle(team, groups, compute);
 }
 template <Into INTO, class Real>
 void product_lower(const Matrix<Real>& c, int64_t k, const Operand<Real>& a, const Matrix<Real>& b) {

@@ -40,17 +40,19 @@ void solve_lower_strip(Rows<Real> x, Rows<const Real> d, const Factor<Real>& f, 
 template <class Real>
 void solve_lower(const Matrix<Real>& x, const Factor<Real>& f, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                  const Matrix<Real>& b, Prefetch* prefetch = nullptr) {
-  for (int64_t j = 0; j < x.columns;) {
-    const auto [first, vectors] = strip_at<Real>(j, x.columns, b.padded && d.padded && x.padded);
-    const Rows<Real> out = x.columns_from(first), from = d.columns_from(first), other = b.columns_from(first);
-    if (vectors == 3)
-      solve_lower_strip<3, Real>(out, from, f, k, a, other, prefetch);
-    else if (vectors == 2)
-      solve_lower_strip<2, Real>(out, from, f, k, a, other, prefetch);
-    else
-      solve_lower_strip<1, Real>(out, from, f, k, a, other, prefetch);
-    j = first + vectors * kLanes<Real>;
-  }
+  const Team* team = team_for(x.rows * x.columns * (k + x.rows / 2), kLeastProduct);
+  if (team) prefetch = nullptr;  // it belongs to one thread
+  share(team, column_groups<Real>(x.columns), [&](int64_t begin, int64_t end) {
+    each_strip<Real>(x.columns, b.padded && d.padded && x.padded, begin, end, [&](int64_t first, int64_t vectors) {
+      const Rows<Real> out = x.columns_from(first), from = d.columns_from(first), other = b.columns_from(first);
+      if (vectors == 3)
+        solve_lower_strip<3, Real>(out, from, f, k, a, other, prefetch);
+      else if (vectors == 2)
+        solve_lower_strip<2, Real>(out, from, f, k, a, other, prefetch);
+      else
+        solve_lower_strip<1, Real>(out, from, f, k, a, other, prefetch);
+    });
+  });
 }
 
 // X ← X (L Lᵀ)⁻¹ for rows X [m, n] of right-hand sides. `lower_transposed` is Lᵀ [n, n], `work` is [m, kBlock].

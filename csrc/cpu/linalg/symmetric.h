@@ -1,6 +1,7 @@
 // Symmetric matrices: the check, operations on their triangles, and the systems of the ridge solve.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -9,6 +10,14 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
+// largest ← max(largest, x), from any thread.
+template <class Bits>
+void raise(std::atomic<Bits>& largest, Bits x) {
+  Bits seen = largest.load(std::memory_order_relaxed);
+  while (x > seen && !largest.compare_exchange_weak(seen, x)) {
+  }
+}
+
 // Whether a matrix can be a covariance: kAsymmetric if it is not symmetric up to rounding, kNotPositiveDefinite if an
 // entry is not finite.
 template <class Real>
@@ -16,33 +25,35 @@ Status symmetry(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
   using Bits = LaneNumber<Real>;
   // Compare each square below the diagonal with the one across it, lane by lane; then the remaining rows entry by
-  // entry.
+  // entry. A maximum does not depend on how threads share it.
   const int64_t whole = m.rows / W * W;
-  alignas(64) Real across[W * W];
-  decltype(lane_numbers<Real>()) scales = {}, gaps = {};
-  for (int64_t i = 0; i < whole; i += W)
-    for (int64_t j = 0; j <= i; j += W) {
-      transpose_square(across, W, m.row(j) + i, m.ld);
-      for (int64_t row = 0; row < W; ++row) {
-        const Vec<Real> entry = load(m.row(i + row) + j);
-        const auto size = magnitude<Real>(entry), difference = magnitude<Real>(entry - load(across + row * W));
-        scales = size > scales ? size : scales;
-        gaps = difference > gaps ? difference : gaps;
+  std::atomic<Bits> scale = 0, gap = 0;
+  const auto compare = [&](Bits size, Bits difference) { raise(scale, size), raise(gap, difference); };
+  const Team* team = team_for(m.rows * m.rows / 2, kLeastCopy);
+  share_triangle_parts(team, m.rows / W, [&](const auto& each_square_row) {
+    alignas(64) Real across[W * W];
+    decltype(lane_numbers<Real>()) scales = {}, gaps = {};
+    each_square_row([&](int64_t square_row) {
+      const int64_t i = square_row * W;
+      for (int64_t j = 0; j <= i; j += W) {
+        transpose_square(across, W, m.row(j) + i, m.ld);
+        for (int64_t row = 0; row < W; ++row) {
+          const Vec<Real> entry = load(m.row(i + row) + j);
+          const auto size = magnitude<Real>(entry), difference = magnitude<Real>(entry - load(across + row * W));
+          scales = size > scales ? size : scales;
+          gaps = difference > gaps ? difference : gaps;
+        }
       }
-    }
-  Bits scale = 0, gap = 0;
-  const auto compare = [&](Bits size, Bits difference) {
-    scale = size > scale ? size : scale;
-    gap = difference > gap ? difference : gap;
-  };
-  for (int64_t lane = 0; lane < W; ++lane) compare(scales[lane], gaps[lane]);
+    });
+    for (int64_t lane = 0; lane < W; ++lane) compare(scales[lane], gaps[lane]);
+  });
   for (int64_t i = whole; i < m.rows; ++i)
     for (int64_t j = 0; j <= i; ++j)
       compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
               __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
-  const Real largest = __builtin_bit_cast(Real, gap);
+  const Real largest = __builtin_bit_cast(Real, gap.load());
   if (largest - largest != 0) return kNotPositiveDefinite;  // the difference is NaN if any entry is NaN or infinite
-  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale) ? kGood
+  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load()) ? kGood
                                                                                                       : kAsymmetric;
 }
 
@@ -50,16 +61,23 @@ Status symmetry(const Matrix<Real>& m) {
 template <class Real>
 void mirror(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
+  // A block of rows is written column of squares by column of squares, so that rows that are read stay in the cache.
+  constexpr int64_t kRows = 4 * W;
   const int64_t whole = m.rows / W * W;
-  alignas(64) Real across[W * W];
-  for (int64_t i = 0; i < whole; i += W) {
+  const auto mirror_diagonal = [&](int64_t i) {
+    alignas(64) Real across[W * W];
     transpose_square(across, W, m.row(i) + i, m.ld);
     for (int64_t row = 0; row < W; ++row) {
       Real* at = m.row(i + row) + i;
       store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
     }
-    for (int64_t j = i + W; j < whole; j += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
-  }
+  };
+  share_triangle(team_for(m.rows * m.rows / 2, kLeastCopy), (whole + kRows - 1) / kRows, [&](int64_t block) {
+    const int64_t first = block * kRows, end = smaller(first + kRows, whole);
+    for (int64_t i = first; i < end; i += W) mirror_diagonal(i);
+    for (int64_t j = first + W; j < whole; j += W)
+      for (int64_t i = first; i < smaller(end, j); i += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
+  });
   for (int64_t j = whole; j < m.rows; ++j)
     for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
 }

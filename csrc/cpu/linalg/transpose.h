@@ -15,13 +15,16 @@ void transpose(int64_t rows, int64_t columns, Real* to, int64_t to_ld, const Rea
       for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
     return;
   }
-  for (int64_t next_i = 0; next_i < rows; next_i += W) {
-    const int64_t i = smaller(next_i, rows - W);
-    for (int64_t next_j = 0; next_j < columns; next_j += W) {
-      const int64_t j = smaller(next_j, columns - W);
-      transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+  share(team_for(rows * columns, kLeastCopy), rows / W, [&](int64_t begin, int64_t end) {
+    const int64_t stop = end == rows / W ? rows : end * W;
+    for (int64_t next_i = begin * W; next_i < stop; next_i += W) {
+      const int64_t i = smaller(next_i, rows - W);
+      for (int64_t next_j = 0; next_j < columns; next_j += W) {
+        const int64_t j = smaller(next_j, columns - W);
+        transpose_square(to + i * to_ld + j, to_ld, from + j * from_ld + i, from_ld);
+      }
     }
-  }
+  });
 }
 
 // to = fromᵀ, with the padding set to zero.
