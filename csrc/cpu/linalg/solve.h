@@ -6,20 +6,20 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Tiles of ROWS rows, from row `i` on, as long as they fit. The diagonal blocks of L⁻¹ are the inverses of those of L,
-// of whatever size, so a tile reads its own from the inverse of the whole block.
+// Tiles of ROWS rows of one block, from row `i` to row `end`, as long as they fit. The diagonal blocks of L⁻¹ are the
+// inverses of those of L, of whatever size, so a tile reads its own from the inverse of the whole block.
 template <int ROWS, int VECS, class Real>
-[[gnu::always_inline]] inline void solve_lower_tiles(int64_t& i, Rows<Real> x, Rows<const Real> d,
+[[gnu::always_inline]] inline void solve_lower_tiles(int64_t& i, int64_t end, Rows<Real> x, Rows<const Real> d,
                                                      const Factor<Real>& f, int64_t k, const Operand<Real>& a,
                                                      Rows<const Real> b, Prefetch* prefetch) {
-  for (; i + ROWS <= f.size(); i += ROWS) {
+  for (; i + ROWS <= end; i += ROWS) {
     if (prefetch) prefetch->next_part();
     Tile<ROWS, VECS, Real> tile;
     tile.add_product(k, a.rows_from(i), b);
     tile.add_product(i, operand(f.lower).rows_from(i), x);
     tile.each([&](Vec<Real>& sum, int64_t r, int64_t j)
                   __attribute__((always_inline)) { sum = load(d.data + (i + r) * d.ld + j) - sum; });
-    tile.multiply_lower(f.inverse + i * kBlock + i, kBlock);
+    tile.multiply_lower(f.inverse + i * kBlock + i % kBlock, kBlock);
     tile.each([&](Vec<Real>& y, int64_t r, int64_t j)
                   __attribute__((always_inline)) { store<Real>(x.data + (i + r) * x.ld + j, y); });
   }
@@ -29,14 +29,16 @@ template <int ROWS, int VECS, class Real>
 template <int VECS, class Real>
 void solve_lower_strip(Rows<Real> x, Rows<const Real> d, const Factor<Real>& f, int64_t k, const Operand<Real>& a,
                        Rows<const Real> b, Prefetch* prefetch) {
-  int64_t i = 0;
-  solve_lower_tiles<tile_rows(VECS), VECS>(i, x, d, f, k, a, b, prefetch);
-  if constexpr (tile_rows(VECS) > 4) solve_lower_tiles<4, VECS>(i, x, d, f, k, a, b, prefetch);
-  solve_lower_tiles<2, VECS>(i, x, d, f, k, a, b, prefetch);
-  solve_lower_tiles<1, VECS>(i, x, d, f, k, a, b, prefetch);
+  for (int64_t i = 0; i < f.size();) {
+    const int64_t end = smaller(i + kBlock, f.size());
+    solve_lower_tiles<tile_rows(VECS), VECS>(i, end, x, d, f, k, a, b, prefetch);
+    if constexpr (tile_rows(VECS) > 4) solve_lower_tiles<4, VECS>(i, end, x, d, f, k, a, b, prefetch);
+    solve_lower_tiles<2, VECS>(i, end, x, d, f, k, a, b, prefetch);
+    solve_lower_tiles<1, VECS>(i, end, x, d, f, k, a, b, prefetch);
+  }
 }
 
-// X = L⁻¹ (D − A B) for an L of one block. A is [rows, k], and X is not D.
+// X = L⁻¹ (D − A B). A is [rows, k], and X is not D.
 template <class Real>
 void solve_lower(const Matrix<Real>& x, const Factor<Real>& f, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                  const Matrix<Real>& b, Prefetch* prefetch = nullptr) {

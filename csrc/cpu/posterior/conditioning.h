@@ -31,9 +31,16 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Patterns of a chunk. Every chunk passes over the memory once, so small chunks are slow; large chunks round more.
-constexpr int64_t kChunk = 16;
-static_assert(kChunk <= kBlock, "the factor of a chunk has one diagonal block");
+// Patterns of a chunk. Every chunk passes over the memory once, so small chunks are slow if the memory does not fit the
+// cache; large chunks round more.
+constexpr int64_t kChunk = 16, kLargestChunk = 64;
+static_assert(kChunk <= kBlock, "the factor of a small chunk has one diagonal block");
+
+template <class Real>
+int64_t chunk_size(int64_t K, int64_t C) {
+  constexpr int64_t kCacheBytes = 1 << 20;
+  return K * (K + C) * static_cast<int64_t>(sizeof(Real)) < kCacheBytes ? kChunk : kLargestChunk;
+}
 
 // A memory in working memory, or views of the caller's rows.
 template <class Real>
@@ -100,8 +107,8 @@ struct WhitenedRows {
   Matrix<Real> gain;            // G [t, K]
   Matrix<Real> values;          // E [t, C]
   Observations<Real> observed;  // [t]
-  Real pivot[kChunk];           // L_tt² [t]; σ² where masked
-  Real explained[kChunk];       // e [t]; 0 where masked
+  Real pivot[kLargestChunk];      // L_tt² [t]; σ² where masked
+  Real explained[kLargestChunk];  // e [t]; 0 where masked
   Status status = kGood;        // of U before the chunk and after it
 
   int64_t count() const { return gain.rows; }
@@ -212,7 +219,7 @@ template <class Real>
 void store_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first, const WhitenedRows<Real>& chunk,
                    double* log_evidence) {
   constexpr Real kTwoPi = Real(6.283185307179586476925286766559);
-  Real energies[kChunk];
+  Real energies[kLargestChunk];
   squared_norms(chunk.values, energies);
   const Real C = static_cast<Real>(args.C);
   Real log_noise = 0, log_noise_of = 0;  // ln(2πσ²) of the last σ²; patterns often share one

@@ -30,7 +30,7 @@ Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_
 
 template <class Real>
 void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
-  const int64_t K = args.K, C = args.C, T = args.T, largest = smaller(kChunk, T);
+  const int64_t K = args.K, C = args.C, T = args.T, size = chunk_size<Real>(K, C), largest = smaller(size, T);
   const bool masks = args.mask.data;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
@@ -43,9 +43,9 @@ void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t en
     Status status = symmetry(memory.cov);
     double log_evidence = 0;  // a sum over all patterns
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < T; first += kChunk) {
+    for (int64_t first = 0; first < T; first += size) {
       arena.release(chunk_start);
-      const int64_t count = smaller(kChunk, T - first);
+      const int64_t count = smaller(size, T - first);
       const Observations<Real> observed = load_observations(args, b, first, count, arena);
       const auto load = [&](const Batch<const Real>& from, const Matrix<Real>& to) {
         return view_or_copy_patterns(from.from_row(first), b, observed.unmasked, masks, to.rows_from(0, count));
