@@ -341,6 +341,16 @@ def test_gradients_are_the_same_bits_from_run_to_run_and_in_any_batch(operation,
             assert torch.equal(x[0], once[name][row]), name
 
 
+@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "kl_memory", "logdet"])
+def test_threads_share_the_gradient_of_one_large_memory(operation):
+    p = problem(1, 33, 40, 300, 333)
+    one = gradients(operation, p, "native")
+    assert_same(one, gradients(operation, p, "reference"))
+    torch.set_num_threads(3)
+    for name, x in gradients(operation, p, "native").items():
+        assert torch.equal(x, one[name]), name
+
+
 # --------------------------------------------------------------------------------------------------------- what is kept
 
 

@@ -108,6 +108,26 @@ def test_threads_share_a_memory_of_many_queries(operation, options, dtype):
         assert oracle.equal(one, call(operation, p, "native", **options)), f"{threads} threads"
 
 
+# Above the sizes from which threads share the work inside a memory: columns, rows, triangles and copies. B, T, Q, K, C.
+SHARED_SHAPES = [(1, 70, 40, 300, 333), (2, 33, 5, 257, 90), (1, 40, 70, 530, 64)]
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+@pytest.mark.parametrize("shape", SHARED_SHAPES, ids=str)
+@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
+def test_threads_share_one_large_memory(operation, shape, dtype):
+    """Rows and columns, never a sum: the bits are those of one thread. And they are right."""
+    p = problem(*shape, dtype, masked=True)
+    one = call(operation, p, "native")
+    for threads in (3, 4):
+        torch.set_num_threads(threads)
+        assert oracle.equal(one, call(operation, p, "native")), f"{threads} threads"
+    if dtype == torch.float64:
+        expected = oracle.flat(call(operation, p, "reference"))
+        for name, x in oracle.flat(one).items():
+            oracle.assert_close(x, expected[name], name)
+
+
 @pytest.mark.parametrize("shape", EMPTY_SHAPES, ids=str)
 def test_nothing_is_left_unset_when_an_axis_is_empty(shape, operation, backend, dtype):
     p = problem(*shape, dtype)

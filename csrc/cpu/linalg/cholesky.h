@@ -222,16 +222,17 @@ bool factor_block(const Matrix<Real>& a, int64_t n, const AddedDiagonal<Real>& a
   return good;
 }
 
-// The inverse of a factor of one block, row by row: (L⁻¹)_i = (e_i − Σ_j<i L_ij (L⁻¹)_j) / L_ii.
+// The inverse of the diagonal block of a factor from row `first` on, row by row:
+// (L⁻¹)_i = (e_i − Σ_j<i L_ij (L⁻¹)_j) / L_ii.
 template <class Real>
-void invert_block(const Factor<Real>& f) {
+void invert_block(const Factor<Real>& f, int64_t first) {
   constexpr int64_t W = kLanes<Real>;
   SquareBlock<Real> inverse = {};
   for (int64_t i = 0; i < kBlock; ++i) {
     Real* row = inverse.entry[i];
     row[i] = 1;
-    if (i >= f.size()) continue;
-    const Real* lower = f.lower.row(i);
+    if (first + i >= f.size()) continue;
+    const Real* lower = f.lower.row(first + i) + first;
     const Real reciprocal = 1 / lower[i];
     for (int64_t c = 0; c <= i; c += W) {
       Vec<Real> sum = load(row + c);
@@ -239,8 +240,13 @@ void invert_block(const Factor<Real>& f) {
       store<Real>(row + c, sum * reciprocal);
     }
   }
-  __builtin_memcpy(f.inverse, inverse.entry, sizeof inverse.entry);
-  transpose_block(f.inverse_transposed, kBlock, inverse.entry[0], kBlock);
+  __builtin_memcpy(f.inverse_block(first).data, inverse.entry, sizeof inverse.entry);
+  transpose_block(f.inverse_transposed_block(first).data, kBlock, inverse.entry[0], kBlock);
+}
+
+template <class Real>
+void invert_blocks(const Factor<Real>& f) {
+  for (int64_t first = 0; first < f.size(); first += kBlock) invert_block(f, first);
 }
 
 // The diagonal blocks that `cholesky` inverts. The last inverse is needed only by solves, not by the factorisation.

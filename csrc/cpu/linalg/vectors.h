@@ -116,8 +116,12 @@ template <Into INTO, size_t N, class Real>
 void product_transposed(Real* const (&y)[N], const Matrix<Real>& m, int64_t rows, int64_t padded,
                         const Real* const (&x)[N]) {
   constexpr int64_t W = kLanes<Real>;
-  int64_t j = 0;
-  for (; j + 4 * W <= padded; j += 4 * W) product_transposed_strip<INTO, 4, 2 / N>(y, m, rows, j, x);
+  const int64_t wide = padded / (4 * W);  // strips of four vector registers
+  share(team_for(rows * padded, kLeastCopy), wide, [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip)
+      product_transposed_strip<INTO, 4, 2 / N>(y, m, rows, strip * 4 * W, x);
+  });
+  int64_t j = wide * 4 * W;
   for (; j + 2 * W <= padded; j += 2 * W) product_transposed_strip<INTO, 2, 4 / N>(y, m, rows, j, x);
   for (; j < padded; j += W) product_transposed_strip<INTO, 1, 4>(y, m, rows, j, x);
 }

@@ -23,8 +23,8 @@ namespace fastkm::FASTKM_LEVEL {
 
 // Patterns whose weights are found before the mean is updated. A larger chunk has fewer Gram products, factors and
 // inverses, and more terms of low rank for each pattern.
-constexpr int64_t kLargestSearchChunk = 2 * kChunk;
-inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : kLargestSearchChunk; }
+constexpr int64_t kLargestSearchChunk = 4 * kChunk;
+inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : K < 512 ? 2 * kChunk : kLargestSearchChunk; }
 
 // The inner products of a chunk, which the search keeps up to date.
 template <class Real>

@@ -51,7 +51,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   const int64_t K = memory.cov.rows, count = weights.rows;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  Real std_dev[kChunk];
+  Real std_dev[kLargestChunk];
   bool positive = true;
   for (int64_t t = 0; t < count; ++t) {
     Real s = search.explained[from + t];  // before σ² is added
@@ -67,7 +67,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
   chunk.status = chunk_status(positive, chunk, memory.cov, weights, arena);
-  invert_block(factor);
+  invert_blocks(factor);
   whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
 }
@@ -86,9 +86,10 @@ Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, cons
   Status status = once ? find_weights(weights, space, observed, settings.ridge, search, arena)
                        : find_weights_refactored(weights, space, observed, settings, arena);
   const Arena::Mark searched = arena.mark();
-  for (int64_t t = 0; t < count; t += kChunk) {
+  const int64_t size = chunk_size<Real>(K, stacked.columns);
+  for (int64_t t = 0; t < count; t += size) {
     arena.release(searched);
-    const int64_t part = smaller(kChunk, count - t);
+    const int64_t part = smaller(size, count - t);
     const Matrix<Real> found = weights.rows_from(t, part), values = stacked.rows_from(K + t, part);
     const WhitenedRows<Real> chunk = once
                                          ? whiten_from_search(memory, search, t, found, values, observed.from(t), arena)
