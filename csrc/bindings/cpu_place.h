@@ -52,9 +52,8 @@ class Cpu {
     const int64_t threads = torch::stable::get_num_threads();
     if (n >= threads) return torch::stable::parallel_for(0, n, 1, compute);
     const Team team{threads, [](int64_t count, Part part, const void* context) {
-                      torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-                        part(context, begin, end);
-                      });
+                      torch::stable::parallel_for(0, count, 1,
+                                                  [&](int64_t begin, int64_t end) { part(context, begin, end); });
                     }};
     const Gathered gathered(team);
     compute(int64_t{0}, n);

@@ -116,8 +116,7 @@ struct PackedStrip {
   Rows<const Real> load_from(Rows<const Real> b, int64_t count, int64_t vectors) {
     const int64_t width = vectors * kLanes<Real>;
     for (int64_t p = 0; p < count; ++p)
-      for (int64_t j = 0; j < width; j += kLanes<Real>)
-        store<Real>(entry + p * width + j, load(b.data + p * b.ld + j));
+      for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(entry + p * width + j, load(b.data + p * b.ld + j));
     return {entry, width};
   }
 };

@@ -53,8 +53,9 @@ Status symmetry(const Matrix<Real>& m) {
               __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
   const Real largest = __builtin_bit_cast(Real, gap.load());
   if (largest - largest != 0) return kNotPositiveDefinite;  // the difference is NaN if any entry is NaN or infinite
-  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load()) ? kGood
-                                                                                                      : kAsymmetric;
+  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load())
+             ? kGood
+             : kAsymmetric;
 }
 
 // Copy the lower triangle to the upper one.

@@ -104,12 +104,12 @@ Matrix<Real> view_or_copy_patterns(const Batch<const Real>& from, int64_t b, con
 // One chunk of patterns, whitened by L against the memory before it.
 template <class Real>
 struct WhitenedRows {
-  Matrix<Real> gain;            // G [t, K]
-  Matrix<Real> values;          // E [t, C]
-  Observations<Real> observed;  // [t]
+  Matrix<Real> gain;              // G [t, K]
+  Matrix<Real> values;            // E [t, C]
+  Observations<Real> observed;    // [t]
   Real pivot[kLargestChunk];      // L_tt² [t]; σ² where masked
   Real explained[kLargestChunk];  // e [t]; 0 where masked
-  Status status = kGood;        // of U before the chunk and after it
+  Status status = kGood;          // of U before the chunk and after it
 
   int64_t count() const { return gain.rows; }
 };
