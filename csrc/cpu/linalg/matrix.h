@@ -100,7 +100,7 @@ Matrix<Real> allocate_matrix(Arena& arena, int64_t rows, int64_t columns) {
 // Call f(i) for every row of a matrix that is copied.
 template <class Real, class F>
 void share_rows(const Matrix<Real>& m, const F& f) {
-  share(team_for(m.rows * m.columns, kLeastCopy), m.rows, [&](int64_t begin, int64_t end) {
+  share(team_for(m.rows * m.columns), m.rows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }

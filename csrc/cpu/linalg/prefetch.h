@@ -21,6 +21,8 @@ class Prefetch {
     regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
   }
 
+  bool is_empty() const { return count_ == 0; }
+
   // Request the next part of every region.
   void next_part() {
     for (int i = 0; i < count_; ++i) {

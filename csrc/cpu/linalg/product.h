@@ -103,47 +103,18 @@ template <Into INTO, class Real>
     product_column<INTO, 1>(c, d, rows, k, a, b, prefetch);
 }
 
-// Rows of a strip of B from which on it pays to copy them before a product reads them.
-constexpr int64_t kRowsWorthPacking = 16;
-
-// B rows [0, count) of one strip, copied so that they are contiguous. The rows of a large matrix lie on pages of their
-// own, and those of many sizes map to the same sets of the cache.
-template <class Real>
-struct PackedStrip {
-  static constexpr int64_t kWidth = kTileVectors * kLanes<Real>;
-  alignas(64) Real entry[kSumRun * kWidth];
-
-  Rows<const Real> load_from(Rows<const Real> b, int64_t count, int64_t vectors) {
-    const int64_t width = vectors * kLanes<Real>;
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(entry + p * width + j, load(b.data + p * b.ld + j));
-    return {entry, width};
-  }
-};
-
 // One strip of C = A B or D ± A B.
 template <Into INTO, class Real>
-void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k, const Operand<Real>& a,
+void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k, Operand<Real> a,
                    Rows<const Real> b, Prefetch* prefetch) {
-  PackedStrip<Real> packed;
-  for (int64_t first = 0; first < k || first == 0; first += kSumRun) {
-    const int64_t count = smaller(kSumRun, k - first);
-    Rows<const Real> here = b.from(first);
-    if (rows >= kRowsWorthPacking && k >= kSumRun) here = packed.load_from(here, count, vectors);
-    if (first == 0)
-      product_run<INTO, Real>(c, d, rows, vectors, count, a, here, prefetch);
-    else
-      product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, count, a.columns_from(first), here,
-                                                                prefetch);
-  }
+  product_run<INTO, Real>(c, d, rows, vectors, smaller(kSumRun, k), a, b, prefetch);
+  for (int64_t first = kSumRun; first < k; first += kSumRun)
+    product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, smaller(kSumRun, k - first),
+                                                              a.columns_from(first), b.from(first), prefetch);
 }
 
-// Columns that a strip covers if it is as wide as a tile. A group of columns for a team ends where such a strip does.
-template <class Real>
-constexpr int64_t kStripColumns = kTileVectors * kLanes<Real>;
-
-// How many groups columns are shared in. The last one has at least two strips' columns, because the last strip of rows
-// that are not padded may overlap the one before it.
+// How many groups columns are shared in; each is as wide as the widest tile. The last one has the rest, and at least
+// two strips, because the last strip of rows that are not padded may overlap the one before it.
 template <class Real>
 int64_t column_groups(int64_t columns) {
   const int64_t vectors = (columns + kLanes<Real> - 1) / kLanes<Real>;
@@ -153,46 +124,92 @@ int64_t column_groups(int64_t columns) {
 // Call f(first, vectors) for the strips of groups [begin, end).
 template <class Real, class F>
 [[gnu::always_inline]] inline void each_strip(int64_t columns, bool padded, int64_t begin, int64_t end, const F& f) {
-  const int64_t stop = end == column_groups<Real>(columns) ? columns : end * kStripColumns<Real>;
-  for (int64_t j = begin * kStripColumns<Real>; j < stop;) {
+  constexpr int64_t kGroup = kTileVectors * kLanes<Real>;
+  const int64_t stop = end == column_groups<Real>(columns) ? columns : end * kGroup;
+  for (int64_t j = begin * kGroup; j < stop;) {
     const auto [first, vectors] = strip_at<Real>(j, columns, padded);
     f(first, vectors);
     j = first + vectors * kLanes<Real>;
   }
 }
 
-// Whether a product takes so few steps for each entry that it is bound by the bytes of C. It then goes through C a few
-// rows at a time, and B stays in the cache; else it goes strip by strip.
+// B rows [0, count) of one strip, copied so that they are contiguous. The rows of a large matrix lie on pages of their
+// own, and those of many sizes map to the same sets of the cache.
 template <class Real>
-bool is_short_sum(const Matrix<Real>& c, int64_t k) {
-  constexpr int64_t kLargeBytes = 1 << 20;
-  return k <= kSumRun && c.rows * c.columns * static_cast<int64_t>(sizeof(Real)) > kLargeBytes;
+struct PackedStrip {
+  alignas(64) Real entry[kSumRun * kTileVectors * kLanes<Real>];
+
+  Rows<const Real> load_from(Rows<const Real> b, int64_t count, int64_t vectors) {
+    const int64_t width = vectors * kLanes<Real>;
+    for (int64_t p = 0; p < count; ++p)
+      for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(entry + p * width + j, load(b.data + p * b.ld + j));
+    return {entry, width};
+  }
+};
+
+// product_strip for many rows, or for a B that does not fit the cache.
+template <Into INTO, class Real>
+[[gnu::noinline]] void packed_product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k,
+                                            const Operand<Real>& a, Rows<const Real> b) {
+  PackedStrip<Real> packed;
+  for (int64_t first = 0; first < k; first += kSumRun) {
+    const int64_t count = smaller(kSumRun, k - first);
+    const Rows<const Real> here = packed.load_from(b.from(first), count, vectors);
+    if (first == 0)
+      product_run<INTO, Real>(c, d, rows, vectors, count, a, here, nullptr);
+    else
+      product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, count, a.columns_from(first), here,
+                                                                nullptr);
+  }
 }
 
-// C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. If one of them is not padded, D is not
-// C.
+// Products of fewer multiply-adds are computed by one thread, strip by strip.
+constexpr int64_t kLargeProduct = 1 << 20;
+
+// A product that takes so few steps for each entry that it is bound by the bytes of C goes through C a few rows at a
+// time, and B stays in the cache. Others go strip by strip, and pack B if it pays.
 template <Into INTO, class Real>
-void product(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a, const Matrix<Real>& b,
-             Prefetch* prefetch = nullptr) {
+[[gnu::noinline]] void large_product(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
+                                     const Matrix<Real>& b) {
+  constexpr int64_t kManyBytes = 1 << 20, kManyRows = 48, kFewRows = 16;
+  const auto bytes = [](int64_t rows, int64_t columns) { return rows * columns * static_cast<int64_t>(sizeof(Real)); };
   const bool padded = b.padded && c.padded && d.padded;
-  const Team* team = team_for(c.rows * c.columns * k, kLeastProduct);
-  if (team) prefetch = nullptr;  // it belongs to one thread
-  const auto compute = [&](int64_t rows, int64_t first_row, int64_t begin, int64_t end) {
+  const bool by_rows = k <= kSumRun && bytes(c.rows, c.columns) > kManyBytes;
+  const bool packs = k > kSumRun && c.rows >= (bytes(k, c.columns) > kManyBytes ? kFewRows : kManyRows);
+  const auto compute = [&](int64_t first_row, int64_t rows, int64_t begin, int64_t end) {
+    const Operand<Real> left = a.rows_from(first_row);
     each_strip<Real>(c.columns, padded, begin, end, [&](int64_t first, int64_t vectors) {
-      product_strip<INTO, Real>(c.columns_from(first).from(first_row), d.columns_from(first).from(first_row), rows,
-                                vectors, k, a.rows_from(first_row), b.columns_from(first), prefetch);
+      const Rows<Real> to = c.columns_from(first).from(first_row), from = d.columns_from(first).from(first_row);
+      if (packs)
+        packed_product_strip<INTO, Real>(to, from, rows, vectors, k, left, b.columns_from(first));
+      else
+        product_strip<INTO, Real>(to, from, rows, vectors, k, left, b.columns_from(first), nullptr);
     });
   };
+  const Team* team = current_team();
   const int64_t groups = column_groups<Real>(c.columns);
-  const bool by_rows = is_short_sum<Real>(c, k);
-  if (!team && !by_rows) return compute(c.rows, 0, 0, groups);
-  if (!by_rows && groups >= 2 * team->threads)
-    return share(team, groups, [&](int64_t begin, int64_t end) { compute(c.rows, 0, begin, end); });
+  if (!by_rows && (!team || groups >= 2 * team->threads))
+    return share(team, groups, [&](int64_t begin, int64_t end) { compute(0, c.rows, begin, end); });
   share(team, (c.rows + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
     const int64_t step = by_rows ? 1 : end - begin;
     for (int64_t i = begin; i < end; i += step)
-      compute(smaller((i + step) * kBlock, c.rows) - i * kBlock, i * kBlock, 0, groups);
+      compute(i * kBlock, smaller((i + step) * kBlock, c.rows) - i * kBlock, 0, groups);
   });
+}
+
+// C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. If one of them is not padded, D is not
+// C. A large product does not prefetch.
+template <Into INTO, class Real>
+void product(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a, const Matrix<Real>& b,
+             Prefetch* prefetch = nullptr) {
+  if (c.rows * c.columns * k >= kLargeProduct && (!prefetch || prefetch->is_empty() || current_team()))
+    return large_product<INTO>(c, d, k, a, b);
+  for (int64_t j = 0; j < c.columns;) {
+    const auto [first, vectors] = strip_at<Real>(j, c.columns, b.padded && c.padded && d.padded);
+    product_strip<INTO, Real>(c.columns_from(first), d.columns_from(first), c.rows, vectors, k, a,
+                              b.columns_from(first), prefetch);
+    j = first + vectors * kLanes<Real>;
+  }
 }
 
 // C (=, +=, −=) A B
@@ -202,32 +219,41 @@ void product(const Matrix<Real>& c, int64_t k, const Operand<Real>& a, const Mat
   product<INTO>(c, c, k, a, b, prefetch);
 }
 
-// Rows from which on a triangle is computed strip by strip, so that a strip of B is read once. Below, more of the work
-// would lie above the diagonal.
-constexpr int64_t kRowsInStrips = 256;
+// A block of rows of product_lower, which ends with the diagonal.
+template <Into INTO, class Real>
+void product_lower_block(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
+                         const Matrix<Real>& b, int64_t i) {
+  const int64_t count = smaller(kBlock, c.rows - i);
+  const auto rows = [&](const Matrix<Real>& m) { return m.block(i, count, 0, i + count); };
+  product<INTO>(rows(c), rows(d), k, a.rows_from(i), b);
+}
+
+// A short sum goes through C in blocks of rows. A long one goes strip by strip, from the rows of the diagonal on, so
+// that a strip of B is read once.
+template <Into INTO, class Real>
+[[gnu::noinline]] void large_product_lower(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k,
+                                           const Operand<Real>& a, const Matrix<Real>& b) {
+  constexpr int64_t kRowsInStrips = 256;  // with fewer, too much of the work would lie above the diagonal
+  const Team* team = current_team();
+  if (k <= kSumRun || c.rows < kRowsInStrips)
+    return share_triangle(team, (c.rows + kBlock - 1) / kBlock,
+                          [&](int64_t block) { product_lower_block<INTO>(c, d, k, a, b, block * kBlock); });
+  const bool padded = b.padded && c.padded && d.padded;
+  share_triangle(team, column_groups<Real>(c.columns), [&](int64_t group) {
+    each_strip<Real>(c.columns, padded, group, group + 1, [&](int64_t first, int64_t vectors) {
+      const int64_t i = first / kBlock * kBlock;
+      packed_product_strip<INTO, Real>(c.columns_from(first).from(i), d.columns_from(first).from(i), c.rows - i,
+                                       vectors, k, a.rows_from(i), b.columns_from(first));
+    });
+  });
+}
 
 // The lower triangle of a square C. Entries above the diagonal are meaningless.
 template <Into INTO, class Real>
 void product_lower(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                    const Matrix<Real>& b) {
-  const Team* team = team_for(c.rows * c.rows * k / 2, kLeastProduct);
-  if (c.rows < kRowsInStrips || k <= kSumRun) {  // blocks of rows that end with the diagonal
-    return share_triangle(team, (c.rows + kBlock - 1) / kBlock, [&](int64_t block) {
-      const int64_t i = block * kBlock, count = smaller(kBlock, c.rows - i);
-      const auto rows = [&](const Matrix<Real>& m) { return m.block(i, count, 0, i + count); };
-      product<INTO>(rows(c), rows(d), k, a.rows_from(i), b);
-    });
-  }
-  const bool padded = b.padded && c.padded && d.padded;
-  const int64_t groups = column_groups<Real>(c.columns);
-  const auto compute = [&](int64_t group) {
-    each_strip<Real>(c.columns, padded, group, group + 1, [&](int64_t first, int64_t vectors) {
-      const int64_t i = first / kBlock * kBlock;
-      product_strip<INTO, Real>(c.columns_from(first).from(i), d.columns_from(first).from(i), c.rows - i, vectors, k,
-                                a.rows_from(i), b.columns_from(first), nullptr);
-    });
-  };
-  share_triangle(team, groups, compute);
+  if (c.rows * c.rows * k / 2 >= kLargeProduct) return large_product_lower<INTO>(c, d, k, a, b);
+  for (int64_t i = 0; i < c.rows; i += kBlock) product_lower_block<INTO>(c, d, k, a, b, i);
 }
 template <Into INTO, class Real>
 void product_lower(const Matrix<Real>& c, int64_t k, const Operand<Real>& a, const Matrix<Real>& b) {

@@ -29,7 +29,7 @@ Status symmetry(const Matrix<Real>& m) {
   const int64_t whole = m.rows / W * W;
   std::atomic<Bits> scale = 0, gap = 0;
   const auto compare = [&](Bits size, Bits difference) { raise(scale, size), raise(gap, difference); };
-  const Team* team = team_for(m.rows * m.rows / 2, kLeastCopy);
+  const Team* team = team_for(m.rows * m.rows / 2);
   share_triangle_parts(team, m.rows / W, [&](const auto& each_square_row) {
     alignas(64) Real across[W * W];
     decltype(lane_numbers<Real>()) scales = {}, gaps = {};
@@ -73,7 +73,7 @@ void mirror(const Matrix<Real>& m) {
       store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
     }
   };
-  share_triangle(team_for(m.rows * m.rows / 2, kLeastCopy), (whole + kRows - 1) / kRows, [&](int64_t block) {
+  share_triangle(team_for(m.rows * m.rows / 2), (whole + kRows - 1) / kRows, [&](int64_t block) {
     const int64_t first = block * kRows, end = smaller(first + kRows, whole);
     for (int64_t i = first; i < end; i += W) mirror_diagonal(i);
     for (int64_t j = first + W; j < whole; j += W)

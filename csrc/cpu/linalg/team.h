@@ -5,12 +5,13 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Work of fewer steps is not shared: handing it out takes as long as thousands of them. A step is a multiply-add of a
-// product, or a number of a copy.
-constexpr int64_t kLeastProduct = 1 << 20, kLeastCopy = 1 << 17;
+// A copy of fewer numbers is not shared: handing it out takes as long as copying thousands.
+constexpr int64_t kLargeCopy = 1 << 17;
 
-// The team that shares work of `steps`, or null.
-inline const Team* team_for(int64_t steps, int64_t least) { return steps < least ? nullptr : current_team(); }
+// The team that shares work of `steps`, or null if they are fewer than `least`.
+inline const Team* team_for(int64_t steps, int64_t least = kLargeCopy) {
+  return steps < least ? nullptr : current_team();
+}
 
 // Call f(begin, end) for disjoint parts that cover [0, count), on the threads of a team, or f(0, count) without one. A
 // part that is shared does not share its own work.
