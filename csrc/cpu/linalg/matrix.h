@@ -99,15 +99,15 @@ Matrix<Real> allocate_matrix(Arena& arena, int64_t rows, int64_t columns) {
 
 // Call f(i) for every row of a matrix that is copied.
 template <class Real, class F>
-void share_rows(const Matrix<Real>& m, const F& f) {
-  share(team_for(m.rows * m.columns), m.rows, [&](int64_t begin, int64_t end) {
+[[gnu::always_inline]] inline void share_rows(const Matrix<Real>& m, const F& f) {
+  share(team_for(m.rows * m.columns), m.rows, [=](int64_t begin, int64_t end) __attribute__((always_inline)) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
 template <class Real>
-void fill_zero(const Matrix<Real>& m) {
-  share_rows(m, [&](int64_t i) { __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real)); });
+void fill_zero(Matrix<Real> m) {
+  share_rows(m, [=](int64_t i) __attribute__((always_inline)) { __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real)); });
 }
 
 template <class Real>
@@ -140,8 +140,8 @@ Matrix<Real> allocate_cleared(Arena& arena, int64_t rows, int64_t columns) {
 
 // Copy matrix `b` into working memory and set the padding to zero.
 template <class Real>
-void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t b) {
-  share_rows(to, [&](int64_t i) {
+void load_matrix(Matrix<Real> to, Batch<const Real> from, int64_t b) {
+  share_rows(to, [=](int64_t i) __attribute__((always_inline)) {
     const Real* source = from.at(b, i);
     Real* target = to.row(i);
     if (from.stride[2] == 1) {
@@ -155,9 +155,9 @@ void load_matrix(const Matrix<Real>& to, const Batch<const Real>& from, int64_t 
 
 // Copy a result to the caller's memory. If it was computed in the caller's own rows, there is nothing to copy.
 template <class Real>
-void store_matrix(const Batch<Real>& to, int64_t b, const Matrix<Real>& from) {
+void store_matrix(Batch<Real> to, int64_t b, Matrix<Real> from) {
   if (from.data == to.at(b)) return;
-  share_rows(from, [&](int64_t i) {
+  share_rows(from, [=](int64_t i) __attribute__((always_inline)) {
     __builtin_memcpy(to.at(b, i), from.row(i), static_cast<size_t>(from.columns) * sizeof(Real));
   });
 }
@@ -183,9 +183,9 @@ Matrix<Real> view_or_copy(const Batch<const Real>& from, int64_t b, const Matrix
 
 // Copy a matrix to another of the same width, padding included.
 template <class Real>
-void copy_rows(const Matrix<Real>& to, const Matrix<Real>& from) {
+[[gnu::always_inline]] inline void copy_rows(Matrix<Real> to, Matrix<Real> from) {
   const int64_t width = smaller(smaller(to.ld, from.ld), round_up(from.columns, kBlock));
-  share_rows(from, [&](int64_t i) {
+  share_rows(from, [=](int64_t i) __attribute__((always_inline)) {
     for (int64_t j = 0; j < width; j += kLanes<Real>) store<Real>(to.row(i) + j, load(from.row(i) + j));
   });
 }

@@ -105,8 +105,8 @@ template <Into INTO, class Real>
 
 // One strip of C = A B or D ± A B.
 template <Into INTO, class Real>
-void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k, Operand<Real> a,
-                   Rows<const Real> b, Prefetch* prefetch) {
+[[gnu::always_inline]] inline void product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors,
+                                                 int64_t k, Operand<Real> a, Rows<const Real> b, Prefetch* prefetch) {
   product_run<INTO, Real>(c, d, rows, vectors, smaller(kSumRun, k), a, b, prefetch);
   for (int64_t first = kSumRun; first < k; first += kSumRun)
     product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, smaller(kSumRun, k - first),

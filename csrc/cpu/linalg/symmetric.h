@@ -30,22 +30,28 @@ Status symmetry(const Matrix<Real>& m) {
   std::atomic<Bits> scale = 0, gap = 0;
   const auto compare = [&](Bits size, Bits difference) { raise(scale, size), raise(gap, difference); };
   const Team* team = team_for(m.rows * m.rows / 2);
-  share_triangle_parts(team, m.rows / W, [&](const auto& each_square_row) {
+  share_triangle_parts(team, m.rows / W, [&](const auto& each_square_row) __attribute__((always_inline)) {
+    const Matrix<Real> m_here = m;
     alignas(64) Real across[W * W];
     decltype(lane_numbers<Real>()) scales = {}, gaps = {};
-    each_square_row([&](int64_t square_row) {
+    each_square_row([&](int64_t square_row) __attribute__((always_inline)) {
       const int64_t i = square_row * W;
       for (int64_t j = 0; j <= i; j += W) {
-        transpose_square(across, W, m.row(j) + i, m.ld);
+        transpose_square(across, W, m_here.row(j) + i, m_here.ld);
         for (int64_t row = 0; row < W; ++row) {
-          const Vec<Real> entry = load(m.row(i + row) + j);
+          const Vec<Real> entry = load(m_here.row(i + row) + j);
           const auto size = magnitude<Real>(entry), difference = magnitude<Real>(entry - load(across + row * W));
           scales = size > scales ? size : scales;
           gaps = difference > gaps ? difference : gaps;
         }
       }
     });
-    for (int64_t lane = 0; lane < W; ++lane) compare(scales[lane], gaps[lane]);
+    Bits scale_here = 0, gap_here = 0;
+    for (int64_t lane = 0; lane < W; ++lane) {
+      scale_here = scales[lane] > scale_here ? scales[lane] : scale_here;
+      gap_here = gaps[lane] > gap_here ? gaps[lane] : gap_here;
+    }
+    compare(scale_here, gap_here);
   });
   for (int64_t i = whole; i < m.rows; ++i)
     for (int64_t j = 0; j <= i; ++j)
@@ -60,12 +66,12 @@ Status symmetry(const Matrix<Real>& m) {
 
 // Copy the lower triangle to the upper one.
 template <class Real>
-void mirror(const Matrix<Real>& m) {
+void mirror(Matrix<Real> m) {
   constexpr int64_t W = kLanes<Real>;
   // A block of rows is written column of squares by column of squares, so that rows that are read stay in the cache.
   constexpr int64_t kRows = 4 * W;
   const int64_t whole = m.rows / W * W;
-  const auto mirror_diagonal = [&](int64_t i) {
+  const auto mirror_diagonal = [=](int64_t i) __attribute__((always_inline)) {
     alignas(64) Real across[W * W];
     transpose_square(across, W, m.row(i) + i, m.ld);
     for (int64_t row = 0; row < W; ++row) {
@@ -73,7 +79,7 @@ void mirror(const Matrix<Real>& m) {
       store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
     }
   };
-  share_triangle(team_for(m.rows * m.rows / 2), (whole + kRows - 1) / kRows, [&](int64_t block) {
+  share_triangle(team_for(m.rows * m.rows / 2), (whole + kRows - 1) / kRows, [=](int64_t block) __attribute__((always_inline)) {
     const int64_t first = block * kRows, end = smaller(first + kRows, whole);
     for (int64_t i = first; i < end; i += W) mirror_diagonal(i);
     for (int64_t j = first + W; j < whole; j += W)

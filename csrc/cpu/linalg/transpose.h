@@ -15,7 +15,7 @@ void transpose(int64_t rows, int64_t columns, Real* to, int64_t to_ld, const Rea
       for (int64_t j = 0; j < columns; ++j) to[i * to_ld + j] = from[j * from_ld + i];
     return;
   }
-  share(team_for(rows * columns), rows / W, [&](int64_t begin, int64_t end) {
+  share(team_for(rows * columns), rows / W, [=](int64_t begin, int64_t end) __attribute__((always_inline)) {
     const int64_t stop = end == rows / W ? rows : end * W;
     for (int64_t next_i = begin * W; next_i < stop; next_i += W) {
       const int64_t i = smaller(next_i, rows - W);

@@ -117,7 +117,7 @@ void product_transposed(Real* const (&y)[N], const Matrix<Real>& m, int64_t rows
                         const Real* const (&x)[N]) {
   constexpr int64_t W = kLanes<Real>;
   const int64_t wide = padded / (4 * W);  // strips of four vector registers
-  share(team_for(rows * padded), wide, [&](int64_t begin, int64_t end) {
+  share(team_for(rows * padded), wide, [=](int64_t begin, int64_t end) __attribute__((always_inline)) {
     for (int64_t strip = begin; strip < end; ++strip)
       product_transposed_strip<INTO, 4, 2 / N>(y, m, rows, strip * 4 * W, x);
   });
