@@ -53,7 +53,7 @@ open(out, "wb").write(data)
 P
 }
 zipped() { (cd "$1" && "$PY" -m zipfile -c "$W/$2" ./*.png); }
-clone() { rm -rf "$W/$1"; git clone -q "$SRC" "$W/$1"; }
+clone() { cd "$W" && rm -rf "$W/$1" && git clone -q "$SRC" "$W/$1"; }
 plain() {  # a virtual environment in $W/$1 with everything PY has but fastkm, less what matches $2 (an extended pattern)
   local site; site=$("$PY" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
   mkdir -p "$W/site_$1"
