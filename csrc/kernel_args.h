@@ -160,7 +160,7 @@ struct Kernels {
   void (*read_memories)(const ReadingArgs<Real>&, int64_t begin, int64_t end);
   // A read in two steps, for fewer memories than threads: factors of memories, then tiles [begin, end) of kQueryTile
   // queries. A batch has B * ceil(Q / kQueryTile) tiles.
-  int64_t (*factor_size)(const ReadingArgs<Real>&);  // numbers of one memory's factor
+  int64_t (*factor_size)(const ReadingArgs<Real>&);  // numbers of one memory's factor; 0: one step does
   void (*factor_memories)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
   void (*read_tiles)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
   void (*kl_memory)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);

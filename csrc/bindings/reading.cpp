@@ -40,11 +40,12 @@ template <class Real>
 static void read_on(const Cpu& place, const ReadingArgs<Real>& args, const Tensor& mean) {
   const int64_t B = mean.size(0);
   const Kernels<Real>& table = kernels<Real>();
-  if (B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
+  const int64_t factor_size = table.factor_size(args);
+  if (factor_size == 0 || B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
     place.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
     return;
   }
-  const Tensor factors = make_tensor(mean, {B, table.factor_size(args)});
+  const Tensor factors = make_tensor(mean, {B, factor_size});
   Real* at = data_of<Real>(factors);
   place.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, at, begin, end); });
   const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);

@@ -107,7 +107,9 @@ template <class Real, class F>
 
 template <class Real>
 void fill_zero(Matrix<Real> m) {
-  share_rows(m, [=](int64_t i) __attribute__((always_inline)) { __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real)); });
+  share_rows(m, [=](int64_t i) __attribute__((always_inline)) {
+    __builtin_memset(m.row(i), 0, static_cast<size_t>(m.ld) * sizeof(Real));
+  });
 }
 
 template <class Real>

@@ -45,15 +45,17 @@ void solve_lower(const Matrix<Real>& x, const Factor<Real>& f, const Matrix<Real
   const Team* team = team_for(x.rows * x.columns * (k + x.rows / 2), kLargeProduct);
   if (team) prefetch = nullptr;  // it belongs to one thread
   share(team, column_groups<Real>(x.columns), [=](int64_t begin, int64_t end) __attribute__((always_inline)) {
-    each_strip<Real>(x.columns, b.padded && d.padded && x.padded, begin, end, [=](int64_t first, int64_t vectors) __attribute__((always_inline)) {
-      const Rows<Real> out = x.columns_from(first), from = d.columns_from(first), other = b.columns_from(first);
-      if (vectors == 3)
-        solve_lower_strip<3, Real>(out, from, f, k, a, other, prefetch);
-      else if (vectors == 2)
-        solve_lower_strip<2, Real>(out, from, f, k, a, other, prefetch);
-      else
-        solve_lower_strip<1, Real>(out, from, f, k, a, other, prefetch);
-    });
+    each_strip<Real>(x.columns, b.padded && d.padded && x.padded, begin, end,
+                     [=](int64_t first, int64_t vectors) __attribute__((always_inline)) {
+                       const Rows<Real> out = x.columns_from(first), from = d.columns_from(first),
+                                        other = b.columns_from(first);
+                       if (vectors == 3)
+                         solve_lower_strip<3, Real>(out, from, f, k, a, other, prefetch);
+                       else if (vectors == 2)
+                         solve_lower_strip<2, Real>(out, from, f, k, a, other, prefetch);
+                       else
+                         solve_lower_strip<1, Real>(out, from, f, k, a, other, prefetch);
+                     });
   });
 }
 

@@ -79,12 +79,14 @@ void mirror(Matrix<Real> m) {
       store<Real>(at, lane_numbers<Real>() > static_cast<LaneNumber<Real>>(row) ? load(across + row * W) : load(at));
     }
   };
-  share_triangle(team_for(m.rows * m.rows / 2), (whole + kRows - 1) / kRows, [=](int64_t block) __attribute__((always_inline)) {
-    const int64_t first = block * kRows, end = smaller(first + kRows, whole);
-    for (int64_t i = first; i < end; i += W) mirror_diagonal(i);
-    for (int64_t j = first + W; j < whole; j += W)
-      for (int64_t i = first; i < smaller(end, j); i += W) transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
-  });
+  share_triangle(team_for(m.rows * m.rows / 2), (whole + kRows - 1) / kRows,
+                 [=](int64_t block) __attribute__((always_inline)) {
+                   const int64_t first = block * kRows, end = smaller(first + kRows, whole);
+                   for (int64_t i = first; i < end; i += W) mirror_diagonal(i);
+                   for (int64_t j = first + W; j < whole; j += W)
+                     for (int64_t i = first; i < smaller(end, j); i += W)
+                       transpose_square(m.row(i) + j, m.ld, m.row(j) + i, m.ld);
+                 });
   for (int64_t j = whole; j < m.rows; ++j)
     for (int64_t i = 0; i < j; ++i) m.row(i)[j] = m.row(j)[i];
 }

@@ -19,6 +19,7 @@
 #include "cpu/linalg/cholesky.h"
 #include "cpu/linalg/symmetric.h"
 #include "cpu/linalg/variance_divergence.h"
+#include "cpu/matrix_normal/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -173,6 +174,7 @@ Prefetch plan_divergence_prefetch(const MatrixNormalArgs<Real>& args, int64_t b,
 
 template <class Real>
 void kl_memory(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
+  if (fits_lanes(args)) return kl_memory_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Factor<Real> factor = allocate_factor<Real>(arena, args.K), prior = allocate_factor<Real>(arena, args.K);
@@ -189,6 +191,7 @@ void kl_memory(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
 
 template <class Real>
 void logdet(const MatrixNormalArgs<Real>& args, int64_t begin, int64_t end) {
+  if (fits_lanes(args)) return logdet_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const Factor<Real> factor = allocate_factor<Real>(arena, args.K);

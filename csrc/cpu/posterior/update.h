@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
+#include "cpu/posterior/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -30,6 +31,7 @@ Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_
 
 template <class Real>
 void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
+  if (fits_lanes(args)) return update_posterior_lanes(args, begin, end);
   const int64_t K = args.K, C = args.C, T = args.T, size = chunk_size<Real>(K, C), largest = smaller(size, T);
   const bool masks = args.mask.data;
   for (int64_t b = begin; b < end; ++b) {

@@ -14,6 +14,7 @@
 
 #include "cpu/linalg/solve.h"
 #include "cpu/linalg/symmetric.h"
+#include "cpu/reading/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -59,6 +60,7 @@ FactoredMemory<Real> lay_out(const ReadingArgs<Real>& args, Real* at) {
 
 template <class Real>
 int64_t factor_size(const ReadingArgs<Real>& args) {
+  if (fits_lanes(args)) return 0;
   int64_t size = 0;
   lay_out<Real>(args, [&size](int64_t count) {
     size += count;
@@ -203,6 +205,7 @@ void read_queries(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64
 // Each memory is factored and read while it is in the cache.
 template <class Real>
 void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
+  if (fits_lanes(args)) return read_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
