@@ -17,7 +17,7 @@ namespace fastkm::FASTKM_LEVEL {
 // The largest memory that is computed in a lane. With more rows a memory fills vector registers alone, and with more
 // numbers a group does not fit the cache. A group of one memory takes as long as a full one: with more steps of a
 // vector register it would take longer than the call around it.
-constexpr int64_t kLaneRows = 16, kLaneNumbers = 512, kLaneSteps = 1 << 15;
+constexpr int64_t kLaneRows = 16, kLaneNumbers = 512, kLaneSteps = 1 << 16;
 
 // Whether memories of a shape are computed in lanes, where a group takes `steps`. The batch does not enter, because it
 // must not change a result.

@@ -33,13 +33,14 @@ namespace fastkm::FASTKM_LEVEL {
 
 // Patterns of a chunk. Every chunk passes over the memory once, so small chunks are slow if the memory does not fit the
 // cache; large chunks round more.
-constexpr int64_t kChunk = 16, kLargestChunk = 64;
+constexpr int64_t kChunk = 16, kLargestChunk = 256;
 static_assert(kChunk <= kBlock, "the factor of a small chunk has one diagonal block");
 
 template <class Real>
 int64_t chunk_size(int64_t K, int64_t C) {
-  constexpr int64_t kCacheBytes = 1 << 20;
-  return K * (K + C) * static_cast<int64_t>(sizeof(Real)) < kCacheBytes ? kChunk : kLargestChunk;
+  constexpr int64_t kMegabyte = 1 << 20;
+  const int64_t bytes = K * (K + C) * static_cast<int64_t>(sizeof(Real));
+  return bytes < kMegabyte ? kChunk : bytes < 8 * kMegabyte ? 64 : bytes < 16 * kMegabyte ? 128 : kLargestChunk;
 }
 
 // A memory in working memory, or views of the caller's rows.
