@@ -136,6 +136,28 @@ struct MatrixNormalGrads {
   Batch<Real> to_prior_mean, to_prior_cov;  // likewise
 };
 
+// Patterns that are written to memories in place, one after the other, with H = (R Rᵀ + λI)⁻¹ carried along. Rows of the
+// three matrices are padded to a multiple of kStreamPadding numbers, and hold zeros there.
+constexpr int64_t kStreamPadding = 16;
+template <class Real>
+struct StreamingArgs {
+  int64_t K, C, T;
+  Batch<Real> mean, cov, inverse;  // [B, K, C], [B, K, K], [B, K, K], H
+  Batch<const Real> weights;       // [B, T, K], or null if the kernel finds them
+  Batch<const Real> values;        // [B, T, C]
+  Batch<const Real> noise_var;     // [B]
+  Batch<const Real> ridge;         // [B]
+  Batch<const bool> mask;          // [B, T], or null
+  int64_t num_opt_iters;
+  Batch<Real> new_weights;         // [B, T, K]
+  Batch<Real> innovation_var, kl;  // [B, T]
+  Real* log_evidence = nullptr;    // [B]
+  Batch<int32_t> info;             // [B, T]
+  int32_t* refreshes = nullptr;    // [B], how often H was computed anew
+
+  bool unmasked(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
+};
+
 // Threads that share the work inside a memory. `share` calls part(context, begin, end) for disjoint parts that cover
 // [0, count), and returns when all of them have returned.
 using Part = void (*)(const void* context, int64_t begin, int64_t end);
@@ -168,6 +190,8 @@ struct Kernels {
   void (*read_backward)(const ReadingArgs<Real>&, const ReadingGrads<Real>&, int64_t begin, int64_t end);
   void (*kl_memory_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
+  void (*stream_patterns)(const StreamingArgs<Real>&, int64_t begin, int64_t end);
+  void (*refresh_streams)(const StreamingArgs<Real>&, int64_t begin, int64_t end);  // H alone; info is [B, 1]
 };
 
 // Queries of a tile of read_tiles.

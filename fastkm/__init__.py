@@ -8,6 +8,7 @@ from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
 from fastkm.state import MemoryState, load_memory_state, save_memory_state
+from fastkm.streaming import MemoryStream, StreamUpdate, StreamWrite
 from fastkm.writing import WriteResult, write
 
 __version__ = "0.1.0"  # read by pyproject.toml; the installed version also names the build, as in 0.1.0+cpu
@@ -19,8 +20,11 @@ __all__ = [
     "KroneckerCovariance",
     "MatrixNormal",
     "MemoryState",
+    "MemoryStream",
     "PosteriorUpdate",
     "ReadResult",
+    "StreamUpdate",
+    "StreamWrite",
     "WriteResult",
     "attractor_read",
     "explain_backend",

@@ -58,6 +58,17 @@ def write_backward(K: int, C: int, T: int, Q: int) -> Flops:
     return Flops(update.codes + 2 * product(T, C, K), update.other + solved)
 
 
+def stream_patterns(K: int, C: int, T: int, Q: int) -> Flops:
+    # An update; R z and R δ; H x, H c and H r; and H less one square, plus another.
+    update = update_posterior(K, C, T, Q)
+    return Flops(update.codes + 2 * product(T, C, K), update.other + 3 * product(T, K, K) + 2 * symmetric_product(K, T))
+
+
+def refresh_streams(K: int, C: int, T: int, Q: int) -> Flops:
+    # R Rᵀ, its factor, the factor's inverse, and that one's square.
+    return Flops(0, symmetric_product(K, C) + 3 * third(K))
+
+
 def solve_addressing(K: int, C: int, T: int, Q: int) -> Flops:
     # R Rᵀ or RᵀR, whichever is smaller, its factor, R z, and two triangular solves a query; with more queries than
     # the other side is long, the solves are done once for R.

@@ -35,6 +35,7 @@ REFERENCE = Capability()
 NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
 TRITON = Capability({"cuda": FLOAT32})
 ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
+ON_CPU = Capability({"cpu": DTYPES}, gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -43,6 +44,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
+    "stream": {"reference": Capability(gradients=False), "native": ON_CPU},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

@@ -23,6 +23,7 @@ from fastkm._runtime.torch_private import has_kernel
 # Operators that the extension must bring a CPU kernel for; filled by the definitions below.
 OPERATORS: list[str] = []
 DEFINED: list[str] = []  # all operators that compute
+CHANGING: list[str] = []  # operators that change their arguments; they have a CPU kernel, and none for a GPU
 
 # Every schema below, by the name of its operator.
 SCHEMAS: dict[str, str] = {}
@@ -35,8 +36,11 @@ if not hasattr(torch.ops.fastkm, "select_cpu_level"):
     atexit.register(_libraries.clear)
 
 
-def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]:
-    """Define an operator in both namespaces; the function below it makes its outputs without computing them."""
+def _operator(schema: str, *, on_cpu: bool = True, changes: bool = False) -> Callable[[Callable], None]:
+    """Define an operator in both namespaces; the function below it makes its outputs without computing them.
+
+    One that ``changes`` its arguments stands in ``fastkm`` alone.
+    """
     name = _add_schema(schema)
 
     def register(make_outputs: Callable) -> None:
@@ -46,8 +50,13 @@ def _operator(schema: str, *, on_cpu: bool = True) -> Callable[[Callable], None]
             return make_outputs(*arguments)
 
         for namespace, library in _libraries.items():
+            if changes and namespace != "fastkm":
+                continue
             library.define(schema)
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        if changes:
+            CHANGING.append(name)
+            return
         DEFINED.append(name)
         if on_cpu:
             OPERATORS.append(name)
@@ -84,7 +93,7 @@ def _load_extension() -> str | None:
 
 def _differing_operators() -> list[str]:
     """Operators that have no kernel, or that the extension was built for with another schema."""
-    missing = [name for name in OPERATORS if not has_kernel(f"fastkm::{name}", "CPU")]
+    missing = [name for name in (*OPERATORS, *CHANGING) if not has_kernel(f"fastkm::{name}", "CPU")]
     if missing or not has_kernel("fastkm::built_schemas", "CompositeExplicitAutograd"):
         return missing or ["what it can be asked"]
     built = {schema.partition("(")[0]: schema for schema in torch.ops.fastkm.built_schemas().splitlines()}
@@ -166,6 +175,37 @@ def _(cov):
     return cov.new_empty(cov.shape[:1]), _empty_info(cov)
 
 
+# ---- streams: operators that change their arguments ----------------------------------------------------------------
+# Rows of `mean [B, K, ·]`, `cov [B, K, ·]` and `inverse [B, K, ·]` are padded with zeros to a multiple of 16 numbers.
+# `inverse` is (mean meanᵀ + ridge I)⁻¹ and follows the patterns.
+
+
+# `weights` are those of the patterns; without, they are found, and returned. `info [B, T]` says which patterns were
+# refused; these change nothing. `refreshes [B]` counts how often `inverse` was computed anew.
+@_operator(
+    "stream_patterns(Tensor(a!) mean, Tensor(b!) cov, Tensor(c!) inverse, Tensor? weights, Tensor values,"
+    " Tensor noise_var, Tensor ridge, int num_opt_iters, Tensor? mask)"
+    " -> (Tensor weights, Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor refreshes, Tensor info)",
+    changes=True,
+)
+def _(mean, cov, inverse, weights, values, noise_var, ridge, num_opt_iters, mask):
+    per_pattern = values.shape[:2]
+    found = (values.shape[0], 0 if weights is not None else values.shape[1], mean.shape[1])
+    return (
+        mean.new_empty(found),
+        mean.new_empty(per_pattern),
+        mean.new_empty(per_pattern),
+        mean.new_empty(mean.shape[:1]),
+        _empty_info(mean),
+        mean.new_empty(per_pattern, dtype=torch.int32),
+    )
+
+
+@_operator("refresh_streams(Tensor mean, Tensor(a!) inverse, Tensor ridge) -> Tensor info", changes=True)
+def _(mean, inverse, ridge):
+    return _empty_info(mean)
+
+
 # ---- backward: cotangents of the outputs in, cotangents of the tensor inputs out, in the order of the inputs -------
 # A cotangent that is None is zero. A backward computes again what else it needs.
 
@@ -218,6 +258,7 @@ def _(cov, grad_logdet):
 
 
 count_flops_once_loaded(DEFINED, ("fastkm", "fastkm_triton"))
+count_flops_once_loaded(CHANGING, ("fastkm",))
 
 # How the extension was built: one fact a line, a name, a colon, a value.
 _question("build_facts() -> str")

@@ -18,6 +18,7 @@ template struct Tile<2, 1, float>;
 #include "cpu/posterior/update_backward.h"
 #include "cpu/reading/read.h"
 #include "cpu/reading/read_backward.h"
+#include "cpu/streaming/stream.h"
 #include "cpu/writing/write.h"
 #include "cpu/writing/write_backward.h"
 
@@ -39,6 +40,8 @@ const Kernels<Real>& kernels() {
       .read_backward = read_backward<Real>,
       .kl_memory_backward = kl_memory_backward<Real>,
       .logdet_backward = logdet_backward<Real>,
+      .stream_patterns = stream_patterns<Real>,
+      .refresh_streams = refresh_streams<Real>,
   };
   return table;
 }

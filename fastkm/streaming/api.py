@@ -1,0 +1,292 @@
+"""Streams: a memory that lives, written and read one pattern after the other, in place."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkm._linalg.reference import symmetry
+from fastkm._runtime import dispatch, guards, status
+from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.autograd import wants_gradient
+from fastkm._runtime.results import result
+from fastkm.reading import ReadResult
+from fastkm.state import MemoryState
+from fastkm.streaming import native, reading, reference
+
+__all__ = ["MemoryStream", "StreamUpdate", "StreamWrite"]
+
+OPERATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "native": (native.stream_patterns, native.refresh_streams),
+    "reference": (reference.stream_patterns, reference.refresh_streams),
+}
+PADDING = 16  # the rows of a stream's matrices are a multiple of so many numbers
+GRAM = "mean meanᵀ + ridge I"
+
+
+@result
+class StreamWrite(NamedTuple):
+    """What :meth:`MemoryStream.write` returns; as the fields of :class:`fastkm.WriteResult`."""
+
+    weights: Tensor  # [B, T, K]
+    innovation_var: Tensor  # [B, T]
+    kl: Tensor  # [B, T], nats
+
+
+@result
+class StreamUpdate(NamedTuple):
+    """What :meth:`MemoryStream.update` returns; as the fields of :class:`fastkm.PosteriorUpdate`."""
+
+    innovation_var: Tensor  # [B, T]
+    kl: Tensor  # [B, T], nats
+    log_evidence: Tensor  # [B], nats
+
+
+class MemoryStream:
+    """Memories that are written and read one pattern after the other, in place.
+
+    A stream carries ``H = (R Rᵀ + λI)⁻¹`` from pattern to pattern. A write changes ``R Rᵀ`` by rank two, so ``H``
+    follows with ``K²`` operations, where :func:`fastkm.write` pays ``K² C + K³`` for a single pattern:
+
+    >>> stream = fastkm.MemoryStream(state, noise_var=1.0, ridge=1.0)
+    >>> stream.write(values)                 # [B, T, C], the same memory as fastkm.write gives
+    >>> stream.read(queries).values          # [B, Q, C]
+    >>> stream.state                         # MemoryState(mean, cov), the tensors that the stream changes
+
+    ``H`` is never trusted. Every use is checked with the residual ``R (z − Rᵀw) − λw``, taken from the memory itself,
+    and corrected until that is rounding. If three corrections are not enough, ``H`` is computed anew; ``refreshes``
+    counts how often. So weights and values are as good as those of the functions after any number of patterns.
+
+    The state is copied once, here; what the caller gave is never changed. A stream computes no gradients: where
+    autograd is on, a tensor that requires one is refused. Use it under :func:`torch.no_grad`, or detach what it gets.
+
+    Args:
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64.
+        noise_var: variance σ² of the observation noise: a float, 0-d or ``[B]``.
+        ridge: λ of the addressing solve: a float, 0-d or ``[B]``.
+        num_opt_iters: how often the weights of a pattern are solved, see :func:`fastkm.write`.
+        backend: ``"native"`` (on a CPU), ``"reference"`` or None. The reference waits for the device once a pattern.
+
+    Memory: ``K (C + 2K)`` numbers, and as many again as ``K²`` three times while ``H`` is computed anew.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+        torch.linalg.LinAlgError: ``state.cov`` is not symmetric or not finite, or ``mean meanᵀ + ridge I`` cannot be
+            factored in this dtype; names the memories.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+    """
+
+    def __init__(
+        self,
+        state: MemoryState,
+        noise_var: float | Tensor,  # float, 0-d or [B]
+        ridge: float | Tensor,  # float, 0-d or [B]
+        *,
+        num_opt_iters: int = 1,
+        backend: str | None = None,
+    ) -> None:
+        signature = guards.Signature()
+        mean, cov = signature.state("state", state)
+        noise_var, ridge = signature.per_memory("noise_var", noise_var), signature.per_memory("ridge", ridge)
+        self.num_opt_iters = guards.count("num_opt_iters", num_opt_iters)
+        _refuse_gradients(mean, cov, noise_var, ridge)
+        self.backend = dispatch.resolve("stream", backend, mean, cov)
+        self._patterns, self._refresh = OPERATIONS[self.backend]
+        self._batch, self._rows, self._columns = mean.shape
+        self._mean, self._cov = _padded(mean), _padded(cov)
+        self._inverse = torch.zeros_like(self._cov)
+        self._noise_var, self._ridge = noise_var.detach().clone(), ridge.detach().clone()
+        self._refreshes = torch.zeros(self._batch, dtype=torch.int64, device=mean.device)
+        self._start()
+
+    def _start(self) -> None:
+        """Check the covariance, make it symmetric to the last bit, and compute H."""
+        cov = self._cov[..., : self._rows]
+        status.raise_failures(symmetry(cov), "state.cov")
+        cov.copy_((cov + cov.mT) / 2)
+        status.raise_failures(self._refresh(self._mean, self._inverse, self._ridge), GRAM)
+
+    @property
+    def state(self) -> MemoryState:
+        """The memory now: views of what the stream changes in place. Clone what must stay as it is."""
+        return MemoryState(self._mean[..., : self._columns], self._cov[..., : self._rows])
+
+    @property
+    def noise_var(self) -> Tensor:
+        """σ² ``[B]``."""
+        return self._noise_var
+
+    @property
+    def ridge(self) -> Tensor:
+        """λ ``[B]``."""
+        return self._ridge
+
+    @property
+    def refreshes(self) -> Tensor:
+        """How often the inverse of each memory was computed anew since the stream began ``[B]``, int64."""
+        return self._refreshes
+
+    @in_float32
+    def write(
+        self,
+        values: Tensor,  # [B, T, C]
+        *,
+        mask: Tensor | None = None,  # [B, T], bool
+    ) -> StreamWrite:
+        """Address each pattern and store it, as :func:`fastkm.write` does pattern by pattern.
+
+        Args:
+            values: the patterns, in order; beside a float32 memory they may be bfloat16 or float16.
+            mask: where False the pattern changes nothing; its weights and ``kl`` are 0, its ``innovation_var`` is σ².
+
+        Raises:
+            TypeError, ValueError: as :func:`fastkm.write`. The stream is as before.
+            torch.linalg.LinAlgError: some patterns were refused, for the reasons of :func:`fastkm.write`; names them.
+                They changed nothing, and all others are written.
+        """
+        signature = self._signature()
+        values = signature.tensor("values", values, "BTC", low_precision=True)
+        mask = signature.mask("mask", mask, "BT")
+        weights, innovation_var, kl, _ = self._run(None, values, mask)
+        return StreamWrite(weights, innovation_var, kl)
+
+    @in_float32
+    def update(
+        self,
+        weights: Tensor,  # [B, T, K]
+        values: Tensor,  # [B, T, C]
+        *,
+        mask: Tensor | None = None,  # [B, T], bool
+    ) -> StreamUpdate:
+        """Store patterns with given weights, as :func:`fastkm.update_posterior` does pattern by pattern.
+
+        Args, Raises: as :meth:`write`; ``weights`` say how much each row takes part in each pattern.
+        """
+        signature = self._signature()
+        weights = signature.tensor("weights", weights, "BTK", low_precision=True)
+        values = signature.tensor("values", values, "BTC", low_precision=True)
+        mask = signature.mask("mask", mask, "BT")
+        _, innovation_var, kl, log_evidence = self._run(weights, values, mask)
+        return StreamUpdate(innovation_var, kl, log_evidence)
+
+    @in_float32
+    def read(
+        self,
+        queries: Tensor,  # [B, Q, C]
+        num_iters: int = 1,
+    ) -> ReadResult:
+        """Read the memory as :func:`fastkm.read` does, with the inverse that the stream carries.
+
+        ``w_1 = H R z`` and ``w_{i+1} = w_i − λ H w_i``, each solve corrected by its residual; ``ẑ = Rᵀ w``.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+            torch.linalg.LinAlgError: ``mean meanᵀ + ridge I`` cannot be factored in this dtype.
+        """
+        queries = self._signature().tensor("queries", queries, "BQC", low_precision=True)
+        num_iters = guards.count("num_iters", num_iters)
+        _refuse_gradients(queries)
+        with torch.no_grad():
+            mean, inverse = self._mean[..., : self._columns], self._inverse[..., : self._rows]
+            queries = queries.to(mean.dtype)
+            weights, reached = reading.read(mean, inverse, queries, self._ridge, num_iters)
+            if not reached:
+                status.raise_failures(self._refresh(self._mean, self._inverse, self._ridge), GRAM)
+                self._refreshes += 1
+                weights, _ = reading.read(mean, inverse, queries, self._ridge, num_iters)
+            return ReadResult(weights @ mean, weights)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all that the stream holds: a stream that loads them goes on with the same bits."""
+        held = {"mean": self.state.mean, "cov": self.state.cov, "inverse": self._inverse[..., : self._rows]}
+        held.update(noise_var=self._noise_var, ridge=self._ridge, refreshes=self._refreshes)
+        return {name: x.clone(memory_format=torch.contiguous_format) for name, x in held.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned, of a stream of the same shape and dtype. The tensors are copied.
+
+        Raises:
+            TypeError, ValueError, KeyError: ``state_dict`` is not of such a stream. This one stays as it was.
+        """
+        held = self.state_dict()
+        if state_dict.keys() != held.keys():
+            raise KeyError(f"state_dict must hold {', '.join(held)}, it holds {', '.join(map(str, state_dict))}")
+        for name, own in held.items():
+            given = state_dict[name]
+            if not isinstance(given, Tensor) or given.dtype != own.dtype or given.shape != own.shape:
+                wanted = f"a {guards.dtype_name(own.dtype)} tensor of shape {list(own.shape)}"
+                raise ValueError(f"state_dict[{name!r}] must be {wanted}")
+        with torch.no_grad():
+            self.state.mean.copy_(state_dict["mean"])
+            self.state.cov.copy_(state_dict["cov"])
+            self._inverse[..., : self._rows].copy_(state_dict["inverse"])
+            self._noise_var.copy_(state_dict["noise_var"])
+            self._ridge.copy_(state_dict["ridge"])
+            self._refreshes.copy_(state_dict["refreshes"])
+
+    def __repr__(self) -> str:
+        dtype, device = guards.dtype_name(self._mean.dtype), self._mean.device
+        return (
+            f"MemoryStream({self._batch} × [{self._rows}, {self._columns}], {dtype} on {device}, "
+            f"num_opt_iters={self.num_opt_iters}, backend={self.backend!r})"
+        )
+
+    def _signature(self) -> guards.Signature:
+        signature = guards.Signature()
+        signature.sizes.update(B=self._batch, K=self._rows, C=self._columns)
+        signature.first = ("the memory", self._mean)
+        return signature
+
+    def _run(self, weights: Tensor | None, values: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+        _refuse_gradients(values, weights)
+        dtype = self._mean.dtype
+        with torch.no_grad():
+            *reports, refreshes, info = self._patterns(
+                self._mean,
+                self._cov,
+                self._inverse,
+                None if weights is None else weights.to(dtype),
+                values.to(dtype),
+                self._noise_var,
+                self._ridge,
+                self.num_opt_iters,
+                mask,
+            )
+            self._refreshes += refreshes
+        if bool(info.any()):
+            raise _refusal(info, weights, values)
+        return tuple(reports)
+
+
+def _padded(matrix: Tensor) -> Tensor:
+    """A copy whose rows are filled up with zeros."""
+    batch, rows, columns = matrix.shape
+    padded = matrix.new_zeros(batch, rows, -(-columns // PADDING) * PADDING)
+    padded[..., :columns].copy_(matrix.detach())
+    return padded
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if wants_gradient(tensors):
+        raise RuntimeError(
+            "a stream computes no gradients and an argument requires one; call it under torch.no_grad(), or detach the "
+            "argument"
+        )
+
+
+def _refusal(info: Tensor, weights: Tensor | None, values: Tensor) -> torch.linalg.LinAlgError:
+    """The error that names every pattern ``[memory, pattern]`` that was refused."""
+    for name, x in (("weights", weights), ("values", values)):
+        if x is not None and (broken := (info != 0) & ~x.isfinite().all(-1)).any():
+            refused = broken.nonzero().tolist()
+            return torch.linalg.LinAlgError(
+                f"{name} are not finite in patterns {refused}: nothing was written for them"
+            )
+    reasons = [
+        f"{words} by patterns {(info == code).nonzero().tolist()}"
+        for code, words in status.WORDS.items()
+        if bool((info == code).any())
+    ]
+    advice = "these changed nothing; use float64, more noise or a larger ridge"
+    return torch.linalg.LinAlgError(f"the covariance or {GRAM} is {' and '.join(reasons)}: {advice}")
