@@ -57,6 +57,7 @@ struct PosteriorArgs {
   Batch<Real> kl;                // [B, T]
   Real* log_evidence = nullptr;  // [B]; a write has none
   int32_t* info = nullptr;       // [B]
+  bool keeps_refused = false;    // whether a memory that is refused comes out as it came in
   int64_t precision = kIeee;
   int64_t weights_type = kFloat32, values_type = kFloat32;  // Element; only a GPU reads it
 
@@ -136,8 +137,8 @@ struct MatrixNormalGrads {
   Batch<Real> to_prior_mean, to_prior_cov;  // likewise
 };
 
-// Patterns that are written to memories in place, one after the other, with H = (R Rᵀ + λI)⁻¹ carried along. Rows of the
-// three matrices are padded to a multiple of kStreamPadding numbers, and hold zeros there.
+// Patterns that are written to memories in place, one after the other, with H = (R Rᵀ + λI)⁻¹ carried along. Rows of
+// the three matrices are padded to a multiple of kStreamPadding numbers, and hold zeros there.
 constexpr int64_t kStreamPadding = 16;
 template <class Real>
 struct StreamingArgs {
@@ -190,6 +191,7 @@ struct Kernels {
   void (*read_backward)(const ReadingArgs<Real>&, const ReadingGrads<Real>&, int64_t begin, int64_t end);
   void (*kl_memory_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
+  void (*update_posterior_into)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `new_mean` may be `mean`
   void (*stream_patterns)(const StreamingArgs<Real>&, int64_t begin, int64_t end);
   void (*refresh_streams)(const StreamingArgs<Real>&, int64_t begin, int64_t end);  // H alone; info is [B, 1]
 };

@@ -54,6 +54,19 @@ struct PosteriorOutputs {
   }
 };
 
+// A memory of the caller that a result goes into. A memory that is refused comes out as it came in.
+template <class Real>
+void write_into(PosteriorArgs<Real>& args, const Tensor& out_mean, const Tensor& out_cov, const Tensor& mean) {
+  const int64_t B = mean.size(0);
+  expect(out_mean, "out.mean", {B, args.K, args.C}, mean.scalar_type());
+  expect(out_cov, "out.cov", {B, args.K, args.K}, mean.scalar_type());
+  for (const Tensor* rows : {&out_mean, &out_cov})
+    STD_TORCH_CHECK(rows->stride(2) == 1 || rows->size(2) <= 1, "fastkm: the rows of out must be contiguous");
+  args.new_mean = batch_of<Real>(out_mean);
+  args.new_cov = batch_of<Real>(out_cov);
+  args.keeps_refused = true;
+}
+
 // The cotangents that an update and a write have in common.
 struct PosteriorGradOutputs {
   Tensor mean, cov, values, noise_var;

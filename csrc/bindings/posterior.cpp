@@ -26,6 +26,30 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
   return {out.mean, out.cov, out.innovation_var, out.kl, log_evidence, out.info};
 }
 
+// The same into a memory of the caller, on a CPU. `out_mean` may be `mean`, and `out_cov` may be `cov`.
+static std::tuple<Tensor, Tensor, Tensor, Tensor> update_posterior_into(const Tensor& mean, const Tensor& cov,
+                                                                        const Tensor& weights, const Tensor& values,
+                                                                        const Tensor& noise_var,
+                                                                        const std::optional<Tensor>& mask,
+                                                                        const Tensor& out_mean, const Tensor& out_cov) {
+  const Cpu place(mean, cov, weights, values, noise_var, mask, out_mean, out_cov);
+  const int64_t B = mean.size(0), T = values.size(1);
+  const Tensor innovation_var = make_tensor(mean, {B, T}), kl = make_tensor(mean, {B, T});
+  const Tensor log_evidence = make_tensor(mean, {B}), info = make_tensor(mean, {B}, ScalarType::Int);
+  place.for_dtype(mean.scalar_type(), [&](auto scalar) {
+    using Real = decltype(scalar);
+    PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, values, noise_var, mask, kIeee);
+    set_weights(place, args, weights, mean);
+    write_into(args, out_mean, out_cov, mean);
+    args.innovation_var = batch_of<Real>(innovation_var);
+    args.kl = batch_of<Real>(kl);
+    args.log_evidence = data_of<Real>(log_evidence);
+    args.info = data_of<int32_t>(info);
+    place.run(B, &Kernels<Real>::update_posterior_into, nullptr, args);
+  });
+  return {innovation_var, kl, log_evidence, info};
+}
+
 template <class Place>
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> update_posterior_backward(
     const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
@@ -55,6 +79,7 @@ template <class Place, class Library>
 static void register_posterior(Library& m) {
   m.impl("update_posterior", TORCH_BOX(&update_posterior<Place>));
   m.impl("update_posterior_backward", TORCH_BOX(&update_posterior_backward<Place>));
+  if constexpr (Place::kOnHost) m.impl("update_posterior_into", TORCH_BOX(&update_posterior_into));
 }
 FASTKM_REGISTER(register_posterior)
 

@@ -58,6 +58,9 @@ def write_backward(K: int, C: int, T: int, Q: int) -> Flops:
     return Flops(update.codes + 2 * product(T, C, K), update.other + solved)
 
 
+update_posterior_into, write_into = update_posterior, write
+
+
 def stream_patterns(K: int, C: int, T: int, Q: int) -> Flops:
     # An update; R z and R δ; H x, H c and H r; and H less one square, plus another.
     update = update_posterior(K, C, T, Q)

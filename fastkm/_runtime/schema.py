@@ -175,9 +175,46 @@ def _(cov):
     return cov.new_empty(cov.shape[:1]), _empty_info(cov)
 
 
-# ---- streams: operators that change their arguments ----------------------------------------------------------------
-# Rows of `mean [B, K, ·]`, `cov [B, K, ·]` and `inverse [B, K, ·]` are padded with zeros to a multiple of 16 numbers.
-# `inverse` is (mean meanᵀ + ridge I)⁻¹ and follows the patterns.
+# ---- operators that change their arguments -------------------------------------------------------------------------
+
+
+# update_posterior and write into a memory of the caller. `out_mean` may be `mean` and `out_cov` may be `cov`; otherwise
+# they share no memory with an argument. A memory that is refused, as `info` says, comes out as it came in; of an update
+# with more than 16 patterns, as it was before the first block of patterns that was refused.
+@_operator(
+    "update_posterior_into(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " Tensor(a!) out_mean, Tensor(b!) out_cov)"
+    " -> (Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor info)",
+    changes=True,
+)
+def _(mean, cov, weights, values, noise_var, mask, out_mean, out_cov):
+    per_pattern = weights.shape[:2]
+    return (
+        mean.new_empty(per_pattern),
+        mean.new_empty(per_pattern),
+        mean.new_empty(mean.shape[:1]),
+        _empty_info(mean),
+    )
+
+
+@_operator(
+    "write_into(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
+    " bool squared_gram, Tensor? mask, Tensor(a!) out_mean, Tensor(b!) out_cov)"
+    " -> (Tensor weights, Tensor innovation_var, Tensor kl, Tensor info)",
+    changes=True,
+)
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, out_mean, out_cov):
+    per_pattern = values.shape[:2]
+    return (
+        mean.new_empty((*per_pattern, mean.shape[1])),
+        mean.new_empty(per_pattern),
+        mean.new_empty(per_pattern),
+        _empty_info(mean),
+    )
+
+
+# Streams. Rows of `mean [B, K, ·]`, `cov [B, K, ·]` and `inverse [B, K, ·]` are padded with zeros to a multiple of 16
+# numbers. `inverse` is (mean meanᵀ + ridge I)⁻¹ and follows the patterns.
 
 
 # `weights` are those of the patterns; without, they are found, and returned. `info [B, T]` says which patterns were

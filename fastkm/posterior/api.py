@@ -8,6 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES
+from fastkm._runtime.out import call_into
 from fastkm._runtime.results import result
 from fastkm.posterior import native, reference
 from fastkm.state import MemoryState
@@ -24,6 +25,7 @@ UPDATE_POSTERIOR = Operation(
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.update_block,
     native=native.update_posterior,
+    into=native.update_posterior_into,
     triton="fastkm.posterior.triton",
     factored="state.cov",
 )
@@ -47,6 +49,7 @@ def update_posterior(
     *,
     mask: Tensor | None = None,  # [B, T], bool
     precision: str = "ieee",
+    out: MemoryState | None = None,
     backend: str | None = None,
 ) -> PosteriorUpdate:
     """Condition the memory on ``values = weights @ M + noise``: Bayesian linear regression, exactly.
@@ -68,6 +71,8 @@ def update_posterior(
         mask: where False the pattern changes nothing; its ``kl`` is 0 and its ``innovation_var`` is σ².
         precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
             cores). Solves and factors are always float32; on a CPU everything is.
+        out: the memory that the new state is written into, which may be ``state``: then it is updated in place. See
+            below.
         backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
 
     Returns:
@@ -80,6 +85,12 @@ def update_posterior(
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
     its cost.
 
+    With ``out`` the result's ``state`` is ``out``, no gradient is computed, and on a CPU no second memory is made: a
+    single pattern reads it twice and writes it once. ``out.mean`` is ``state.mean`` itself or shares no memory with an
+    argument; likewise ``out.cov``; what is written inside :func:`torch.compile` is not checked for it. A memory that is
+    refused comes out as it came in or, with more than 16 patterns, as it was before the block of 16 to 64 patterns that
+    was refused. On a GPU, and by the reference, the new memory is computed and then copied.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
         torch.linalg.LinAlgError: ``cov`` is not symmetric or not positive definite, an argument is not finite, or the
@@ -88,7 +99,9 @@ def update_posterior(
 
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
-    mean, cov, innovation_var, kl, log_evidence, _ = call(
-        UPDATE_POSTERIOR, backend, state, weights, values, noise_var, mask, precision
-    )
+    if out is None:
+        outputs = call(UPDATE_POSTERIOR, backend, state, weights, values, noise_var, mask, precision)
+    else:
+        outputs = call_into(UPDATE_POSTERIOR, backend, out, state, weights, values, noise_var, mask, precision)
+    mean, cov, innovation_var, kl, log_evidence, _ = outputs
     return make_result(PosteriorUpdate, (make_result(MemoryState, (mean, cov)), innovation_var, kl, log_evidence))

@@ -8,3 +8,4 @@ from fastkm._runtime.autograd import differentiable
 _operators = torch.ops.fastkm
 
 update_posterior = differentiable(_operators.update_posterior.default, _operators.update_posterior_backward.default)
+update_posterior_into = _operators.update_posterior_into.default

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastkm._linalg.reference import symmetry
 from fastkm._runtime import dispatch, guards, status
@@ -254,6 +255,7 @@ class MemoryStream:
                 mask,
             )
             self._refreshes += refreshes
+            increment_version((self._mean, self._cov))  # autograd notices that what it saved has changed
         if bool(info.any()):
             raise _refusal(info, weights, values)
         return tuple(reports)

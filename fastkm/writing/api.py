@@ -8,6 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
+from fastkm._runtime.out import call_into
 from fastkm._runtime.results import result
 from fastkm.state import MemoryState
 from fastkm.writing import native, reference
@@ -26,6 +27,7 @@ WRITE = Operation(
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.write_sequential,
     native=native.write,
+    into=native.write_into,
     triton="fastkm.writing.triton",
     factored="state.cov",
 )
@@ -51,6 +53,7 @@ def write(
     method: str = "ridge",
     mask: Tensor | None = None,  # [B, T], bool
     precision: str = "ieee",
+    out: MemoryState | None = None,
     backend: str | None = None,
 ) -> WriteResult:
     """Write an episode as the Dynamic Kanerva Machine does: each pattern is addressed, then stored.
@@ -70,6 +73,8 @@ def write(
         mask: where False the pattern changes nothing; its weights and ``kl`` are 0, its ``innovation_var`` is σ².
         precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
             cores). Solves and factors are always float32; on a CPU everything is.
+        out: the memory that the new state is written into, which may be ``state``: then it is updated in place. See
+            below.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
 
     Returns:
@@ -82,6 +87,11 @@ def write(
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
     its cost.
 
+    With ``out`` the result's ``state`` is ``out`` and no gradient is computed. ``out.mean`` is ``state.mean`` itself or
+    shares no memory with an argument; likewise ``out.cov``; what is written inside :func:`torch.compile` is not checked
+    for it. A memory that is refused comes out as it came in. A write works on a copy of the memory all the same;
+    :class:`fastkm.MemoryStream` does not.
+
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
         torch.linalg.LinAlgError: ``state.cov`` is not symmetric positive definite, or the Gram matrix cannot be
@@ -90,7 +100,11 @@ def write(
 
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
-    mean, cov, weights, innovation_var, kl, _ = call(
-        WRITE, backend, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
-    )
+    if out is None:
+        outputs = call(WRITE, backend, state, values, noise_var, ridge, num_opt_iters, method, mask, precision)
+    else:
+        outputs = call_into(
+            WRITE, backend, out, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
+        )
+    mean, cov, weights, innovation_var, kl, _ = outputs
     return make_result(WriteResult, (make_result(MemoryState, (mean, cov)), weights, innovation_var, kl))

@@ -185,6 +185,8 @@ def test_both_wings_have_the_same_rooms():
 
 # What several kernels of a family share on a GPU, and what is part of one file on a CPU.
 ON_GPUS_ONLY = {"posterior/chunk", "reading/addressing"}
+# Results in place: on a GPU they are computed and then copied.
+ON_CPUS_ONLY = {"posterior/update_into"}
 
 
 def test_both_wings_have_the_same_files():
@@ -193,4 +195,4 @@ def test_both_wings_have_the_same_files():
         return {f"{folder.name}/{path.stem}" for folder in folders for path in folder.iterdir()}
 
     assert files("cuda") - files("cpu") == ON_GPUS_ONLY
-    assert files("cpu") <= files("cuda")
+    assert files("cpu") - files("cuda") == ON_CPUS_ONLY

@@ -16,6 +16,7 @@ template struct Tile<2, 1, float>;
 #include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/posterior/update.h"
 #include "cpu/posterior/update_backward.h"
+#include "cpu/posterior/update_into.h"
 #include "cpu/reading/read.h"
 #include "cpu/reading/read_backward.h"
 #include "cpu/streaming/stream.h"
@@ -40,6 +41,7 @@ const Kernels<Real>& kernels() {
       .read_backward = read_backward<Real>,
       .kl_memory_backward = kl_memory_backward<Real>,
       .logdet_backward = logdet_backward<Real>,
+      .update_posterior_into = update_posterior_into<Real>,
       .stream_patterns = stream_patterns<Real>,
       .refresh_streams = refresh_streams<Real>,
   };

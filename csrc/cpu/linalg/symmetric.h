@@ -18,17 +18,44 @@ void raise(std::atomic<Bits>& largest, Bits x) {
   }
 }
 
-// Whether a matrix can be a covariance: kAsymmetric if it is not symmetric up to rounding, kNotPositiveDefinite if an
-// entry is not finite.
+// The largest entry of a matrix and its largest difference from its transpose, as bits of their magnitudes. A maximum
+// does not depend on how threads share it.
+template <class Real>
+struct SymmetryOf {
+  using Bits = LaneNumber<Real>;
+  std::atomic<Bits> scale = 0, gap = 0;
+
+  void compare(Bits size, Bits difference) { raise(scale, size), raise(gap, difference); }
+
+  template <class Lanes>
+  void compare_lanes(const Lanes& sizes, const Lanes& differences) {
+    Bits size = 0, difference = 0;
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane) {
+      size = sizes[lane] > size ? sizes[lane] : size;
+      difference = differences[lane] > difference ? differences[lane] : difference;
+    }
+    compare(size, difference);
+  }
+
+  // kAsymmetric if the matrix is not symmetric up to rounding, kNotPositiveDefinite if an entry is not finite.
+  Status status() const {
+    const Real largest = __builtin_bit_cast(Real, gap.load());
+    if (largest - largest != 0) return kNotPositiveDefinite;  // it is NaN if any entry is NaN or infinite
+    return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load())
+               ? kGood
+               : kAsymmetric;
+  }
+};
+
+// Whether a matrix can be a covariance.
 template <class Real>
 Status symmetry(const Matrix<Real>& m) {
   constexpr int64_t W = kLanes<Real>;
   using Bits = LaneNumber<Real>;
   // Compare each square below the diagonal with the one across it, lane by lane; then the remaining rows entry by
-  // entry. A maximum does not depend on how threads share it.
+  // entry.
   const int64_t whole = m.rows / W * W;
-  std::atomic<Bits> scale = 0, gap = 0;
-  const auto compare = [&](Bits size, Bits difference) { raise(scale, size), raise(gap, difference); };
+  SymmetryOf<Real> found;
   const Team* team = team_for(m.rows * m.rows / 2);
   share_triangle_parts(team, m.rows / W, [&](const auto& each_square_row) __attribute__((always_inline)) {
     const Matrix<Real> m_here = m;
@@ -46,22 +73,13 @@ Status symmetry(const Matrix<Real>& m) {
         }
       }
     });
-    Bits scale_here = 0, gap_here = 0;
-    for (int64_t lane = 0; lane < W; ++lane) {
-      scale_here = scales[lane] > scale_here ? scales[lane] : scale_here;
-      gap_here = gaps[lane] > gap_here ? gaps[lane] : gap_here;
-    }
-    compare(scale_here, gap_here);
+    found.compare_lanes(scales, gaps);
   });
   for (int64_t i = whole; i < m.rows; ++i)
     for (int64_t j = 0; j <= i; ++j)
-      compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
-              __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
-  const Real largest = __builtin_bit_cast(Real, gap.load());
-  if (largest - largest != 0) return kNotPositiveDefinite;  // the difference is NaN if any entry is NaN or infinite
-  return largest <= std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load())
-             ? kGood
-             : kAsymmetric;
+      found.compare(__builtin_bit_cast(Bits, std::abs(m.row(i)[j])),
+                    __builtin_bit_cast(Bits, std::abs(m.row(i)[j] - m.row(j)[i])));
+  return found.status();
 }
 
 // Copy the lower triangle to the upper one.

@@ -1,28 +1,13 @@
-// Passes over the rows of one memory of a stream.
-//
-// A pass goes through the rows in units of kUnitRows, which the threads of a team share, always in the same way, so
-// that a thread finds its rows in its own cache. A sum over rows is added up unit by unit in their order, whoever
-// computed them: results do not depend on the number of threads.
+// Passes over the rows of one memory of a stream, unit by unit.
 #pragma once
 
+#include "cpu/linalg/units.h"
 #include "cpu/linalg/vectors.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
-constexpr int64_t kUnitRows = 64;
-
-inline int64_t count_units(int64_t rows) { return (rows + kUnitRows - 1) / kUnitRows; }
-
 // The team that shares the passes over a memory of K rows.
 inline const Team* team_for_passes(int64_t K, int64_t C) { return team_for(K * (K + C)); }
-
-// Call f(begin, end) for the rows of every unit.
-template <class F>
-void each_unit(const Team* team, int64_t rows, const F& f) {
-  share(team, count_units(rows), [&](int64_t first, int64_t last) {
-    for (int64_t unit = first; unit < last; ++unit) f(unit * kUnitRows, smaller((unit + 1) * kUnitRows, rows));
-  });
-}
 
 // The vector of lanes i, i + 1, … with zeros from `end` on.
 template <class Real>

@@ -125,6 +125,7 @@ void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
       store_matrix(args.new_weights.from_row(first), b, weights);
       if (status == kGood) status = written;
     }
+    if (status != kGood && shared.keeps_refused) load_memory(memory, shared, b);
     store_memory(memory, shared, b);
     shared.info[b] = status;
   }
