@@ -13,7 +13,9 @@ import fastkm
 from fastkm import MemoryState
 from fastkm._runtime import dispatch, schema
 from fastkm.matrix_normal.api import KL_MEMORY_DEEPMIND
+from fastkm.posterior.api import UPDATE_POSTERIOR_INTO
 from fastkm.reading.api import ATTRACTOR_READ
+from fastkm.writing.api import WRITE_INTO
 
 PACKAGE = Path(fastkm.__file__).parent
 # Not fastkm.testing: whatever a backend under test raises is its verdict.
@@ -233,13 +235,15 @@ def test_a_number_first_given_in_inference_mode_can_be_saved_for_backward():
 
 
 def test_every_operation_of_the_table_is_declared_once_with_the_same_backends():
-    declared = [*KERNELS.values(), ATTRACTOR_READ, KL_MEMORY_DEEPMIND]
-    assert sorted(operation.name for operation in declared) == sorted(dispatch.CAPABILITIES)
+    declared = [*KERNELS.values(), UPDATE_POSTERIOR_INTO, WRITE_INTO, ATTRACTOR_READ, KL_MEMORY_DEEPMIND]
+    assert sorted(operation.name for operation in declared) == sorted(dispatch.CAPABILITIES.keys() - {"stream"})
     for operation in declared:
         assert operation.kernels.keys() == dispatch.CAPABILITIES[operation.name].keys(), operation.name
 
 
-@pytest.mark.parametrize("operation", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize(
+    "operation", [*KERNELS.values(), UPDATE_POSTERIOR_INTO, WRITE_INTO], ids=lambda operation: operation.name
+)
 def test_the_checks_make_what_the_operator_takes(operation):
     """Positions and kinds of the inputs, against the schema."""
     kinds = {int: "int", bool: "bool"}

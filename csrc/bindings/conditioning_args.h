@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/make_tensor.h"
+#include "bindings/overlap.h"
 #include "bindings/tensor_args.h"
 
 namespace fastkm {
@@ -54,18 +55,27 @@ struct PosteriorOutputs {
   }
 };
 
-// A memory of the caller that a result goes into. A memory that is refused comes out as it came in.
-template <class Real>
-void write_into(PosteriorArgs<Real>& args, const Tensor& out_mean, const Tensor& out_cov, const Tensor& mean) {
-  const int64_t B = mean.size(0);
-  expect(out_mean, "out.mean", {B, args.K, args.C}, mean.scalar_type());
-  expect(out_cov, "out.cov", {B, args.K, args.K}, mean.scalar_type());
-  for (const Tensor* rows : {&out_mean, &out_cov})
-    STD_TORCH_CHECK(rows->stride(2) == 1 || rows->size(2) <= 1, "fastkm: the rows of out must be contiguous");
-  args.new_mean = batch_of<Real>(out_mean);
-  args.new_cov = batch_of<Real>(out_cov);
-  args.keeps_refused = true;
-}
+// A memory of the caller that a result goes into. It may be the memory that comes in, and shares no memory with others.
+struct MemoryOut {
+  const Tensor &mean, &cov;
+
+  // Let the new memory go there. One that is refused comes out as it came in.
+  template <class Real>
+  void into(PosteriorArgs<Real>& args, const Tensor& old_mean, const Tensor& old_cov,
+            std::initializer_list<const Tensor*> others) const {
+    const int64_t B = old_mean.size(0);
+    expect(mean, "out.mean", {B, args.K, args.C}, old_mean.scalar_type());
+    expect(cov, "out.cov", {B, args.K, args.K}, old_mean.scalar_type());
+    for (const Tensor* rows : {&mean, &cov})
+      STD_TORCH_CHECK(rows->stride(2) == 1 || rows->size(2) <= 1, "fastkm: the rows of out must be contiguous");
+    expect_apart(mean, old_mean, {&old_cov, &cov});
+    expect_apart(cov, old_cov, {&old_mean, &mean});
+    for (const Tensor* out : {&mean, &cov}) expect_apart(*out, *out, others);
+    args.new_mean = batch_of<Real>(mean);
+    args.new_cov = batch_of<Real>(cov);
+    args.keeps_refused = true;
+  }
+};
 
 // The cotangents that an update and a write have in common.
 struct PosteriorGradOutputs {

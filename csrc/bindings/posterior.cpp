@@ -27,20 +27,18 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
 }
 
 // The same into a memory of the caller, on a CPU. `out_mean` may be `mean`, and `out_cov` may be `cov`.
-static std::tuple<Tensor, Tensor, Tensor, Tensor> update_posterior_into(const Tensor& mean, const Tensor& cov,
-                                                                        const Tensor& weights, const Tensor& values,
-                                                                        const Tensor& noise_var,
-                                                                        const std::optional<Tensor>& mask,
-                                                                        const Tensor& out_mean, const Tensor& out_cov) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor> update_posterior_into(
+    const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
+    const std::optional<Tensor>& mask, int64_t precision, const Tensor& out_mean, const Tensor& out_cov) {
   const Cpu place(mean, cov, weights, values, noise_var, mask, out_mean, out_cov);
   const int64_t B = mean.size(0), T = values.size(1);
   const Tensor innovation_var = make_tensor(mean, {B, T}), kl = make_tensor(mean, {B, T});
   const Tensor log_evidence = make_tensor(mean, {B}), info = make_tensor(mean, {B}, ScalarType::Int);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
-    PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, values, noise_var, mask, kIeee);
+    PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, values, noise_var, mask, precision);
     set_weights(place, args, weights, mean);
-    write_into(args, out_mean, out_cov, mean);
+    MemoryOut{out_mean, out_cov}.into(args, mean, cov, {&weights, &values, &noise_var, mask ? &*mask : nullptr});
     args.innovation_var = batch_of<Real>(innovation_var);
     args.kl = batch_of<Real>(kl);
     args.log_evidence = data_of<Real>(log_evidence);

@@ -45,12 +45,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
 }
 
 // The same into a memory of the caller, on a CPU. `out_mean` may be `mean`, and `out_cov` may be `cov`.
-static std::tuple<Tensor, Tensor, Tensor, Tensor> write_into_memory(const Tensor& mean, const Tensor& cov,
-                                                                    const Tensor& values, const Tensor& noise_var,
-                                                                    const Tensor& ridge, int64_t num_opt_iters,
-                                                                    bool squared_gram,
-                                                                    const std::optional<Tensor>& mask,
-                                                                    const Tensor& out_mean, const Tensor& out_cov) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor> write_into(const Tensor& mean, const Tensor& cov,
+                                                             const Tensor& values, const Tensor& noise_var,
+                                                             const Tensor& ridge, int64_t num_opt_iters,
+                                                             bool squared_gram, const std::optional<Tensor>& mask,
+                                                             int64_t precision, const Tensor& out_mean,
+                                                             const Tensor& out_cov) {
   const Cpu place(mean, cov, values, noise_var, ridge, mask, out_mean, out_cov);
   const int64_t B = mean.size(0), T = values.size(1);
   const Tensor weights = make_tensor(mean, {B, T, mean.size(1)}), info = make_tensor(mean, {B}, ScalarType::Int);
@@ -58,9 +58,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> write_into_memory(const Tensor
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     WritingArgs<Real> args =
-        writing_args<Real>(place, mean, cov, values, noise_var, ridge, {num_opt_iters, squared_gram, kIeee}, mask);
+        writing_args<Real>(place, mean, cov, values, noise_var, ridge, {num_opt_iters, squared_gram, precision}, mask);
     args.new_weights = batch_of<Real>(weights);
-    write_into(args.posterior, out_mean, out_cov, mean);
+    MemoryOut{out_mean, out_cov}.into(args.posterior, mean, cov,
+                                      {&values, &noise_var, &ridge, mask ? &*mask : nullptr});
     args.posterior.innovation_var = batch_of<Real>(innovation_var);
     args.posterior.kl = batch_of<Real>(kl);
     args.posterior.info = data_of<int32_t>(info);
@@ -101,7 +102,7 @@ template <class Place, class Library>
 static void register_writing(Library& m) {
   m.impl("write", TORCH_BOX(&write<Place>));
   m.impl("write_backward", TORCH_BOX(&write_backward<Place>));
-  if constexpr (Place::kOnHost) m.impl("write_into", TORCH_BOX(&write_into_memory));
+  if constexpr (Place::kOnHost) m.impl("write_into", TORCH_BOX(&write_into));
 }
 FASTKM_REGISTER(register_writing)
 

@@ -34,6 +34,10 @@ class Capability(NamedTuple):
 REFERENCE = Capability()
 NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
 TRITON = Capability({"cuda": FLOAT32})
+INTO = {
+    name: each._replace(gradients=False)
+    for name, each in (("reference", REFERENCE), ("native", NATIVE), ("triton", TRITON))
+}
 ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
 ON_CPU = Capability({"cpu": DTYPES}, gradients=False)
 
@@ -42,6 +46,8 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "update_posterior_into": INTO,  # with ``out``
+    "write_into": INTO,
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
     "stream": {"reference": Capability(gradients=False), "native": ON_CPU},

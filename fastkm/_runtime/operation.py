@@ -19,8 +19,6 @@ class Operation:
         reference: the plain PyTorch form, with the arguments of the operator.
         native: the compiled operator. One with a gradient also serves the calls that :mod:`fastkm._runtime.call`
             need not check.
-        into: the compiled operator that writes the new memory into one of the caller, for an operation with ``out``. It
-            takes the inputs without the precision, then the mean and the covariance.
         triton: the module that holds a kernel called ``name``. It is imported by the first call that runs it.
         factored: the matrix that a memory with a bad status could not factor, for the error. Empty if the
             kernels report no status.
@@ -32,14 +30,12 @@ class Operation:
         *arguments: Argument,
         reference: Callable[..., Any],
         native: Callable[..., Any] | None = None,
-        into: Callable[..., Any] | None = None,
         triton: str | None = None,
         factored: str = "",
     ) -> None:
         self.name = name
         self.arguments = arguments
         self.factored = factored
-        self.into = into
         self.native = native if isinstance(native, Differentiable) else None
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
         REFERENCES[name] = reference

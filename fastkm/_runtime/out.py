@@ -1,88 +1,104 @@
 """Results that go into a memory of the caller: the argument ``out`` of public functions."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastkm._runtime import dispatch, guards
-from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.arguments import State
 from fastkm._runtime.autograd import wants_gradient
-from fastkm._runtime.diagnosis import raise_failures
+from fastkm._runtime.call import call
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.torch_private import is_transformed
+from fastkm.state import MemoryState
 
 
-@in_float32
-def call_into(operation: Operation, backend: str | None, out: Any, *arguments: Any) -> tuple:
-    """What :func:`fastkm._runtime.call.call` returns, with the new memory in ``out``, which may be the old one.
+class OperationInto(Operation):
+    """``operation``, whose first argument is the state, with the memory for the new state as one more argument.
 
-    The operation begins with a state, and ``operation.into`` computes it in place on a CPU. Elsewhere, and by the
-    reference, the results are computed and then copied. A memory that is refused comes out as it came in.
+    ``native`` is the compiled operator, which computes in place on a CPU. Elsewhere, and by the reference, the results
+    are computed and then copied. It returns what ``operation`` returns without the state. A memory that is refused
+    comes out as it came in.
     """
-    inputs = operation.check(arguments)
-    mean, cov = check_out(out, inputs, operation)
-    backend = dispatch.resolve(operation.name, backend, *[x for x in inputs if isinstance(x, Tensor)])
-    with torch.no_grad():
-        if backend == "native" and not mean.is_cuda:
-            wide = [
-                x.to(mean.dtype) if isinstance(x, Tensor) and x.dtype in guards.LOW_PRECISION else x for x in inputs
-            ]
-            reports = operation.into(*wide[:-1], mean, cov)  # type: ignore[misc]  # a CPU knows no precision
-        else:
-            reports = _copy_into(operation, backend, inputs, mean, cov)
-        if not torch.compiler.is_compiling():
-            increment_version((mean, cov))  # autograd notices that what it saved has changed
-    raise_failures(reports[-1], operation, inputs)
-    return mean, cov, *reports
+
+    def __init__(self, operation: Operation, native: Callable[..., Any]) -> None:
+        kernels = {name: _copying(kernel) for name, kernel in operation.kernels.items()}
+        super().__init__(
+            f"{operation.name}_into",
+            *operation.arguments,
+            State("out"),
+            reference=kernels["reference"],
+            factored=operation.factored,
+        )
+        copied = kernels["native"]
+        self.kernels |= kernels
+        self.kernels["native"] = lambda *inputs: (copied if inputs[0].is_cuda else native)(*inputs)
+        self.native = SimpleNamespace(operator=native)  # type: ignore[assignment]  # it has no gradient to attach
+
+    def check(self, given: tuple) -> list:
+        inputs = super().check(given)
+        check_out(inputs[-2:], inputs[:-2], self.input_names(), self.name.removesuffix("_into"))
+        return inputs
 
 
-def _copy_into(operation: Operation, backend: str, inputs: list, mean: Tensor, cov: Tensor) -> tuple:
-    if not dispatch.reads_low_precision(backend, mean):
-        inputs = _widened(inputs, mean)
-    new_mean, new_cov, *reports = operation.kernels[backend](*inputs)
-    good = (reports[-1] == 0).view(-1, 1, 1)
-    mean.copy_(torch.where(good, new_mean, inputs[0]))
-    cov.copy_(torch.where(good, new_cov, inputs[1]))
-    return tuple(reports)
+def _copying(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def compute_and_copy(*inputs):
+        *given, mean, cov = inputs
+        new_mean, new_cov, *reports = kernel(*given)
+        good = (reports[-1] == 0).view(-1, 1, 1)
+        mean.copy_(torch.where(good, new_mean, given[0]))
+        cov.copy_(torch.where(good, new_cov, given[1]))
+        return tuple(reports)
+
+    return compute_and_copy
 
 
-def _widened(inputs: list, memory: Tensor) -> list:
-    return [x.to(memory.dtype) if isinstance(x, Tensor) and x.dtype in guards.LOW_PRECISION else x for x in inputs]
+def call_into(operation: OperationInto, backend: str | None, out: Any, *arguments: Any) -> tuple[MemoryState, tuple]:
+    """``out`` with the new state, and the other results without the status."""
+    try:
+        reports = call(operation, backend, *arguments, out)
+    except torch.linalg.LinAlgError:
+        _mark_changed(out)  # the memories that were not refused
+        raise
+    _mark_changed(out)
+    return (out if type(out) is MemoryState else MemoryState(*out)), reports[:-1]
 
 
-def check_out(out: object, inputs: list, operation: Operation) -> tuple[Tensor, Tensor]:
-    """The two tensors of ``out``, or an error in words before anything is written."""
+def _mark_changed(out: Any) -> None:
+    """Let autograd notice that what it saved has changed."""
+    if not torch.compiler.is_compiling():
+        increment_version(tuple(out))
+
+
+def check_out(out: list[Tensor], given: list, names: list[str], function: str) -> None:
+    """Refuse an ``out``, whose shapes and dtypes are right, in words before anything is written."""
     if is_transformed():
         raise RuntimeError("out is written in place, which torch.func cannot transform; leave out away")
-    signature = guards.Signature()
-    signature.state("state", inputs[:2])
-    made = signature.state("out", out)
-    if wants_gradient(inputs):
+    if wants_gradient(given):
         raise RuntimeError(
-            f"{operation.name} with out computes no gradient and an argument requires one; leave out away, or call it "
-            "under torch.no_grad()"
+            f"{function} with out computes no gradient and an argument requires one; leave out away, or call it under "
+            "torch.no_grad()"
         )
-    for name, x in zip(("out.mean", "out.cov"), made, strict=True):
-        if x.requires_grad:
+    for name, x in zip(("out.mean", "out.cov"), out, strict=True):
+        if wants_gradient((x,)):
             raise RuntimeError(f"{name} requires a gradient and cannot be overwritten; detach it")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise ValueError(f"{name} must have contiguous rows, its last axis has stride {x.stride(-1)}")
-    if not (torch.compiler.is_compiling() or made[0].is_meta):
-        _refuse_overlap(made, zip(operation.input_names(), inputs, strict=True))
-    return made
+    if not (torch.compiler.is_compiling() or out[0].is_meta):
+        _refuse_overlap(out, [*zip(names, (*given, *out), strict=True)])
 
 
-def _refuse_overlap(made: tuple[Tensor, Tensor], given: Iterable[tuple[str, object]]) -> None:
+def _refuse_overlap(out: list[Tensor], arguments: Iterable[tuple[str, object]]) -> None:
     """``out`` may be the state itself, tensor by tensor, and shares no other memory."""
     own = {"out.mean": "state.mean", "out.cov": "state.cov"}
-    others = [(name, x) for name, x in given if isinstance(x, Tensor)]
-    for name, x in zip(own, made, strict=True):
+    others = [(name, x) for name, x in arguments if isinstance(x, Tensor)]
+    for name, x in zip(own, out, strict=True):
         if _overlaps_itself(x):
             raise ValueError(f"{name} has several entries at one place in memory: it is expanded; clone it")
-        for other_name, other in (*others, ("out.cov", made[1])):
+        for other_name, other in others:
             if other_name == name or not _share_memory(x, other):
                 continue
             same = (x.data_ptr(), x.stride()) == (other.data_ptr(), other.stride())

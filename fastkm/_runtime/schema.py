@@ -183,11 +183,11 @@ def _(cov):
 # with more than 16 patterns, as it was before the first block of patterns that was refused.
 @_operator(
     "update_posterior_into(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
-    " Tensor(a!) out_mean, Tensor(b!) out_cov)"
+    " int precision, Tensor(a!) out_mean, Tensor(b!) out_cov)"
     " -> (Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor info)",
     changes=True,
 )
-def _(mean, cov, weights, values, noise_var, mask, out_mean, out_cov):
+def _(mean, cov, weights, values, noise_var, mask, precision, out_mean, out_cov):
     per_pattern = weights.shape[:2]
     return (
         mean.new_empty(per_pattern),
@@ -199,11 +199,11 @@ def _(mean, cov, weights, values, noise_var, mask, out_mean, out_cov):
 
 @_operator(
     "write_into(Tensor mean, Tensor cov, Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters,"
-    " bool squared_gram, Tensor? mask, Tensor(a!) out_mean, Tensor(b!) out_cov)"
+    " bool squared_gram, Tensor? mask, int precision, Tensor(a!) out_mean, Tensor(b!) out_cov)"
     " -> (Tensor weights, Tensor innovation_var, Tensor kl, Tensor info)",
     changes=True,
 )
-def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, out_mean, out_cov):
+def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, precision, out_mean, out_cov):
     per_pattern = values.shape[:2]
     return (
         mean.new_empty((*per_pattern, mean.shape[1])),

@@ -8,7 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES
-from fastkm._runtime.out import call_into
+from fastkm._runtime.out import OperationInto, call_into
 from fastkm._runtime.results import result
 from fastkm.posterior import native, reference
 from fastkm.state import MemoryState
@@ -25,10 +25,10 @@ UPDATE_POSTERIOR = Operation(
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.update_block,
     native=native.update_posterior,
-    into=native.update_posterior_into,
     triton="fastkm.posterior.triton",
     factored="state.cov",
 )
+UPDATE_POSTERIOR_INTO = OperationInto(UPDATE_POSTERIOR, native.update_posterior_into)
 
 
 @result
@@ -99,9 +99,12 @@ def update_posterior(
 
     Source: Wu et al., "Learning Attractor Dynamics for Generative Memory", NeurIPS 2018, eq. 6.
     """
-    if out is None:
-        outputs = call(UPDATE_POSTERIOR, backend, state, weights, values, noise_var, mask, precision)
-    else:
-        outputs = call_into(UPDATE_POSTERIOR, backend, out, state, weights, values, noise_var, mask, precision)
-    mean, cov, innovation_var, kl, log_evidence, _ = outputs
+    if out is not None:
+        new, reports = call_into(
+            UPDATE_POSTERIOR_INTO, backend, out, state, weights, values, noise_var, mask, precision
+        )
+        return make_result(PosteriorUpdate, (new, *reports))
+    mean, cov, innovation_var, kl, log_evidence, _ = call(
+        UPDATE_POSTERIOR, backend, state, weights, values, noise_var, mask, precision
+    )
     return make_result(PosteriorUpdate, (make_result(MemoryState, (mean, cov)), innovation_var, kl, log_evidence))

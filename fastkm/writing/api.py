@@ -8,7 +8,7 @@ from fastkm._runtime import arguments
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
-from fastkm._runtime.out import call_into
+from fastkm._runtime.out import OperationInto, call_into
 from fastkm._runtime.results import result
 from fastkm.state import MemoryState
 from fastkm.writing import native, reference
@@ -27,10 +27,10 @@ WRITE = Operation(
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.write_sequential,
     native=native.write,
-    into=native.write_into,
     triton="fastkm.writing.triton",
     factored="state.cov",
 )
+WRITE_INTO = OperationInto(WRITE, native.write_into)
 
 
 @result
@@ -100,11 +100,12 @@ def write(
 
     Source: Wu et al., NeurIPS 2018, algorithm 1.
     """
-    if out is None:
-        outputs = call(WRITE, backend, state, values, noise_var, ridge, num_opt_iters, method, mask, precision)
-    else:
-        outputs = call_into(
-            WRITE, backend, out, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
+    if out is not None:
+        new, reports = call_into(
+            WRITE_INTO, backend, out, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
         )
-    mean, cov, weights, innovation_var, kl, _ = outputs
+        return make_result(WriteResult, (new, *reports))
+    mean, cov, weights, innovation_var, kl, _ = call(
+        WRITE, backend, state, values, noise_var, ridge, num_opt_iters, method, mask, precision
+    )
     return make_result(WriteResult, (make_result(MemoryState, (mean, cov)), weights, innovation_var, kl))

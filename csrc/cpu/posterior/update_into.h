@@ -13,17 +13,20 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// to = from + factor · x for a row without padding; `to` may be `from`.
+// to = from + factor · x for part of a row without padding; `to` may be `from`.
 template <class Real>
 [[gnu::always_inline]] inline void add_scaled_row(Real* to, const Real* from, int64_t columns, Real factor,
                                                   const Real* x) {
   constexpr int64_t W = kLanes<Real>;
   int64_t j = 0;
   for (; j + W <= columns; j += W) store<Real>(to + j, load(from + j) + factor * load(x + j));
-  if (j == columns) return;
-  const auto left = lane_numbers<Real>() >= static_cast<LaneNumber<Real>>(W - (columns - j));
-  j = columns - W;  // the last vector overlaps the one before it, whose lanes stay
-  store<Real>(to + j, left ? load(from + j) + factor * load(x + j) : load(to + j));
+  for (; j < columns; ++j) to[j] = from[j] + factor * x[j];
+}
+
+// to −= the rows of m, in their order.
+template <class Real>
+void subtract_rows(const Matrix<Real>& m, Real* to) {
+  for (int64_t i = 0; i < m.rows; ++i) add_scaled(round_up(m.columns, kLanes<Real>), to, Real(-1), m.row(i));
 }
 
 // sum = Mᵀ x for rows without padding.
@@ -74,7 +77,6 @@ void multiply_unit(const Matrix<Real>& m, int64_t begin, int64_t end, const Real
                    Asymmetry<Real>& found) {
   constexpr int64_t W = kLanes<Real>;
   const int64_t whole = smaller(end, m.rows / W * W);
-  __builtin_memset(sum, 0, static_cast<size_t>(end) * sizeof(Real));
   for (int64_t tile = 0; tile < whole; tile += kUnitRows)
     for (int64_t j = tile; j < smaller(tile + kUnitRows, whole); j += W)
       for (int64_t i = j > begin ? j : begin; i < whole; i += W) add_squares(m, i, j, w, sum, found);
@@ -87,26 +89,36 @@ void multiply_unit(const Matrix<Real>& m, int64_t begin, int64_t end, const Real
     }
 }
 
-// v = U w, and whether U can be a covariance.
-template <class Real>
-Status multiply_covariance(Real* v, const Matrix<Real>& cov, const Real* w, Arena& arena) {
-  using Bits = LaneNumber<Real>;
-  const int64_t K = cov.rows, units = count_units(K);
-  const Matrix<Real> sums = allocate_matrix<Real>(arena, units, K);
-  SymmetryOf<Real> symmetry;
-  share_triangle_parts(team_for(K * K), units, [&](const auto& each) {
-    Asymmetry<Real> found;
-    each([&](int64_t unit) {
-      multiply_unit(cov, unit * kUnitRows, smaller((unit + 1) * kUnitRows, K), w, sums.row(unit), found);
+// Call f(unit, begin, end) for the rows of every unit, of which the threads share pairs: work on a triangle is shared
+// evenly, and the same way each time. `part` is called on every thread with a function that calls its argument so.
+template <class Real, class F>
+void share_units(const MemoryRows<Real>& memory, const F& part) {
+  const int64_t K = memory.cov.rows, C = memory.mean.columns;
+  share_triangle_parts(team_for(K * (K + C)), count_units(K), [&](const auto& each) {
+    part([&](const auto& f) {
+      each([&](int64_t unit) { f(unit, unit * kUnitRows, smaller((unit + 1) * kUnitRows, K)); });
     });
-    for (int64_t lane = 0; lane < kLanes<Real>; ++lane)
-      symmetry.compare(static_cast<Bits>(found.scales[lane]), static_cast<Bits>(found.gaps[lane]));
   });
-  for (int64_t k = 0; k < K; ++k) {
-    Real sum = 0;
-    for (int64_t unit = k / kUnitRows; unit < units; ++unit) sum += sums.row(unit)[k];
-    v[k] = sum;
-  }
+}
+
+// v = U w and y = −Rᵀ w, with zeros in their padding, and whether U can be a covariance.
+template <class Real>
+Status multiply_memory(Real* v, Real* y, const MemoryRows<Real>& memory, const Real* w, Arena& arena) {
+  const int64_t units = count_units(memory.cov.rows);
+  const Matrix<Real> of_cov = allocate_zero<Real>(arena, units, memory.cov.rows);
+  const Matrix<Real> of_mean = allocate_zero<Real>(arena, units, memory.mean.columns);
+  SymmetryOf<Real> symmetry;
+  share_units(memory, [&](const auto& each) {
+    Asymmetry<Real> found;
+    each([&](int64_t unit, int64_t begin, int64_t end) {
+      multiply_unit(memory.cov, begin, end, w, of_cov.row(unit), found);
+      product_transposed_rows(of_mean.row(unit), memory.mean.rows_from(begin, end - begin), w + begin);
+    });
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane) symmetry.compare(found.scales[lane], found.gaps[lane]);
+  });
+  subtract_rows(of_cov, v);
+  for (int64_t k = 0; k < of_cov.columns; ++k) v[k] = -v[k];
+  subtract_rows(of_mean, y);
   return symmetry.status();
 }
 
@@ -116,38 +128,34 @@ WhitenedRows<Real> whiten_one(const MemoryRows<Real>& memory, const Matrix<Real>
                               const Observations<Real>& observed, Arena& arena) {
   const int64_t K = memory.cov.rows, C = memory.mean.columns;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, C, 1, observed, arena);
-  Real *const gain = chunk.gain.row(0), *const error = chunk.values.row(0), *const w = weights.row(0);
-  const Status symmetric = multiply_covariance(gain, memory.cov, w, arena);
-  Real s = dot(K, w, gain);
+  Real *const gain = chunk.gain.row(0), *const error = chunk.values.row(0);
+  fill_zero(chunk.gain), fill_zero(chunk.values);
+  const Status symmetric = multiply_memory(gain, error, memory, weights.row(0), arena);
+  Real s = dot(K, weights.row(0), gain);
   const Real noise = observed.noise_var[0], slack = rounding_slack(K, 1, s + noise);
   const bool positive = check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[0]}, 0);
   chunk.pivot[0] = s;
   chunk.status = symmetric == kGood ? chunk_status(positive, chunk, memory.cov, weights, arena) : symmetric;
-
-  const Matrix<Real> sums = allocate_matrix<Real>(arena, count_units(K), C);
-  each_unit(team_for(K * C), K, [&](int64_t begin, int64_t end) {
-    product_transposed_rows(sums.row(begin / kUnitRows), memory.mean.rows_from(begin, end - begin), w + begin);
-  });
   const Real reciprocal = 1 / std::sqrt(s);
-  for (int64_t c = 0; c < C; ++c) {
-    Real rest = values.row(0)[c];
-    for (int64_t unit = 0; unit < sums.rows; ++unit) rest -= sums.row(unit)[c];
-    error[c] = rest * reciprocal;
-  }
+  for (int64_t c = 0; c < C; ++c) error[c] = (values.row(0)[c] + error[c]) * reciprocal;
   for (int64_t k = 0; k < K; ++k) gain[k] *= reciprocal;
   return chunk;
 }
 
-// (3) for one pattern.
+// (3) for one pattern. A thread writes the parts of U that it has read.
 template <class Real>
 void apply_one(const MemoryRows<Real>& after, const MemoryRows<Real>& before, const WhitenedRows<Real>& chunk) {
-  const int64_t K = after.cov.rows, C = after.mean.columns;
+  const int64_t C = after.mean.columns;
   const Real *gain = chunk.gain.row(0), *error = chunk.values.row(0);
-  each_unit(team_for(K * (K + C)), K, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      add_scaled_row(after.mean.row(i), before.mean.row(i), C, gain[i], error);
-      add_scaled_row(after.cov.row(i), before.cov.row(i), K, -gain[i], gain);
-    }
+  share_units(before, [&](const auto& each) {
+    each([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        add_scaled_row(after.mean.row(i), before.mean.row(i), C, gain[i], error);
+        add_scaled_row(after.cov.row(i), before.cov.row(i), end, -gain[i], gain);
+      }
+      for (int64_t j = 0; j < begin; ++j)
+        add_scaled_row(after.cov.row(j) + begin, before.cov.row(j) + begin, end - begin, -gain[j], gain + begin);
+    });
   });
 }
 
