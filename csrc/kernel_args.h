@@ -154,7 +154,7 @@ struct StreamingArgs {
   Batch<Real> innovation_var, kl;  // [B, T]
   Real* log_evidence = nullptr;    // [B]
   Batch<int32_t> info;             // [B, T]
-  int32_t* refreshes = nullptr;    // [B], how often H was computed anew
+  Batch<int64_t> refreshes;        // [B], how often H was computed anew is added
 
   bool unmasked(int64_t b, int64_t t) const { return !mask.data || *mask.at(b, t); }
 };

@@ -346,7 +346,7 @@ def test_a_memory_of_zeros_stays_one(backend):
 def operator_arguments(dtype=torch.float64):
     p = problem(2, 3, 3, 5, 6, dtype)
     stream = MemoryStream(p.state, 1.0, 1.0, backend="reference")
-    memory = stream._mean, stream._cov, stream._inverse
+    memory = stream._mean, stream._cov, stream._inverse, stream._refreshes
     return {
         "stream_patterns": (*memory, None, p.values, stream.noise_var, stream.ridge, 1, None),
         "refresh_streams": (stream._mean, stream._inverse, stream.ridge),
@@ -365,7 +365,7 @@ def test_opcheck(name, dtype):
 @NATIVE_MISSING
 @pytest.mark.parametrize("change", ["not padded", "other rows", "not contiguous", "other dtype"])
 def test_the_operator_refuses_matrices_that_are_not_of_a_stream(change):
-    mean, cov, inverse, *rest = operator_arguments()["stream_patterns"]
+    mean, cov, *rest = operator_arguments()["stream_patterns"]
     wrong = {
         "not padded": lambda x: x[..., :5].contiguous(),
         "other rows": lambda x: x[:, :4].contiguous(),
@@ -373,7 +373,7 @@ def test_the_operator_refuses_matrices_that_are_not_of_a_stream(change):
         "other dtype": lambda x: x.float(),
     }[change]
     with pytest.raises(RuntimeError, match="fastkm"):
-        torch.ops.fastkm.stream_patterns(mean, wrong(cov), inverse, *rest)
+        torch.ops.fastkm.stream_patterns(mean, wrong(cov), *rest)
 
 
 def test_both_backends_have_the_same_operators():

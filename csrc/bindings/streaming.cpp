@@ -28,20 +28,20 @@ static StreamingArgs<Real> streaming_args(const Tensor& mean, const Tensor& cov,
   return args;
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stream_patterns(
-    const Tensor& mean, const Tensor& cov, const Tensor& inverse, const std::optional<Tensor>& weights,
-    const Tensor& values, const Tensor& noise_var, const Tensor& ridge, int64_t num_opt_iters,
-    const std::optional<Tensor>& mask) {
-  const Cpu place(mean, cov, inverse, weights, values, noise_var, ridge, mask);
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> stream_patterns(
+    const Tensor& mean, const Tensor& cov, const Tensor& inverse, const Tensor& refreshes,
+    const std::optional<Tensor>& weights, const Tensor& values, const Tensor& noise_var, const Tensor& ridge,
+    int64_t num_opt_iters, const std::optional<Tensor>& mask) {
+  const Cpu place(mean, cov, inverse, refreshes, weights, values, noise_var, ridge, mask);
   const int64_t B = mean.size(0), K = mean.size(1), T = values.size(1), C = values.size(2);
   const Tensor new_weights = make_tensor(mean, {B, weights ? 0 : T, K});
   const Tensor innovation_var = make_tensor(mean, {B, T}), kl = make_tensor(mean, {B, T});
-  const Tensor log_evidence = make_tensor(mean, {B}), refreshes = make_tensor(mean, {B}, ScalarType::Int);
-  const Tensor info = make_tensor(mean, {B, T}, ScalarType::Int);
+  const Tensor log_evidence = make_tensor(mean, {B}), info = make_tensor(mean, {B, T}, ScalarType::Int);
   STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     StreamingArgs<Real> args = streaming_args<Real>(mean, cov, inverse, C);
+    expect(refreshes, "refreshes", {B}, ScalarType::Long);
     expect(values, "values", {B, T, C}, mean.scalar_type());
     if (weights) expect(*weights, "weights", {B, T, K}, mean.scalar_type());
     if (mask) expect(*mask, "mask", {B, T}, ScalarType::Bool);
@@ -57,10 +57,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> stream_pattern
     args.kl = batch_of<Real>(kl);
     args.log_evidence = data_of<Real>(log_evidence);
     args.info = batch_of<int32_t>(info);
-    args.refreshes = data_of<int32_t>(refreshes);
+    args.refreshes = batch_of<int64_t>(refreshes);
     place.run(B, &Kernels<Real>::stream_patterns, nullptr, args);
   });
-  return {new_weights, innovation_var, kl, log_evidence, refreshes, info};
+  return {new_weights, innovation_var, kl, log_evidence, info};
 }
 
 static Tensor refresh_streams(const Tensor& mean, const Tensor& inverse, const Tensor& ridge) {

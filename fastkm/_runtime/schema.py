@@ -218,14 +218,14 @@ def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, pr
 
 
 # `weights` are those of the patterns; without, they are found, and returned. `info [B, T]` says which patterns were
-# refused; these change nothing. `refreshes [B]` counts how often `inverse` was computed anew.
+# refused; these change nothing. How often `inverse` was computed anew is added to `refreshes [B]`, int64.
 @_operator(
-    "stream_patterns(Tensor(a!) mean, Tensor(b!) cov, Tensor(c!) inverse, Tensor? weights, Tensor values,"
-    " Tensor noise_var, Tensor ridge, int num_opt_iters, Tensor? mask)"
-    " -> (Tensor weights, Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor refreshes, Tensor info)",
+    "stream_patterns(Tensor(a!) mean, Tensor(b!) cov, Tensor(c!) inverse, Tensor(d!) refreshes, Tensor? weights,"
+    " Tensor values, Tensor noise_var, Tensor ridge, int num_opt_iters, Tensor? mask)"
+    " -> (Tensor weights, Tensor innovation_var, Tensor kl, Tensor log_evidence, Tensor info)",
     changes=True,
 )
-def _(mean, cov, inverse, weights, values, noise_var, ridge, num_opt_iters, mask):
+def _(mean, cov, inverse, refreshes, weights, values, noise_var, ridge, num_opt_iters, mask):
     per_pattern = values.shape[:2]
     found = (values.shape[0], 0 if weights is not None else values.shape[1], mean.shape[1])
     return (
@@ -233,7 +233,6 @@ def _(mean, cov, inverse, weights, values, noise_var, ridge, num_opt_iters, mask
         mean.new_empty(per_pattern),
         mean.new_empty(per_pattern),
         mean.new_empty(mean.shape[:1]),
-        _empty_info(mean),
         mean.new_empty(per_pattern, dtype=torch.int32),
     )
 

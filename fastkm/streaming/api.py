@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from fastkm._linalg.reference import symmetry
 from fastkm._runtime import dispatch, guards, status
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.autograd import wants_gradient
 from fastkm._runtime.results import result
+from fastkm._runtime.torch_private import is_transformed
 from fastkm.reading import ReadResult
 from fastkm.state import MemoryState
 from fastkm.streaming import native, reading, reference
@@ -146,9 +148,6 @@ class MemoryStream:
             torch.linalg.LinAlgError: some patterns were refused, for the reasons of :func:`fastkm.write`; names them.
                 They changed nothing, and all others are written.
         """
-        signature = self._signature()
-        values = signature.tensor("values", values, "BTC", low_precision=True)
-        mask = signature.mask("mask", mask, "BT")
         weights, innovation_var, kl, _ = self._run(None, values, mask)
         return StreamWrite(weights, innovation_var, kl)
 
@@ -164,10 +163,8 @@ class MemoryStream:
 
         Args, Raises: as :meth:`write`; ``weights`` say how much each row takes part in each pattern.
         """
-        signature = self._signature()
-        weights = signature.tensor("weights", weights, "BTK", low_precision=True)
-        values = signature.tensor("values", values, "BTC", low_precision=True)
-        mask = signature.mask("mask", mask, "BT")
+        if weights is None:  # an operator without weights would find them
+            raise TypeError("weights must be a tensor of shape [B, T, K], got NoneType")
         _, innovation_var, kl, log_evidence = self._run(weights, values, mask)
         return StreamUpdate(innovation_var, kl, log_evidence)
 
@@ -240,25 +237,45 @@ class MemoryStream:
         return signature
 
     def _run(self, weights: Tensor | None, values: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        _refuse_gradients(values, weights)
-        dtype = self._mean.dtype
-        with torch.no_grad():
-            *reports, refreshes, info = self._patterns(
-                self._mean,
-                self._cov,
-                self._inverse,
-                None if weights is None else weights.to(dtype),
-                values.to(dtype),
-                self._noise_var,
-                self._ridge,
-                self.num_opt_iters,
-                mask,
+        """Hand the patterns to the operator. It refuses what the checks refuse, so a plain call runs them only then."""
+        given = weights, values, mask
+        if not self._is_plain(weights, values):
+            given = self._check(*given)
+        weights, values, mask = given
+        memory = self._mean, self._cov, self._inverse, self._refreshes
+        try:
+            *reports, info = self._patterns(
+                *memory, weights, values, self._noise_var, self._ridge, self.num_opt_iters, mask
             )
-            self._refreshes += refreshes
-            increment_version((self._mean, self._cov))  # autograd notices that what it saved has changed
+        except RuntimeError:
+            self._check(*given)
+            raise
+        increment_version(memory)  # autograd notices that what it saved has changed
         if bool(info.any()):
             raise _refusal(info, weights, values)
         return tuple(reports)
+
+    def _is_plain(self, weights: Tensor | None, values: Tensor) -> bool:
+        """Whether the operator can take the arguments as they are."""
+        if self.backend != "native" or is_dynamo_compiling() or is_transformed():
+            return False
+        for x in (values,) if weights is None else (values, weights):
+            if type(x) is not Tensor or x.requires_grad or x.dtype is not self._mean.dtype:
+                return False
+        return True
+
+    def _check(
+        self, weights: Tensor | None, values: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """What the operator takes for the caller's arguments, or an error in words."""
+        signature = self._signature()
+        if weights is not None:
+            weights = signature.tensor("weights", weights, "BTK", low_precision=True)
+        values = signature.tensor("values", values, "BTC", low_precision=True)
+        mask = signature.mask("mask", mask, "BT")
+        _refuse_gradients(values, weights)
+        dtype = self._mean.dtype
+        return None if weights is None else weights.detach().to(dtype), values.detach().to(dtype), mask
 
 
 def _padded(matrix: Tensor) -> Tensor:

@@ -51,12 +51,11 @@ class Change:
     status: Tensor  # [B]
 
 
-def stream_patterns(mean, cov, inverse, weights, values, noise_var, ridge, num_opt_iters, mask):
+def stream_patterns(mean, cov, inverse, refreshes, weights, values, noise_var, ridge, num_opt_iters, mask):
     """The operator of the same name; see :mod:`fastkm._runtime.schema`."""
     size = mean.shape[1]
     memory = Memory(mean[..., : values.shape[-1]], cov[..., :size], inverse[..., :size], ridge.unsqueeze(-1))
     noise = noise_var.unsqueeze(-1)
-    refreshes = torch.zeros_like(noise_var, dtype=torch.int32)
     found, explained, energy, status, written = [], [], [], [], []
     for t in range(values.shape[1]):
         here = torch.ones_like(ridge, dtype=torch.bool) if mask is None else mask[:, t]
@@ -73,10 +72,10 @@ def stream_patterns(mean, cov, inverse, weights, values, noise_var, ridge, num_o
     if not status:
         nothing = values.new_zeros(values.shape[:2])
         found = values.new_zeros((*values.shape[:2], size))
-        return found, nothing, nothing.clone(), torch.zeros_like(ridge), refreshes, nothing.int()
+        return found, nothing, nothing.clone(), torch.zeros_like(ridge), nothing.int()
     reports = report(noise, *(torch.cat(x, 1) for x in (explained, energy, written)), values.shape[-1])
     found = torch.stack(found, 1) if weights is None else weights.new_empty((len(mean), 0, size))
-    return found, *reports, refreshes, torch.stack(status, 1)
+    return found, *reports, torch.stack(status, 1)
 
 
 def refresh_streams(mean, inverse, ridge):

@@ -22,4 +22,28 @@ void each_unit(const Team* team, int64_t rows, const F& f) {
   });
 }
 
+// sum += Σ x_r · row r of m, for ROWS rows from `i` on. Rows need no padding; entries from `columns` on are not read.
+template <int ROWS, class Real>
+[[gnu::always_inline]] inline void add_scaled_rows(Real* sum, const Matrix<Real>& m, int64_t i, int64_t columns,
+                                                   const Real* x) {
+  int64_t j = 0;
+  for (; j + kLanes<Real> <= columns; j += kLanes<Real>) {
+    Vec<Real> total = load(sum + j);
+#pragma GCC unroll 8
+    for (int row = 0; row < ROWS; ++row) total += x[i + row] * load(m.row(i + row) + j);
+    store<Real>(sum + j, total);
+  }
+  for (; j < columns; ++j)
+    for (int row = 0; row < ROWS; ++row) sum[j] += x[i + row] * m.row(i + row)[j];
+}
+
+// sum = Mᵀ x for a few rows, which are read from left to right, as caches expect it.
+template <class Real>
+void sum_scaled_rows(Real* sum, const Matrix<Real>& m, int64_t columns, const Real* x) {
+  __builtin_memset(sum, 0, static_cast<size_t>(columns) * sizeof(Real));
+  int64_t i = 0;
+  for (; i + 8 <= m.rows; i += 8) add_scaled_rows<8>(sum, m, i, columns, x);
+  for (; i < m.rows; ++i) add_scaled_rows<1>(sum, m, i, columns, x);
+}
+
 }  // namespace fastkm::FASTKM_LEVEL

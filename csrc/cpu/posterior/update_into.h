@@ -29,15 +29,6 @@ void subtract_rows(const Matrix<Real>& m, Real* to) {
   for (int64_t i = 0; i < m.rows; ++i) add_scaled(round_up(m.columns, kLanes<Real>), to, Real(-1), m.row(i));
 }
 
-// sum = Mᵀ x for rows without padding.
-template <class Real>
-void product_transposed_rows(Real* sum, const Matrix<Real>& m, const Real* x) {
-  const int64_t whole = m.columns / kLanes<Real> * kLanes<Real>;
-  product_transposed<Into::kSet, 1, Real>({sum}, m, m.rows, whole, {x});
-  if (whole < m.columns)
-    product_transposed_strip<Into::kSet, 1, 4, 1, Real>({sum}, m, m.rows, m.columns - kLanes<Real>, {x});
-}
-
 // The largest entry of a matrix, and its largest difference from its transpose, lane by lane.
 template <class Real>
 struct Asymmetry {
@@ -50,7 +41,8 @@ struct Asymmetry {
   }
 };
 
-// The squares (i, j) and (j, i) of U, i ≥ j, in U w: of_j += w_i U_ij, of_i += w_j U_ji.
+// The squares (i, j) and (j, i) of U, i ≥ j, in U w: of_j += w_i U_ij, of_i += w_j U_ji. The square (j, i) of the next
+// tile is requested: its rows are read in pieces too short for the hardware to follow.
 template <class Real>
 [[gnu::always_inline]] inline void add_squares(const Matrix<Real>& m, int64_t i, int64_t j, const Real* w, Real* sum,
                                                Asymmetry<Real>& found) {
@@ -60,6 +52,7 @@ template <class Real>
   Vec<Real> of_j[2] = {load(sum + j), {}}, of_i[2] = {load(sum + i), {}};
 #pragma GCC unroll 16
   for (int64_t row = 0; row < W; ++row) {
+    __builtin_prefetch(m.row(j + row + kUnitRows) + i, 0, 2);
     const Vec<Real> entry = load(m.row(i + row) + j);
     found.compare(entry, load(across + row * W));
     of_j[row % 2] += w[i + row] * entry;
@@ -89,35 +82,23 @@ void multiply_unit(const Matrix<Real>& m, int64_t begin, int64_t end, const Real
     }
 }
 
-// Call f(unit, begin, end) for the rows of every unit, of which the threads share pairs: work on a triangle is shared
-// evenly, and the same way each time. `part` is called on every thread with a function that calls its argument so.
-template <class Real, class F>
-void share_units(const MemoryRows<Real>& memory, const F& part) {
-  const int64_t K = memory.cov.rows, C = memory.mean.columns;
-  share_triangle_parts(team_for(K * (K + C)), count_units(K), [&](const auto& each) {
-    part([&](const auto& f) {
-      each([&](int64_t unit) { f(unit, unit * kUnitRows, smaller((unit + 1) * kUnitRows, K)); });
-    });
-  });
-}
-
 // v = U w and y = −Rᵀ w, with zeros in their padding, and whether U can be a covariance.
 template <class Real>
 Status multiply_memory(Real* v, Real* y, const MemoryRows<Real>& memory, const Real* w, Arena& arena) {
-  const int64_t units = count_units(memory.cov.rows);
-  const Matrix<Real> of_cov = allocate_zero<Real>(arena, units, memory.cov.rows);
-  const Matrix<Real> of_mean = allocate_zero<Real>(arena, units, memory.mean.columns);
+  const int64_t K = memory.cov.rows, C = memory.mean.columns, units = count_units(K);
+  const Matrix<Real> of_cov = allocate_zero<Real>(arena, units, K), of_mean = allocate_zero<Real>(arena, units, C);
   SymmetryOf<Real> symmetry;
-  share_units(memory, [&](const auto& each) {
+  share_triangle_parts(team_for(K * (K + C)), units, [&](const auto& each) {
     Asymmetry<Real> found;
-    each([&](int64_t unit, int64_t begin, int64_t end) {
+    each([&](int64_t unit) {
+      const int64_t begin = unit * kUnitRows, end = smaller(begin + kUnitRows, K);
       multiply_unit(memory.cov, begin, end, w, of_cov.row(unit), found);
-      product_transposed_rows(of_mean.row(unit), memory.mean.rows_from(begin, end - begin), w + begin);
+      sum_scaled_rows(of_mean.row(unit), memory.mean.rows_from(begin, end - begin), C, w + begin);
     });
     for (int64_t lane = 0; lane < kLanes<Real>; ++lane) symmetry.compare(found.scales[lane], found.gaps[lane]);
   });
   subtract_rows(of_cov, v);
-  for (int64_t k = 0; k < of_cov.columns; ++k) v[k] = -v[k];
+  for (int64_t k = 0; k < K; ++k) v[k] = -v[k];
   subtract_rows(of_mean, y);
   return symmetry.status();
 }
@@ -142,20 +123,16 @@ WhitenedRows<Real> whiten_one(const MemoryRows<Real>& memory, const Matrix<Real>
   return chunk;
 }
 
-// (3) for one pattern. A thread writes the parts of U that it has read.
+// (3) for one pattern. The last rows come first: the cache still has them.
 template <class Real>
 void apply_one(const MemoryRows<Real>& after, const MemoryRows<Real>& before, const WhitenedRows<Real>& chunk) {
-  const int64_t C = after.mean.columns;
+  const int64_t K = after.cov.rows, C = after.mean.columns;
   const Real *gain = chunk.gain.row(0), *error = chunk.values.row(0);
-  share_units(before, [&](const auto& each) {
-    each([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        add_scaled_row(after.mean.row(i), before.mean.row(i), C, gain[i], error);
-        add_scaled_row(after.cov.row(i), before.cov.row(i), end, -gain[i], gain);
-      }
-      for (int64_t j = 0; j < begin; ++j)
-        add_scaled_row(after.cov.row(j) + begin, before.cov.row(j) + begin, end - begin, -gain[j], gain + begin);
-    });
+  each_unit(team_for(K * (K + C)), K, [&](int64_t begin, int64_t end) {
+    for (int64_t i = K - 1 - begin; i >= K - end; --i) {
+      add_scaled_row(after.mean.row(i), before.mean.row(i), C, gain[i], error);
+      add_scaled_row(after.cov.row(i), before.cov.row(i), K, -gain[i], gain);
+    }
   });
 }
 

@@ -76,8 +76,7 @@ template <class Real>
 void subtract_product_transposed(const Team* team, Real* y, const Real* z, const Matrix<Real>& m, const Real* w,
                                  const Matrix<Real>& sums) {
   each_unit(team, m.rows, [&](int64_t begin, int64_t end) {
-    Real* const sum = sums.row(begin / kUnitRows);
-    product_transposed<Into::kSet, 1, Real>({sum}, m.rows_from(begin, end - begin), end - begin, m.ld, {w + begin});
+    sum_scaled_rows(sums.row(begin / kUnitRows), m.rows_from(begin, end - begin), m.ld, w + begin);
   });
   for (int64_t j = 0; j < m.ld; j += kLanes<Real>) {
     Vec<Real> rest = load(z + j);

@@ -18,7 +18,7 @@ struct StreamStep {
   Change<Real> now, before;
   Real s;        // innovation variance
   bool follows;  // whether H follows `now`
-  int32_t refreshes;
+  int64_t refreshes;
 };
 
 // Find the weights of the pattern in work.z and the change that they make, with H as it is. Returns false if H is too
@@ -108,7 +108,7 @@ void stream_patterns(const StreamingArgs<Real>& args, int64_t begin, int64_t end
       if (written) finish_step(memory, step, work, arena);
     }
     args.log_evidence[b] = static_cast<Real>(log_evidence);
-    args.refreshes[b] = step.refreshes;
+    *args.refreshes.at(b) += step.refreshes;
   }
 }
 
