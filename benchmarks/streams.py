@@ -5,10 +5,14 @@ both in float32, and prints at every power of ten how far each is from the same 
 
 ``python -m benchmarks.streams time`` prints what a pattern written alone, an update in place and a read of one query
 take beside the functions, and how fast memory is copied.
+
+``python -m benchmarks.streams mixed`` reads one query after the other, with a write in between now and then, and prints
+how long both take: the median, and what 99 in 100 calls stay below.
 """
 
 import argparse
 from collections.abc import Callable
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from torch import Tensor
 import fastkm
 from benchmarks.timing import keep_freed_memory, pin
 from fastkm.state import MemoryState
-from fastkm.testing.timing import time_in_turn
+from fastkm.testing.timing import clock, time_in_turn
 
 
 def error(got: Tensor, truth: Tensor) -> float:
@@ -81,9 +85,26 @@ def time(K: int, C: int, seconds: float) -> None:
         print(f"  {name:<24} {timing.median * 1e6:10.1f} µs{share}")
 
 
+def mixed(K: int, C: int, seconds: float, reads: int) -> None:
+    """Print the latencies of writes, and of the ``reads`` of one query after each."""
+    state, generator = start(K, C, scale=C**-0.5)
+    stream, took = fastkm.MemoryStream(state, 1.0, 1.0), {"write": [], "read": []}
+    values = torch.randn(64, 1, 1, C, generator=generator)
+    ends = perf_counter() + seconds
+    while perf_counter() < ends:
+        for value in values:
+            took["write"].append(clock(lambda value=value: stream.write(value)))
+            took["read"] += [clock(lambda value=value: stream.read(value)) for _ in range(reads)]
+    print(f"K {K}, C {C}, float32: a write, then {reads} reads of one query; {int(stream.refreshes)} computed anew")
+    for name, times in took.items():
+        median, high = (torch.tensor(times).quantile(q).item() for q in (0.5, 0.99))
+        print(f"  {name:<6} {len(times):>8,} calls, p50 {median * 1e6:8.1f} µs, p99 {high * 1e6:8.1f} µs")
+    print(f"  {len(took['read']) / sum(sum(times) for times in took.values()):,.0f} reads a second")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["drift", "time"])
+    parser.add_argument("what", choices=["drift", "time", "mixed"])
     parser.add_argument("--rows", type=int, nargs="+", default=[8], help="K")
     parser.add_argument("--columns", type=int, nargs="+", default=[12], help="C, one for each K")
     parser.add_argument("--patterns", type=int, default=1_000_000)
@@ -91,12 +112,15 @@ def main() -> None:
     parser.add_argument("--ridge", type=float, default=1.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="for every call that is timed")
+    parser.add_argument("--reads", type=int, default=8, help="of one query, after every write")
     parser.add_argument("--no-functions", action="store_true", help="leave out the function, which is slow for large K")
     options = parser.parse_args()
     print(f"threads: {pin(options.threads)}; freed memory: {keep_freed_memory()}")
     for K, C in zip(options.rows, options.columns, strict=True):
         if options.what == "time":
             time(K, C, options.seconds)
+        elif options.what == "mixed":
+            mixed(K, C, options.seconds, options.reads)
         else:
             functions = not options.no_functions
             drift(K, C, options.patterns, options.noise_var, options.ridge, functions=functions)

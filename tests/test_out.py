@@ -67,7 +67,8 @@ def test_one_tensor_may_be_the_old_one_and_the_other_apart(operation, backend, d
 def test_nothing_is_written_into_nothing(operation, shape, backend, dtype):
     p = problem(*shape, dtype)
     expected = run(operation, p, backend)
-    assert oracle.equal(run(operation, cloned(p), backend, out=cloned(p).state).state, expected.state)
+    for got, own in zip(run(operation, cloned(p), backend, out=cloned(p).state).state, expected.state, strict=True):
+        oracle.assert_close(got, own.double())
 
 
 @NATIVE_MISSING
@@ -230,6 +231,15 @@ def test_autograd_notices_that_the_memory_has_changed(operation, backend):
     run(operation, p, backend, out=p.state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_tensors_of_inference_mode_may_be_written_into(operation, backend):
+    p = problem(2, 3, 1, 5, 6)
+    expected = run(operation, p, backend, out=MemoryState(*map(torch.empty_like, p.state)))
+    with torch.inference_mode():
+        own = cloned(p)
+        got = run(operation, own, backend, out=own.state)
+    assert oracle.equal(got, expected)
 
 
 def test_a_transform_is_refused_in_words(operation, backend):

@@ -154,6 +154,61 @@ def test_ten_thousand_patterns_later(backend):
         assert oracle.error(got, exact) <= allowed, name
 
 
+# K, C, T, σ², λ, the distance between patterns (0: they have none in common), and the scale of memory and patterns.
+HARD = [
+    (63, 2, 5, 28.0, 1e-3, 0.0, 1.0),
+    (32, 8, 20, 1.0, 1e-4, 0.0, 1.0),
+    (16, 20, 30, 1.0, 1e-4, 0.0, 1.0),
+    (64, 64, 60, 1.0, 1e-3, 0.0, 1.0),
+    (32, 40, 40, 1e-2, 1e-2, 0.01, 1.0),
+    (32, 40, 40, 1e-4, 1e-4, 0.01, 1.0),
+    (20, 30, 50, 1.0, 1.0, 0.0, 100.0),
+    (20, 30, 50, 1.0, 1.0, 0.0, 0.01),
+]
+
+
+@pytest.mark.parametrize(("K", "C", "T", "noise_var", "ridge", "distance", "scale"), HARD)
+def test_hard_problems_keep_the_digits_of_the_literal_loop(K, C, T, noise_var, ridge, distance, scale, backend):
+    """Small ridges, near duplicates, large and small scales, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    mean, values = torch.randn(1, K, C, generator=generator), torch.randn(1, T, C, generator=generator)
+    if distance:
+        values = torch.randn(1, 1, C, generator=generator) + distance * values
+    state, queries = MemoryState(scale * mean, torch.eye(K).unsqueeze(0)), torch.randn(1, 3, C, generator=generator)
+
+    def loop(dtype):
+        given = MemoryState(*(x.to(dtype) for x in state))
+        written = fastkm.write(given, scale * values.to(dtype), noise_var, ridge, backend="reference")
+        return written, fastkm.read(written.state.mean, queries.to(dtype), ridge, num_iters=3, backend="reference")
+
+    stream = MemoryStream(state, noise_var, ridge, backend=backend)
+    got = fastkm.WriteResult(stream.state, *stream.write(scale * values)), stream.read(queries, 3)
+    for result, own, truth in zip(got, loop(torch.float32), loop(torch.float64), strict=True):
+        truth = oracle.flat(truth)
+        errors = {name: oracle.error(x, truth[name]) for name, x in oracle.flat(own).items()}
+        for name, x in oracle.flat(result).items():
+            allowed = 2 * (errors[name] + 4 * torch.finfo(torch.float32).eps * max(oracle.largest(truth[name]), 1))
+            assert oracle.error(x, truth[name]) <= allowed, name
+
+
+def test_what_no_inverse_in_this_dtype_serves_is_refused(backend):
+    """R Rᵀ is 10⁷ times the ridge: float32 holds no inverse that corrections could start from."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(1, 63, 2, generator=generator)
+    stream = MemoryStream(MemoryState(mean, torch.eye(63).unsqueeze(0)), 28.0, 1e-5, backend=backend)
+    before = stream.state.mean.clone()
+    refused = 0
+    for value in torch.randn(20, 1, 1, 2, generator=generator):
+        try:
+            stream.write(value)
+        except torch.linalg.LinAlgError as error:
+            assert "a larger ridge" in str(error)  # noqa: PT017  some are written
+            refused += 1
+            assert torch.equal(stream.state.mean, before)
+        before = stream.state.mean.clone()
+    assert refused > 0
+
+
 def test_an_inverse_that_does_not_serve_is_computed_anew(backend, dtype):
     """A wrong inverse costs time, never digits: its residual shows it."""
     p = problem(2, 4, 3, 11, 9, dtype)
@@ -174,6 +229,23 @@ def test_nothing_of_the_caller_changes(backend, dtype):
     stream = stream_of(p, backend)
     stream.write(p.values), stream.update(p.weights, p.values), stream.read(p.queries)
     assert all(map(torch.equal, oracle.tensors(p), oracle.tensors(before)))
+
+
+def test_a_stream_lives_in_inference_mode(backend):
+    p = problem(2, 4, 3, 5, 6)
+    with torch.inference_mode():
+        stream = stream_of(p, backend)
+        got = stream.write(p.values)
+    assert oracle.equal(got, stream_of(p, backend).write(p.values))
+
+
+def test_autograd_notices_that_the_memory_has_changed(backend):
+    p = problem(2, 4, 3, 5, 6)
+    stream, scale = stream_of(p, backend), torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = (scale * stream.state.mean).square().sum()
+    stream.write(p.values)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_state_is_what_the_stream_changes(backend):

@@ -61,16 +61,16 @@ def call_into(operation: OperationInto, backend: str | None, out: Any, *argument
     try:
         reports = call(operation, backend, *arguments, out)
     except torch.linalg.LinAlgError:
-        _mark_changed(out)  # the memories that were not refused
+        mark_changed(out)  # the memories that were not refused
         raise
-    _mark_changed(out)
+    mark_changed(out)
     return (out if type(out) is MemoryState else MemoryState(*out)), reports[:-1]
 
 
-def _mark_changed(out: Any) -> None:
+def mark_changed(tensors: Iterable[Tensor]) -> None:
     """Let autograd notice that what it saved has changed."""
     if not torch.compiler.is_compiling():
-        increment_version(tuple(out))
+        increment_version([x for x in tensors if not x.is_inference()])
 
 
 def check_out(out: list[Tensor], given: list, names: list[str], function: str) -> None:

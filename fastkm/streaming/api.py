@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
 from fastkm._linalg.reference import symmetry
 from fastkm._runtime import dispatch, guards, status
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.autograd import wants_gradient
+from fastkm._runtime.out import mark_changed
 from fastkm._runtime.results import result
 from fastkm._runtime.torch_private import is_transformed
 from fastkm.reading import ReadResult
@@ -58,7 +58,7 @@ class MemoryStream:
     >>> stream.state                         # MemoryState(mean, cov), the tensors that the stream changes
 
     ``H`` is never trusted. Every use is checked with the residual ``R (z − Rᵀw) − λw``, taken from the memory itself,
-    and corrected until that is rounding. If three corrections are not enough, ``H`` is computed anew; ``refreshes``
+    and corrected until that is rounding. If four corrections are not enough, ``H`` is computed anew; ``refreshes``
     counts how often. So weights and values are as good as those of the functions after any number of patterns.
 
     The state is copied once, here; what the caller gave is never changed. A stream computes no gradients: where
@@ -188,11 +188,16 @@ class MemoryStream:
         with torch.no_grad():
             mean, inverse = self._mean[..., : self._columns], self._inverse[..., : self._rows]
             queries = queries.to(mean.dtype)
-            weights, reached = reading.read(mean, inverse, queries, self._ridge, num_iters)
-            if not reached:
-                status.raise_failures(self._refresh(self._mean, self._inverse, self._ridge), GRAM)
+            weights, served = reading.read(mean, inverse, queries, self._ridge, num_iters)
+            for dtype in (mean.dtype, torch.float64):
+                if served:
+                    break
+                fresh, failed = reference.invert(mean.to(dtype), self._ridge.to(dtype))
+                inverse.copy_(torch.where(failed.view(-1, 1, 1), inverse, fresh.to(mean.dtype)))
                 self._refreshes += 1
-                weights, _ = reading.read(mean, inverse, queries, self._ridge, num_iters)
+                weights, served = reading.read(mean, inverse, queries, self._ridge, num_iters)
+            if not served:
+                raise torch.linalg.LinAlgError(f"{GRAM} is too near to singular for this dtype; use a larger ridge")
             return ReadResult(weights @ mean, weights)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -250,7 +255,7 @@ class MemoryStream:
         except RuntimeError:
             self._check(*given)
             raise
-        increment_version(memory)  # autograd notices that what it saved has changed
+        mark_changed(memory)
         if bool(info.any()):
             raise _refusal(info, weights, values)
         return tuple(reports)
@@ -262,7 +267,8 @@ class MemoryStream:
         for x in (values,) if weights is None else (values, weights):
             if type(x) is not Tensor or x.requires_grad or x.dtype is not self._mean.dtype:
                 return False
-        return True
+        # The operator knows C from the values: rows that are padded to the same length look alike to it.
+        return values.dim() == 3 and values.shape[2] == self._columns
 
     def _check(
         self, weights: Tensor | None, values: Tensor, mask: Tensor | None

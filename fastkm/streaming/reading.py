@@ -1,9 +1,12 @@
 """Reading a stream: solves with the carried inverse, corrected by their residuals."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-MOST_CORRECTIONS = 3
+MOST_CORRECTIONS = 4
 
 
 def read(mean: Tensor, inverse: Tensor, queries: Tensor, ridge: Tensor, num_iters: int) -> tuple[Tensor, bool]:
@@ -16,13 +19,13 @@ def read(mean: Tensor, inverse: Tensor, queries: Tensor, ridge: Tensor, num_iter
     def residual_of_first(weights: Tensor) -> tuple[Tensor, Tensor]:
         """ρ = R (z − Rᵀw) − λw, and its rounding."""
         innovation = queries - weights @ mean
-        scale = size * (2 * norm(queries) + norm(innovation)) + ridge * norm(weights)
+        scale = size * (norm(queries) + size * norm(weights)) + ridge * norm(weights)
         return innovation @ mean.mT - ridge * weights, eps * scale
 
     def residual_of_next(solved: Tensor) -> tuple[Tensor, Tensor]:
         """ρ = w − A v for v = A⁻¹ w, and its rounding."""
         values = solved @ mean
-        scale = norm(weights) + size * norm(values) + ridge * norm(solved)
+        scale = norm(weights) + size.square() * norm(solved) + ridge * norm(solved)
         return weights - (values @ mean.mT + ridge * solved), eps * scale
 
     weights, served = correct(inverse, target @ inverse, residual_of_first)
@@ -32,15 +35,23 @@ def read(mean: Tensor, inverse: Tensor, queries: Tensor, ridge: Tensor, num_iter
     return weights, served
 
 
-def correct(inverse: Tensor, weights: Tensor, residual_of) -> tuple[Tensor, bool]:
+def correct(inverse: Tensor, weights: Tensor, residual_of: Callable) -> tuple[Tensor, bool]:
+    """``weights`` corrected by their residuals, as a pattern's are, and whether these became rounding."""
+    least = torch.finfo(weights.dtype).eps * (2 + math.sqrt(weights.shape[-1]) / 4)
+    last = torch.full_like(weights[..., :1], torch.inf)
+    done = torch.zeros_like(last, dtype=torch.bool)
     for corrections in range(MOST_CORRECTIONS + 1):
         residual, rounding = residual_of(weights)
-        reached = norm(residual) <= rounding
-        if bool(reached.all()):
-            return weights, True
-        if corrections < MOST_CORRECTIONS:
-            weights = torch.where(reached, weights, weights + residual @ inverse)
-    return weights, not bool((~reached & residual.isfinite().all(-1, keepdim=True)).any())
+        reached = (norm(residual) <= rounding) | ~residual.isfinite().all(-1, keepdim=True)
+        if corrections == MOST_CORRECTIONS:
+            break
+        correction = residual @ inverse
+        error = norm(correction)
+        done = done | (reached & ~(error > least * norm(weights))) | (reached & (2 * error > last))
+        if bool(done.all()):
+            break
+        weights, last = torch.where(done, weights, weights + correction), error
+    return weights, bool((reached | done).all())
 
 
 def norm(x: Tensor) -> Tensor:

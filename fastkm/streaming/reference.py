@@ -8,10 +8,11 @@ H of A = R Rᵀ + λI that is carried with it, by::
                                          D = (1 + β)² + α κ, h = q − p (1 + β)/α
 
 All changes of symmetric matrices are squares, so these stay symmetric to the last bit. Weights are found with H and
-corrected by the residual ρ = R δ − λ w, which is taken from R itself, until it is of the size of its own rounding. If
-that takes too many corrections, H is computed anew.
+corrected by v = H ρ with the residual ρ = R δ − λ w, which is taken from R itself, until both are of the size of their
+rounding. If that takes too many corrections, H is computed anew, at last in float64.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastkm._linalg.reference import variance_divergence
 from fastkm._runtime.status import LOST, NOT_POSITIVE_DEFINITE
 
-MOST_CORRECTIONS = 3
+MOST_CORRECTIONS = 4
 LEAST_DIGITS = 16  # as in fastkm/posterior/reference.py
 
 
@@ -79,16 +80,25 @@ def stream_patterns(mean, cov, inverse, refreshes, weights, values, noise_var, r
 
 
 def refresh_streams(mean, inverse, ridge):
-    """The operator of the same name: H = (R Rᵀ + λI)⁻¹ in place, where that can be factored."""
-    size = mean.shape[1]
+    """The operator of the same name: H = (R Rᵀ + λI)⁻¹ in place, in float64 where the memory's dtype cannot factor."""
+    held = inverse[..., : mean.shape[1]]
+    failed = torch.ones_like(ridge, dtype=torch.bool)
+    for dtype in (mean.dtype, torch.float64):
+        fresh, still = invert(mean.to(dtype), ridge.to(dtype))
+        held.copy_(torch.where((failed & ~still).view(-1, 1, 1), fresh.to(mean.dtype), held))
+        failed = failed & still
+        if not bool(failed.any()):
+            break
+    return (NOT_POSITIVE_DEFINITE * failed.int()).int()
+
+
+def invert(mean: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+    """(R Rᵀ + λI)⁻¹, symmetric to the last bit, and where it could not be factored [B]."""
     matrix = mean @ mean.mT + torch.diag_embed(ridge.unsqueeze(-1).expand(mean.shape[:2]))
     factor, failed = torch.linalg.cholesky_ex(matrix)
     bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    fresh = torch.cholesky_inverse(torch.where(bad.view(-1, 1, 1), torch.eye(size).to(factor), factor))
-    lower = fresh.tril()
-    held = inverse[..., :size]
-    held.copy_(torch.where(bad.view(-1, 1, 1), held, lower + lower.tril(-1).mT))
-    return (NOT_POSITIVE_DEFINITE * bad.int()).int()
+    lower = torch.cholesky_inverse(torch.where(bad.view(-1, 1, 1), torch.eye(mean.shape[1]).to(factor), factor)).tril()
+    return lower + lower.tril(-1).mT, bad
 
 
 def times(matrix: Tensor, x: Tensor) -> Tensor:
@@ -106,23 +116,21 @@ def norm(x: Tensor) -> Tensor:
 def address(memory: Memory, z: Tensor, noise: Tensor, num_opt_iters: int, refreshes: Tensor) -> Change:
     """The change by the weights that the memory gives ``z``; H is computed anew where it does not serve."""
     change, converged = search(memory, z, noise, num_opt_iters)
-    if bool(converged.all()):
-        return change
-    refreshed = refresh(memory, ~converged, refreshes)
-    again, converged_now = search(memory, z, noise, num_opt_iters)
-    failed = ~converged & (refreshed | ~converged_now.squeeze(-1)).unsqueeze(-1)
-    again.status = torch.where(failed.squeeze(-1) & (again.status == 0), NOT_POSITIVE_DEFINITE, again.status)
-    return again
+    for dtype in (z.dtype, torch.float64):
+        if bool(converged.all()):
+            return change
+        refresh(memory, ~converged.squeeze(-1), refreshes, dtype)
+        change, converged = search(memory, z, noise, num_opt_iters)
+    failed = ~converged.squeeze(-1) & (change.status == 0)
+    change.status = torch.where(failed, NOT_POSITIVE_DEFINITE, change.status)
+    return change
 
 
-def refresh(memory: Memory, stale: Tensor, refreshes: Tensor) -> Tensor:
-    """Compute H of the ``stale [B, 1]`` memories anew. Returns where that was impossible [B]."""
-    which = stale.squeeze(-1)
-    fresh = memory.inverse.clone()
-    failed = refresh_streams(memory.mean, fresh, memory.ridge.squeeze(-1)) != 0
-    memory.inverse.copy_(torch.where((which & ~failed).view(-1, 1, 1), fresh, memory.inverse))
-    refreshes += which
-    return which & failed
+def refresh(memory: Memory, stale: Tensor, refreshes: Tensor, dtype: torch.dtype) -> None:
+    """Compute H of the ``stale [B]`` memories anew in ``dtype``, where it can be factored there."""
+    fresh, failed = invert(memory.mean.to(dtype), memory.ridge.squeeze(-1).to(dtype))
+    memory.inverse.copy_(torch.where((stale & ~failed).view(-1, 1, 1), fresh.to(memory.mean.dtype), memory.inverse))
+    refreshes += stale
 
 
 def search(memory: Memory, z: Tensor, noise: Tensor, num_opt_iters: int) -> tuple[Change, Tensor]:
@@ -145,19 +153,25 @@ def solve(memory: Memory, x: Tensor, z: Tensor, size: Tensor, before: Change | N
     """Weights of ``z`` for the memory, or for the memory that the change ``before`` gives, and where they are exact."""
     eps = torch.finfo(z.dtype).eps
     w = times_inverse(memory, x if before is None else x + before.c * dot(before.delta, z), before)
+    last, least = torch.full_like(size, torch.inf), eps * (2 + math.sqrt(w.shape[-1]) / 4)
+    finite, done = z.isfinite().all(-1, keepdim=True), torch.zeros_like(size, dtype=torch.bool)
     for corrections in range(MOST_CORRECTIONS + 1):
         delta = z - times(memory.mean.mT, w)
         residual = times(memory.mean, delta) - memory.ridge * w
         if before is not None:
             g = dot(before.c, w)
             residual = residual - g * before.r + before.c * (dot(before.delta, delta) - g * before.d)
-        rounding = eps * (size * (2 * norm(z) + norm(delta)) + memory.ridge * norm(w))
+        rounding = eps * (size * (norm(z) + size * norm(w)) + memory.ridge * norm(w))
         reached = norm(residual) <= rounding
-        if corrections == MOST_CORRECTIONS or bool(reached.all()):
+        if corrections == MOST_CORRECTIONS:
             break
-        w = torch.where(reached, w, w + times_inverse(memory, residual, before))
-    # NaN is no reason to compute H anew: the pattern will be refused.
-    return w, reached | ~z.isfinite().all(-1, keepdim=True)
+        correction = times_inverse(memory, residual, before)
+        error = norm(correction)
+        done = done | ~finite | (reached & ((error <= least * norm(w)) | (2 * error > last)))
+        if bool(done.all()):
+            break
+        w, last = torch.where(done, w, w + correction), error
+    return w, reached | done  # no inverse serves a pattern that is not finite; it will be refused
 
 
 def times_inverse(memory: Memory, x: Tensor, before: Change | None) -> Tensor:
@@ -206,7 +220,7 @@ def apply(memory: Memory, change: Change, good: Tensor, refreshes: Tensor) -> No
     add(memory.inverse, -change.p, change.p, changes & follows)
     add(memory.inverse, change.h, change.h, changes & follows)
     if bool((stale := changes & ~follows).any()):
-        refresh(memory, stale, refreshes)
+        refresh(memory, stale.squeeze(-1), refreshes, memory.mean.dtype)
 
 
 def report(noise: Tensor, explained: Tensor, energy: Tensor, written: Tensor, size: int) -> tuple[Tensor, ...]:

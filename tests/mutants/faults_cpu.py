@@ -120,8 +120,8 @@ LINALG = [
     fault(
         "asymmetry-slack",
         "a thousandfold slack for asymmetric covariances",
-        before="std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
-        after="1000 * std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale)",
+        before="std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load())",
+        after="1000 * std::sqrt(std::numeric_limits<Real>::epsilon()) * __builtin_bit_cast(Real, scale.load())",
         tests=("tests/test_check.py",),
     ),
     fault(
@@ -152,6 +152,7 @@ POSTERIOR = [
         "update-kl-beta",
         "the energy's share in the KL of a step is not scaled by β",
         before="beta * energy",
+        within="*args.kl.at(b, first + t) = Real(0.5) * (C * divergence + beta * energy);",
         after="energy",
         tests=(UPDATE,),
     ),

@@ -276,6 +276,7 @@ MODULE = [
         "saved-state-not-contiguous",
         "a state with gaps between its rows is saved as it is",
         before=".clone(memory_format=torch.contiguous_format)",
+        within="tensor.detach().clone(memory_format=torch.contiguous_format)",
         after="",
         tests=(STATE,),
     ),

@@ -95,7 +95,7 @@ Status multiply_memory(Real* v, Real* y, const MemoryRows<Real>& memory, const R
       multiply_unit(memory.cov, begin, end, w, of_cov.row(unit), found);
       sum_scaled_rows(of_mean.row(unit), memory.mean.rows_from(begin, end - begin), C, w + begin);
     });
-    for (int64_t lane = 0; lane < kLanes<Real>; ++lane) symmetry.compare(found.scales[lane], found.gaps[lane]);
+    symmetry.compare_lanes(found.scales, found.gaps);
   });
   subtract_rows(of_cov, v);
   for (int64_t k = 0; k < K; ++k) v[k] = -v[k];

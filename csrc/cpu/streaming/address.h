@@ -1,17 +1,19 @@
 // The weights of a pattern of a stream, by the inverse that is carried with the memory.
 //
-// The weights solve A w = x for A = R Rᵀ + λI and x = R z. The carried H is not trusted: it is A⁻¹ up to the rounding
-// of all patterns since it was computed. With the innovation δ = z − Rᵀ w, which the update needs anyway, the residual
-// is
-//   (1)  ρ = x − A w = R δ − λ w,
-// taken from the memory itself, so it does not know H. Weights are corrected, w += H ρ, until
-//   (2)  ‖ρ‖ ≤ ε [‖R‖_F (‖z‖ + ‖Rᵀ w‖) + λ ‖w‖],
-// which is the rounding of (1). Each correction multiplies ρ by I − A H, whose size is thereby measured at every
-// pattern, where it matters. If kMostCorrections are not enough, H is computed anew from R.
+// The weights solve A w = x for A = R Rᵀ + λI and x = R z. The carried H is A⁻¹ up to the rounding of all patterns
+// since it was computed, so nothing rests on H alone. With the innovation δ = z − Rᵀ w, which the update needs anyway,
+//   (1)  ρ = x − A w = R δ − λ w,  v = H ρ
+// are the residual, taken from the memory itself, and the error of w up to what H is wrong by. Weights are corrected,
+// w += v, until both are rounding:
+//   (2)  ‖ρ‖ ≤ ε [‖R‖_F (‖z‖ + ‖R‖_F ‖w‖) + λ ‖w‖],
+//   (3)  ‖v‖ ≤ ε (2 + √K/4) ‖w‖, or v is not half of the v before it, so that more corrections do not help.
+// (2) alone is too weak where λ is small: an error across the columns of R hardly shows in ρ. A correction multiplies ρ
+// by I − A H, so how good H is gets measured at every pattern, in the direction where it is used. If kMostCorrections
+// do not reach (2), H is computed anew from R, and if that does not help, in float64.
 //
 // With num_opt_iters > 1 a pattern is solved again, each time against the memory that its former weights would give.
 // That is R + c' δ'ᵀ, whose products follow from those of R:
-//   (3)  x + c' (δ'·z),  H − p pᵀ + h hᵀ,  and for the innovation δ of R, and g = c'·w,
+//   (4)  x + c' (δ'·z),  H − p pᵀ + h hᵀ,  and for the innovation δ of R, and g = c'·w,
 //        ρ = R δ − g r' + c' (δ'·δ − g d') − λ w.
 #pragma once
 
@@ -21,14 +23,14 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-constexpr int kMostCorrections = 3;
+constexpr int kMostCorrections = 4;
 
 template <class Real>
 Real norm(int64_t padded, const Real* x) {
   return std::sqrt(dot(padded, x, x));
 }
 
-// y = H x, or by (3) for the memory after `before`.
+// y = H x, or by (4) for the memory after `before`.
 template <class Real>
 void apply_inverse(const StreamMemory<Real>& memory, Real* y, const Real* x, const Change<Real>* before) {
   const int64_t padded = memory.padded();
@@ -38,7 +40,7 @@ void apply_inverse(const StreamMemory<Real>& memory, Real* y, const Real* x, con
   add_scaled(padded, y, dot(padded, before->h, x), before->h);
 }
 
-// (1) or (3), to work.residual.
+// ρ of (1) or (4), to work.residual.
 template <class Real>
 void compute_residual(const StreamMemory<Real>& memory, const Change<Real>& change, const Change<Real>* before,
                       const StreamWork<Real>& work) {
@@ -66,34 +68,43 @@ bool find_stream_weights(const StreamMemory<Real>& memory, const Change<Real>& c
   __builtin_memcpy(work.target, work.x, static_cast<size_t>(padded) * sizeof(Real));
   if (before) add_scaled(padded, work.target, dot(columns, before->delta, work.z), before->c);
   apply_inverse(memory, change.w, work.target, before);
+  constexpr Real kEpsilon = std::numeric_limits<Real>::epsilon();
+  const Real least = kEpsilon * (2 + std::sqrt(static_cast<Real>(memory.size())) / 4);
+  Real last = std::numeric_limits<Real>::max();  // ‖v‖ of the correction before
   for (int corrections = 0;; ++corrections) {
     compute_innovation(memory, change, work);
+    if (!finite) return true;
     compute_residual(memory, change, before, work);
-    const Real read = scales.z + norm(columns, change.delta);  // no less than ‖Rᵀ w‖
-    const Real rounding = scales.mean * (scales.z + read) + memory.ridge * norm(padded, change.w);
-    if (norm(padded, work.residual) <= std::numeric_limits<Real>::epsilon() * rounding || !finite) return true;
-    if (corrections == kMostCorrections) return false;
+    const Real w = norm(padded, change.w);
+    const Real rounding = scales.mean * (scales.z + scales.mean * w) + memory.ridge * w;
+    const bool reached = norm(padded, work.residual) <= kEpsilon * rounding;
+    if (corrections == kMostCorrections) return reached;
     apply_inverse(memory, work.correction, work.residual, before);
+    const Real error = norm(padded, work.correction);
+    if (reached && (error <= least * w || 2 * error > last)) return true;
+    last = error;
     add_scaled(padded, change.w, Real(1), work.correction);
   }
 }
 
-// H = (R Rᵀ + λI)⁻¹. If that is not positive definite in this type, H stays and false is returned.
-template <class Real>
+// H = (R Rᵀ + λI)⁻¹, computed in `Wide`. If that is not positive definite in this type, H stays and false is returned.
+template <class Wide, class Real>
 bool refresh_inverse(const StreamMemory<Real>& memory, Arena& arena) {
   const int64_t K = memory.size(), C = memory.mean.columns;
   const Arena::Mark start = arena.mark();
-  const Matrix<Real> mean_transposed = allocate_matrix<Real>(arena, C, K);
-  const Matrix<Real> inverse = allocate_matrix<Real>(arena, K, K);
-  const Factor<Real> factor = allocate_factor<Real>(arena, K);
-  transpose(mean_transposed, memory.mean);
-  product_lower<Into::kSet>(factor.lower, C, operand(memory.mean), mean_transposed);
-  regularise(factor.lower, factor.lower, memory.ridge, false);
+  const Matrix<Wide> mean = allocate_zero<Wide>(arena, K, C), mean_transposed = allocate_matrix<Wide>(arena, C, K);
+  const Matrix<Wide> inverse = allocate_matrix<Wide>(arena, K, K);
+  const Factor<Wide> factor = allocate_factor<Wide>(arena, K);
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t c = 0; c < C; ++c) mean.row(k)[c] = memory.mean.row(k)[c];
+  transpose(mean_transposed, mean);
+  product_lower<Into::kSet>(factor.lower, C, operand(mean), mean_transposed);
+  regularise<Wide>(factor.lower, factor.lower, memory.ridge, false);
   const bool good = cholesky(factor, arena);
   if (good) {
     invert_cholesky(factor, inverse, arena);
     for (int64_t i = 0; i < K; ++i)
-      __builtin_memcpy(memory.inverse.row(i), inverse.row(i), static_cast<size_t>(K) * sizeof(Real));
+      for (int64_t j = 0; j < K; ++j) memory.inverse.row(i)[j] = static_cast<Real>(inverse.row(i)[j]);
   }
   arena.release(start);
   return good;

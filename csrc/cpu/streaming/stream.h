@@ -1,7 +1,7 @@
 // A stream: patterns are written to a memory one after the other, in place, with the inverse of R Rᵀ + λI carried
 // along.
 //
-// Bound: a pattern reads and writes R, U and H once, K C + 2 K² numbers, and costs about 14 K C + 14 K² operations
+// Bound: a pattern reads and writes R, U and H once, K C + 2 K² numbers, and costs about 12 K C + 18 K² operations
 // where a write on its own pays K² C + K³. Algorithm: address.h finds the weights, step.h applies them. With given
 // weights the first is left out. Kept: nothing but R, U and H. A pattern that is refused changes none of them. Not
 // promised: H need not be A⁻¹ to the last digits; what follows from it, the weights, is.
@@ -54,9 +54,12 @@ Status prepare_step(const StreamMemory<Real>& memory, const StreamingArgs<Real>&
     compute_innovation(memory, step.now, work);
     status = compute_change(memory, step.now, noise_var, work);
   } else if (!address_pattern(memory, args, noise_var, step, status, work)) {
-    ++step.refreshes;
-    if (!refresh_inverse(memory, arena)) return kNotPositiveDefinite;
-    if (!address_pattern(memory, args, noise_var, step, status, work)) status = kNotPositiveDefinite;
+    const auto try_again = [&](auto wide) {
+      ++step.refreshes;
+      return refresh_inverse<decltype(wide)>(memory, arena) &&
+             address_pattern(memory, args, noise_var, step, status, work);
+    };
+    if (!try_again(Real{}) && !(sizeof(Real) < sizeof(double) && try_again(double{}))) status = kNotPositiveDefinite;
   }
   step.s = step.now.explained + noise_var;
   return status;
@@ -70,7 +73,7 @@ void finish_step(const StreamMemory<Real>& memory, StreamStep<Real>& step, const
   apply_change(memory, step.now, step.s, follows);
   if (!changes || follows) return;
   ++step.refreshes;
-  refresh_inverse(memory, arena);  // if it fails, the next residual tells
+  refresh_inverse<Real>(memory, arena);  // if it fails, the next residual tells
 }
 
 // What is known of pattern t, as (4) and (5) of posterior/conditioning.h. A pattern that is not written tells nothing.
@@ -112,10 +115,15 @@ void stream_patterns(const StreamingArgs<Real>& args, int64_t begin, int64_t end
   }
 }
 
+// Compute H in the type of the memory or, if it cannot be factored there, in float64.
 template <class Real>
 void refresh_streams(const StreamingArgs<Real>& args, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    *args.info.at(b) = refresh_inverse(view_stream(args, b), Arena::fresh()) ? kGood : kNotPositiveDefinite;
+  for (int64_t b = begin; b < end; ++b) {
+    const StreamMemory<Real> memory = view_stream(args, b);
+    Arena& arena = Arena::fresh();
+    const bool good = refresh_inverse<Real>(memory, arena) || refresh_inverse<double>(memory, arena);
+    *args.info.at(b) = good ? kGood : kNotPositiveDefinite;
+  }
 }
 
 }  // namespace fastkm::FASTKM_LEVEL
