@@ -88,8 +88,8 @@ def update_posterior(
     With ``out`` the result's ``state`` is ``out``, no gradient is computed, and on a CPU no second memory is made: a
     single pattern reads it twice and writes it once. ``out.mean`` is ``state.mean`` itself or shares no memory with an
     argument; likewise ``out.cov``; what is written inside :func:`torch.compile` is not checked for it. A memory that is
-    refused comes out as it came in or, with more than 16 patterns, as it was before the block of 16 to 64 patterns that
-    was refused. On a GPU, and by the reference, the new memory is computed and then copied.
+    refused comes out as it came in or, with more than 16 patterns, as it was before the 16 to 256 patterns at once that
+    were refused. On a GPU, and by the reference, the new memory is computed and then copied.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
