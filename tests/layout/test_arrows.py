@@ -185,8 +185,10 @@ def test_both_wings_have_the_same_rooms():
 
 # What several kernels of a family share on a GPU, and what is part of one file on a CPU.
 ON_GPUS_ONLY = {"posterior/chunk", "reading/addressing"}
-# Results in place: on a GPU they are computed and then copied.
-ON_CPUS_ONLY = {"posterior/update_into"}
+# Results in place, which a GPU computes and then copies; and small memories in the lanes of vector registers.
+ON_CPUS_ONLY = {"posterior/update_into"} | {
+    f"{family}/lanes" for family in ("posterior", "reading", "writing", "matrix_normal")
+}
 
 
 def test_both_wings_have_the_same_files():
