@@ -27,10 +27,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> update_posteri
 }
 
 // The same into a memory of the caller, on a CPU. `out_mean` may be `mean`, and `out_cov` may be `cov`.
+template <class Place>
 static std::tuple<Tensor, Tensor, Tensor, Tensor> update_posterior_into(
     const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values, const Tensor& noise_var,
     const std::optional<Tensor>& mask, int64_t precision, const Tensor& out_mean, const Tensor& out_cov) {
-  const Cpu place(mean, cov, weights, values, noise_var, mask, out_mean, out_cov);
+  const Place place(mean, cov, weights, values, noise_var, mask, out_mean, out_cov);
   const int64_t B = mean.size(0), T = values.size(1);
   const Tensor innovation_var = make_tensor(mean, {B, T}), kl = make_tensor(mean, {B, T});
   const Tensor log_evidence = make_tensor(mean, {B}), info = make_tensor(mean, {B}, ScalarType::Int);
@@ -77,7 +78,7 @@ template <class Place, class Library>
 static void register_posterior(Library& m) {
   m.impl("update_posterior", TORCH_BOX(&update_posterior<Place>));
   m.impl("update_posterior_backward", TORCH_BOX(&update_posterior_backward<Place>));
-  if constexpr (Place::kOnHost) m.impl("update_posterior_into", TORCH_BOX(&update_posterior_into));
+  if constexpr (Place::kOnHost) m.impl("update_posterior_into", TORCH_BOX(&update_posterior_into<Place>));
 }
 FASTKM_REGISTER(register_posterior)
 

@@ -45,13 +45,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write(
 }
 
 // The same into a memory of the caller, on a CPU. `out_mean` may be `mean`, and `out_cov` may be `cov`.
+template <class Place>
 static std::tuple<Tensor, Tensor, Tensor, Tensor> write_into(const Tensor& mean, const Tensor& cov,
                                                              const Tensor& values, const Tensor& noise_var,
                                                              const Tensor& ridge, int64_t num_opt_iters,
                                                              bool squared_gram, const std::optional<Tensor>& mask,
                                                              int64_t precision, const Tensor& out_mean,
                                                              const Tensor& out_cov) {
-  const Cpu place(mean, cov, values, noise_var, ridge, mask, out_mean, out_cov);
+  const Place place(mean, cov, values, noise_var, ridge, mask, out_mean, out_cov);
   const int64_t B = mean.size(0), T = values.size(1);
   const Tensor weights = make_tensor(mean, {B, T, mean.size(1)}), info = make_tensor(mean, {B}, ScalarType::Int);
   const Tensor innovation_var = make_tensor(mean, {B, T}), kl = make_tensor(mean, {B, T});
@@ -102,7 +103,7 @@ template <class Place, class Library>
 static void register_writing(Library& m) {
   m.impl("write", TORCH_BOX(&write<Place>));
   m.impl("write_backward", TORCH_BOX(&write_backward<Place>));
-  if constexpr (Place::kOnHost) m.impl("write_into", TORCH_BOX(&write_into));
+  if constexpr (Place::kOnHost) m.impl("write_into", TORCH_BOX(&write_into<Place>));
 }
 FASTKM_REGISTER(register_writing)
 
