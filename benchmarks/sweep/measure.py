@@ -104,8 +104,10 @@ class Truth:
 
 @contextmanager
 def few_compilations() -> Iterator[None]:
-    """One compilation for all sizes above 1, equal or not. A form that is compiled too often fails; PyTorch's own default
-    is to run it uncompiled without a word."""
+    """One compilation for all sizes above 1, equal or not.
+
+    A form that is compiled too often fails; PyTorch's own default is to run it uncompiled without a word.
+    """
     dynamo = torch._dynamo.config.patch(recompile_limit=32, fail_on_recompile_limit_hit=True)
     with dynamo, torch.fx.experimental._config.patch(use_duck_shape=False):
         yield
@@ -157,7 +159,7 @@ class Sweep:
             for name, form in self.forms(cell).items():
                 calls[name] = partial(form, e)
                 best = min((f["seconds"] for f in record["forms"].values() if f["status"] == "right"), default=None)
-                limit = UNKNOWN if best is None else max(2, math.ceil(2 * SLOWER * best))
+                limit = UNKNOWN if best is None else 1 + math.ceil(SLOWER * best)
                 compiling = name in self.compiled.get(cell.operation, {})
                 limit = self.compile_limit if compiling else limit
                 record["forms"][name] = self.try_call(calls[name], truth, "eager", limit)
