@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
+.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep serving train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,6 +49,9 @@ bench-compare: setup ## the kernels of another revision beside these: make bench
 
 sweep: setup ## every shape from K = 4 to 4,096 beside the best form in PyTorch, a table and a heat map; 15 minutes, can be stopped and goes on
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+serving: setup ## one memory that answers queries while patterns are written: latencies, and a picture; 2 minutes
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 train: setup ## train the generative model of examples/dkm on MNIST; can be killed and resumed with ARGS=--resume
 	$(BIN)/python -m examples.dkm.train $(ARGS)
