@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -94,6 +95,31 @@ def test_a_form_that_was_slow_is_left_out_where_it_would_cost():
     assert slow in sweep.forms(larger._replace(batch=16))  # nothing is known there
 
 
+def test_a_form_that_was_cut_off_is_known_to_be_slow():
+    def endless():
+        time.sleep(5)
+
+    cell = Cell("read", 2048, 2048, 1, 1)
+    found = measure.try_call(endless, None, "eager", 1)
+    assert (found["status"], found["seconds"]) == ("slow", 1.0)
+    sweep = measure.Sweep(0.0, False, 1)
+    others = {name: {"seconds": 0.1} for name in sweep.forms(cell) if name != "literal loop"}
+    sweep.remember({"cell": list(cell), "forms": {**others, "literal loop": found}})
+    assert "literal loop" not in sweep.forms(cell)
+
+
+def test_a_form_that_does_not_compile_is_compiled_once():
+    sweep, cell = measure.Sweep(0.0, False, 60), Cell("read", 4, 4, 1, 1)
+
+    def broken():
+        raise RuntimeError("no")
+
+    sweep.compiled["read"] = {"compiled": broken}
+    found = sweep.try_form(cell, "compiled", broken, None, {})
+    assert (found["status"], found["note"]) == ("failed", "RuntimeError: no")
+    assert "compiled" not in sweep.forms(cell)
+
+
 # ---- the check -----------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +191,8 @@ def test_cells_below_one_are_told_with_their_noise():
     records = [record(cell, ratio, gap) for cell, ratio, gap in zip(cells, ratios, gaps, strict=True)]
     assert [r["ratio"] for r in report.below_one(records)] == [0.5, 0.97]
     assert [report.beyond_noise(r) for r in records] == [True, False, False, False]
+    assert report.beyond_noise(record(cells[0], 0.9, None))
+    assert not report.beyond_noise(record(cells[0], 0.96, None))  # one timing: what is tolerated
     told = " ".join(report.facts(records, CEILING))
     assert "2 cells below 1.0, 1 of them by more than" in told
     assert "read: 4 cells, ratio 0.50 to 4.0, median 1.08" in told

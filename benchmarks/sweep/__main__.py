@@ -6,6 +6,7 @@ stopped goes on; a new build starts anew. Writes results/sweep/sweep.json, sweep
 """
 
 import argparse
+import math
 import time
 import warnings
 from datetime import datetime, timezone
@@ -19,7 +20,15 @@ from benchmarks.sweep.journal import Journal, digest_of_code, machine_of
 from benchmarks.sweep.measure import Sweep, few_compilations
 from benchmarks.timing import keep_freed_memory, pin
 from fastkm._runtime import schema
-from fastkm.cli.console import add_threads, check_writable, duration, exit_status, progress, whole_number
+from fastkm.cli.console import (
+    add_threads,
+    check_writable,
+    duration,
+    exit_status,
+    positive_number,
+    progress,
+    whole_number,
+)
 from fastkm.cli.machine import machine
 from fastkm.testing.extras import UserError, import_extra
 
@@ -42,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=f"of {', '.join(PARTS)} (default: both)")  # fmt: skip
     parser.add_argument("--seconds", type=duration, default=0.2, help="of timing a cell (default: %(default)s)")
+    parser.add_argument("--minutes", type=positive_number, default=math.inf,
+                        help="stop before a cell after so long; the next run goes on (default: never)")  # fmt: skip
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="no torch.compile")
     parser.add_argument("--compile-limit", type=whole_number(1), default=120, help="seconds a compilation may take")
     parser.add_argument("--fresh", action="store_true", help="measure again what is measured already")
@@ -58,17 +69,22 @@ def measure_cells(options: argparse.Namespace, journal: Journal, ceiling: Ceilin
     known = {} if options.fresh else journal.read()
     sweep = Sweep(options.seconds, options.compile, options.compile_limit)
     missing = [cell for cell in cells if cell not in known]
+    end = time.monotonic() + 60 * options.minutes
     with few_compilations(), progress("sweep", len(cells), len(cells) - len(missing), seconds=10) as start:
         for cell in cells:
             if cell in known:
                 sweep.remember(known[cell])
                 continue
+            if time.monotonic() > end:
+                break
             start(str(cell))
             known[cell] = sweep.measure(cell)
             journal.note(known[cell])
             if time.monotonic() - ceiling.last > 120:
                 ceiling.measure(1)
-    return [known[cell] for cell in cells]
+    if absent := [cell for cell in cells if cell not in known]:
+        print(f"{len(absent)} cells are left, from {absent[0]} on: the same command goes on with them.")
+    return [known[cell] for cell in cells if cell in known]
 
 
 def run(options: argparse.Namespace) -> int:

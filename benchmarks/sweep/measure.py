@@ -13,7 +13,7 @@ import torch._dynamo.config
 import torch.fx.experimental._config
 from torch import Tensor
 
-from benchmarks.cases import ESSENTIAL, NATIVE, TWIN, TooSlow, at_most, comparable, map_episode
+from benchmarks.cases import CALL_LIMIT, ESSENTIAL, NATIVE, TWIN, TooSlow, at_most, comparable, map_episode
 from benchmarks.forms import DUAL, FORMS, Form, compiled_forms
 from benchmarks.sweep.grid import OPERATIONS, TINY, Cell
 from benchmarks.sweep.journal import Record
@@ -33,12 +33,13 @@ KERNEL_ROUNDINGS, FORM_ROUNDINGS = 16, 128
 
 CHEAP = 0.05  # seconds; a form that takes less is called in every cell
 SLOWER = 3.0  # times the fastest form in PyTorch; a form above is not timed
+COSTLY, NEAR = 1.0, 1.3  # seconds; where the best form takes more, only forms this near to it are called
 CLOSE = 1.5  # times the fastest; forms below are timed with it
 MOST_TIMED = 3  # forms in PyTorch
 COMPILED_ROWS = 256  # compiled forms are called up to here, and for single patterns: beyond, the products are all
 LEFT_OUT = ("compiled block form", "compiled K-space")  # never faster than the other compiled form; compiling costs
 LONG = 0.3  # seconds of all that is timed once each: more, and each is called three times at most
-LONGEST = 10.0  # and more than this: the first calls are the times
+LONGEST = 8.0  # more than this, and the first calls are the times
 ALWAYS = {TINY: ("block form",)}  # timed however slow, because something is promised
 UNKNOWN = 60  # seconds that a form may take where nothing is known
 
@@ -143,7 +144,8 @@ class Sweep:
         found |= self.compiled.get(cell.operation, {}) if cell.K <= COMPILED_ROWS or cell.count == 1 else {}
         flops, known = self.known.get((cell.operation, cell.count, cell.batch), (cell.flops, {}))
         expected = {name: known[name] * cell.flops / flops for name in found if name in known}
-        most = max(CHEAP, SLOWER * min(expected.values(), default=math.inf))
+        best = min(expected.values(), default=math.inf)
+        most = max(CHEAP, best * (NEAR if COSTLY < best < math.inf else SLOWER))
         names = [name for name in found if expected.get(name, 0.0) <= most]
         return {name: found[name] for name in sorted(names, key=lambda name: expected.get(name, math.inf))}
 
@@ -152,40 +154,26 @@ class Sweep:
         e = make_inputs(cell)
         truth, call = Truth(cell, e), computation(cell.case).bind(e, None)
         record: Record = {"cell": list(cell), "flops": cell.flops, "bytes": cell.bytes, "exact": truth.exact}
-        own = self.try_call(call, truth, NATIVE, UNKNOWN)
+        own = try_call(call, truth, NATIVE, CALL_LIMIT)
         record |= {**own, "forms": {}}
         if own["status"] == "right":
-            calls = {NATIVE: call}
-            for name, form in self.forms(cell).items():
-                calls[name] = partial(form, e)
-                best = min((f["seconds"] for f in record["forms"].values() if f["status"] == "right"), default=None)
-                limit = UNKNOWN if best is None else 1 + math.ceil(SLOWER * best)
-                compiling = name in self.compiled.get(cell.operation, {})
-                limit = self.compile_limit if compiling else limit
-                record["forms"][name] = self.try_call(calls[name], truth, "eager", limit)
-            record |= self.compare(calls, record["seconds"], record["forms"], ALWAYS.get(cell, ()))
+            calls = {name: partial(form, e) for name, form in self.forms(cell).items()}
+            for name in calls:
+                record["forms"][name] = self.try_form(cell, name, calls[name], truth, record["forms"])
+            record |= self.compare({NATIVE: call, **calls}, own["seconds"], record["forms"], ALWAYS.get(cell, ()))
         record["spent"] = time.perf_counter() - begin
         self.remember(record)
         return record
 
-    def try_call(self, call: Call, truth: Truth, kind: str, limit: int) -> Record:
-        """Call once to check the result, and once more for the time if that is short; an alarm ends what is slow."""
-        try:
-            with at_most(limit):
-                begin = time.perf_counter()
-                result = call()
-                seconds = time.perf_counter() - begin
-        except TooSlow:
-            return {"status": "slow", "note": f"did not end within {limit} s"}
-        except Exception as error:  # any exception of a form is its result; the others are called too
-            return {"status": "failed", "note": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
-        error = truth.error(kind, result)
-        del result
-        if seconds < SLOW or limit == self.compile_limit:
-            seconds = min(seconds, clock(call))
-        allowed = truth.allowed(kind)
-        status = "right" if error <= allowed else "wrong"
-        return {"status": status, "error": error, "allowed": allowed, "seconds": seconds}
+    def try_form(self, cell: Cell, name: str, call: Call, truth: Truth, others: Mapping[str, Record]) -> Record:
+        compiled = self.compiled.get(cell.operation, {})
+        if name in compiled:
+            found = try_call(call, truth, "compiled", self.compile_limit)
+            if found["status"] in ("slow", "failed"):
+                del compiled[name]  # it would be compiled again in vain
+            return found
+        best = min((form["seconds"] for form in others.values() if form["status"] == "right"), default=None)
+        return try_call(call, truth, "eager", UNKNOWN if best is None else 1 + math.ceil(SLOWER * best))
 
     def compare(
         self, calls: Mapping[str, Call], own: float, forms: Mapping[str, Record], always: tuple[str, ...]
@@ -208,8 +196,8 @@ class Sweep:
 
     def time(
         self, calls: Mapping[str, Call], costs: Mapping[str, float], quickest: str
-    ) -> tuple[dict[str, float], float]:
-        """Seconds a call, and how much two timings of one thing differ."""
+    ) -> tuple[dict[str, float], float | None]:
+        """Seconds a call, and how much two timings of one thing differ; None where there is one timing."""
         total = sum(costs.values()) + costs[NATIVE]
         if total <= LONG:
             twins = {name: name + TWIN for name in (NATIVE, quickest)}
@@ -217,13 +205,32 @@ class Sweep:
                 {**calls, **{twin: calls[name] for name, twin in twins.items()}}, twins, self.seconds
             )
             return {name: timings[name].median for name in calls}, min(gaps)
-        names = [*calls, NATIVE] if total <= LONGEST else [NATIVE]
+        if total > LONGEST:
+            return dict(costs), None
+        names = [*calls, NATIVE]
         samples: dict[str, list[float]] = {name: [] for name in calls}
         with no_collection():
             for _ in range(max(1, min(3, int(4 * LONG / total)))):
                 for name in names:
                     samples[name].append(clock(calls[name]))
-        if total > LONGEST:
-            samples = {name: [costs[name], *taken] for name, taken in samples.items()}
         own = samples[NATIVE]
         return {name: statistics.median(taken) for name, taken in samples.items()}, max(own) / min(own) - 1
+
+
+def try_call(call: Call, truth: Truth, kind: str, limit: int) -> Record:
+    """Call once to check the result, and once more for the time if that is short; an alarm ends what is slow."""
+    try:
+        with at_most(limit):
+            begin = time.perf_counter()
+            result = call()
+            seconds = time.perf_counter() - begin
+    except TooSlow:
+        return {"status": "slow", "note": f"did not end within {limit} s", "seconds": float(limit)}
+    except Exception as error:  # any exception of a form is its result; the others are called too
+        return {"status": "failed", "note": f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"}
+    error = truth.error(kind, result)
+    del result
+    if seconds < SLOW or kind == "compiled":
+        seconds = min(seconds, clock(call))
+    allowed = truth.allowed(kind)
+    return {"status": "right" if error <= allowed else "wrong", "error": error, "allowed": allowed, "seconds": seconds}

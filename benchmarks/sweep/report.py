@@ -36,9 +36,14 @@ def below_one(records: Sequence[Record]) -> list[Record]:
     return sorted((r for r in compared(records) if r["ratio"] < 1), key=lambda record: record["ratio"])
 
 
+def noise(record: Record) -> float:
+    """How much two timings of one thing differ; what is tolerated, where calls are so long that there is one timing."""
+    return LARGEST_GAP if record["gap"] is None else record["gap"]
+
+
 def beyond_noise(record: Record) -> bool:
     """Whether the cell stays below 1 when the kernel is as much faster as two timings of one thing differ."""
-    return record["ratio"] * (1 + record["gap"]) < 1
+    return record["ratio"] * (1 + noise(record)) < 1
 
 
 def facts(records: Sequence[Record], ceiling: dict[str, float]) -> list[str]:
@@ -59,8 +64,9 @@ def facts(records: Sequence[Record], ceiling: dict[str, float]) -> list[str]:
                     f"share of the bound, median {share:.0%}.")  # fmt: skip
     below = below_one(records)
     surely = sum(map(beyond_noise, below))
-    noisy = sum(r["gap"] > LARGEST_GAP for r in right)
+    noisy = sum(noise(r) > LARGEST_GAP for r in right)
     told.append(f"{len(below)} cells below 1.0, {surely} of them by more than two timings of one thing differ.")
+    told.append(f"{sum(r['gap'] is None for r in right)} cells with calls of seconds have one timing.")
     told.append(f"In {noisy} cells two timings of one thing differ by more than {LARGEST_GAP:.0%}.")
     return told + [f"{tiny_fact(record)}" for record in right if Cell(*record["cell"]) == TINY]
 
@@ -81,8 +87,9 @@ def row(record: Record, ceiling: dict[str, float]) -> tuple[str, ...]:
     errors = f"{record['error']:.0e}", f"{record['allowed']:.0e}"
     if "ratio" not in record:
         return (*where, own, "", record["note"], "", "", share, *errors)
+    gap = "once" if record["gap"] is None else f"{100 * record['gap']:.0f}"
     best = f"{1e3 * record['best_seconds']:.4g}", record["best"]
-    return (*where, own, *best, f"{record['ratio']:.2f}", f"{100 * record['gap']:.0f}", share, *errors)
+    return (*where, own, *best, f"{record['ratio']:.2f}", gap, share, *errors)
 
 
 def grid(records: Sequence[Record], value, show) -> list[tuple[str, ...]]:
