@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         journal = Journal(options.output / report.JOURNAL, about["code"], machine_of(options.threads))
         data["cells"] = measure_cells(options, journal, ceiling)
     if "one-memory" in options.parts:
-        data["one_memory"] = one_memory.measure(options.threads, options.seconds)
+        data["one_memory"] = one_memory.measure(options.threads, options.seconds, options.operations, options.rows)
     ceiling.measure()
     print(f"{'ceilings':<18} {ceiling.describe()}")
     data["ceiling"] = {"product": ceiling.product["float32"], "bandwidth": ceiling.bandwidth}

@@ -4,7 +4,7 @@ import inspect
 import math
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ import torch
 import fastkm
 from benchmarks.cases import NATIVE, map_episode
 from benchmarks.ceiling import COPIED, update_in_block_form
-from benchmarks.sweep.grid import LONGEST_CODE, Cell
+from benchmarks.sweep.grid import LONGEST_CODE, Cell, select
 from benchmarks.sweep.measure import Truth, make_inputs
-from fastkm import MemoryState
 from fastkm.cli.console import progress
 from fastkm.testing.operations import computation
 from fastkm.testing.timing import LONG, SHORTEST, WARM_UP, clock, no_collection
@@ -65,16 +64,22 @@ def time_threads(call: Callable[[], object], threads: int, seconds: float) -> di
     return {n: statistics.median(taken) for n, taken in samples.items()}
 
 
-def measure(threads: int, seconds: float) -> list[dict[str, Any]]:
-    chosen, records = cells(), []
-    with progress("one memory", len(chosen) + 2, seconds=10) as start:
+def measure(
+    threads: int, seconds: float, operations: Collection[str] = (), rows: Collection[int] = ()
+) -> list[dict[str, Any]]:
+    """All cells, or those with one of these operations and numbers of rows."""
+    chosen, records = select(cells(), operations, rows), []
+    in_place = [cell for cell in chosen if cell.operation == "update_posterior" and cell.count == 1 and cell.K >= 512]
+    with progress("one memory", len(chosen) + len(in_place) + 1, seconds=10) as start:
         start("copy and product")
         records += measure_machine(threads, seconds)
         for cell in chosen:
             start(str(cell))
             records.append(measure_cell(cell, threads, seconds))
-        start(IN_PLACE)
-        records += measure_in_place(threads, seconds)
+        if "out" in inspect.signature(fastkm.update_posterior).parameters:
+            for cell in in_place:
+                start(f"{cell}, out")
+                records.append(measure_in_place(cell, threads, seconds))
     return records
 
 
@@ -110,36 +115,23 @@ def measure_cell(cell: Cell, threads: int, seconds: float) -> dict[str, Any]:
     return record_of(cell.operation, sizes, time_threads(call, threads, seconds), flops_of(cell), cell.bytes, note)
 
 
-def measure_in_place(threads: int, seconds: float) -> list[dict[str, Any]]:
-    """Single patterns into the memory itself; nothing where the function cannot."""
-    if "out" not in inspect.signature(fastkm.update_posterior).parameters:
-        return []
-    records = []
-    for K in (size for size in SIZES if size >= 512):
-        cell = Cell("update_posterior", K, min(K, LONGEST_CODE), 1, 1)
-        e = make_inputs(cell)
-        expected = fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var).state
-        state = MemoryState(*map_episode(torch.clone, e).prior)
-        fastkm.update_posterior(state, e.weights, e.values, e.noise_var, out=state)
-        wrong = not all(torch.equal(x, y) for x, y in zip(state, expected, strict=True))
-        # Much noise: after thousands of calls the variance along the pattern still has digits.
-        noise_var = torch.full_like(e.noise_var, 100.0)
+def measure_in_place(cell: Cell, threads: int, seconds: float) -> dict[str, Any]:
+    """One pattern after the other into the memory itself."""
+    e = make_inputs(cell)
+    expected = fastkm.update_posterior(e.prior, e.weights, e.values, e.noise_var).state
+    state = map_episode(torch.clone, e).prior
+    fastkm.update_posterior(state, e.weights, e.values, e.noise_var, out=state)
+    wrong = not all(torch.equal(x, y) for x, y in zip(state, expected, strict=True))
+    # Much noise: after thousands of calls the variance along the pattern still has digits.
+    noise_var = torch.full_like(e.noise_var, 100.0)
 
-        def call(state=state, e=e, noise_var=noise_var) -> None:
-            fastkm.update_posterior(state, e.weights, e.values, noise_var, out=state)
+    def call() -> None:
+        fastkm.update_posterior(state, e.weights, e.values, noise_var, out=state)
 
-        moved = 2 * sum(x.numel() * x.element_size() for x in state)
-        records.append(
-            record_of(
-                IN_PLACE,
-                (K, cell.C, 1),
-                time_threads(call, threads, seconds),
-                flops_of(cell),
-                moved,
-                "WRONG" if wrong else "",
-            )
-        )
-    return records
+    moved = 2 * sum(x.numel() * x.element_size() for x in state)
+    sizes = (cell.K, cell.C, cell.count)
+    taken = time_threads(call, threads, seconds)
+    return record_of(IN_PLACE, sizes, taken, flops_of(cell), moved, "WRONG" if wrong else "")
 
 
 def row(record: dict[str, Any], ceiling: dict[str, float]) -> tuple[str, ...]:
