@@ -276,8 +276,11 @@ def test_a_run_writes_everything_and_goes_on_where_it_was(tmp_path, monkeypatch,
     monkeypatch.setattr(command, "pin", lambda threads: "not pinned: a test")
     monkeypatch.setattr(command, "keep_freed_memory", lambda: "not kept: a test")
     monkeypatch.setattr(command, "Ceiling", Assumed)
-    chosen = ["--K", "4", "--C", "4", "--T", "1", "--B", "1", "--seconds", "0", "--no-compile", "--parts", "cells"]
-    arguments = [*chosen, "--output", str(tmp_path)]
+    common = ["--seconds", "0", "--no-compile", "--parts", "cells", "--output", str(tmp_path)]
+    assert command.main([*common, "--B", "4096"]) == 0  # the tiny memories, which are not in the picture
+    assert "Gflop/s in the flops of the block form" in capsys.readouterr().out
+    assert not (tmp_path / report.PICTURE).exists()
+    arguments = [*common, "--K", "4", "--C", "4", "--T", "1", "--B", "1"]
     assert command.main(arguments) == 0
     data = json.loads((tmp_path / report.JSON).read_text(encoding="utf-8"))
     assert [cell["cell"][0] for cell in data["cells"]] == list(OPERATIONS)

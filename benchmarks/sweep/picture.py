@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.sweep.grid import BATCHES, CODES, COUNTS, OPERATIONS, ROWS, TINY, Cell
+from benchmarks.sweep.grid import BATCHES, CODES, COUNTS, OPERATIONS, ROWS, Cell
 from benchmarks.sweep.journal import Record
 from fastkm.cli.picture import INK, QUIET
 from fastkm.testing.extras import import_extra
@@ -40,7 +40,7 @@ def number(ratio: float) -> str:
 
 
 def draw(records: Sequence[Record], machine: dict[str, Any], file: str) -> None:
-    """Write the picture as PNG."""
+    """Write the picture of cells of the grid as PNG."""
     matplotlib = import_extra("matplotlib")
     matplotlib.use("Agg")
     plt = import_extra("matplotlib.pyplot")
@@ -55,7 +55,7 @@ def draw(records: Sequence[Record], machine: dict[str, Any], file: str) -> None:
     for index, name in enumerate(shown):
         bottom = height - 1.55 - 3.35 * (index + 1) + 0.62
         axes = figure.add_axes((0.1, bottom / height, 0.875, 2.45 / height))
-        draw_panel(axes, name, [r for r in records if r["cell"][0] == name and Cell(*r["cell"]) != TINY], colours)
+        draw_panel(axes, name, [r for r in records if r["cell"][0] == name], colours)
     draw_scale(figure, height, colours)
     figure.savefig(file, dpi=150, format="png")
     plt.close(figure)

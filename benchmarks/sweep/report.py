@@ -109,8 +109,9 @@ def write(data: dict[str, Any], output: Path) -> None:
     made = [JSON, PAGE]
     if records:
         parts += cells_part(records, ceiling)
+    if in_grid := [record for record in records if Cell(*record["cell"]) != TINY]:
         with replace_file(output / PICTURE) as file:
-            picture.draw(records, data["machine"], file)
+            picture.draw(in_grid, data["machine"], file)
         parts.append(f"![{PICTURE}]({PICTURE})")
         made.append(PICTURE)
     if data["one_memory"]:
@@ -130,8 +131,9 @@ def cells_part(records: Sequence[Record], ceiling: dict[str, float]) -> list[str
               "Share of the bound that matrix products or a copy set, by K; the least over C")  # fmt: skip
     parts, told = [], facts(records, ceiling)
     for title, lines in zip(titles, (ratios, shares), strict=True):
-        show_table(title, GRID_HEADERS, lines, right=GRID_HEADERS[1:], group=0)
-        parts += [f"## {title}", markdown_table(GRID_HEADERS, lines)]
+        if lines:
+            show_table(title, GRID_HEADERS, lines, right=GRID_HEADERS[1:], group=0)
+            parts += [f"## {title}", markdown_table(GRID_HEADERS, lines)]
     below = [row(record, ceiling) for record in below_one(records)]
     if below:
         title = "Cells below 1.0, and how much two timings of one thing differed there"
