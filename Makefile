@@ -47,7 +47,7 @@ bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages bes
 bench-compare: setup ## the kernels of another revision beside these: make bench-compare BASE=main
 	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name the other revision: make bench-compare BASE=main)) $(ARGS)
 
-sweep: setup ## every shape from K = 4 to 4,096 beside the best form in PyTorch, a table and a heat map; 15 minutes, can be stopped and goes on
+sweep: setup ## every shape from K = 4 to 4,096 beside the best form in PyTorch, tables and a heat map; long, can be stopped and goes on
 	$(BIN)/python -m benchmarks.sweep $(ARGS)
 
 serving: setup ## one memory that answers queries while patterns are written: latencies, and a picture; 2 minutes
