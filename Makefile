@@ -30,7 +30,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
+.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep serving train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,6 +46,12 @@ bench-full: setup $(VENV)/.peers ## every form in PyTorch and other packages bes
 
 bench-compare: setup ## the kernels of another revision beside these: make bench-compare BASE=main
 	$(BIN)/python -m benchmarks.compare $(or $(BASE),$(error name the other revision: make bench-compare BASE=main)) $(ARGS)
+
+sweep: setup ## every shape from K = 4 to 4,096 beside the best form in PyTorch, tables and a heat map; long, can be stopped and goes on
+	$(BIN)/python -m benchmarks.sweep $(ARGS)
+
+serving: setup ## one memory that answers queries while patterns are written: latencies, and a picture; 2 minutes
+	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 train: setup ## train the generative model of examples/dkm on MNIST; can be killed and resumed with ARGS=--resume
 	$(BIN)/python -m examples.dkm.train $(ARGS)

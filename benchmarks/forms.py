@@ -73,6 +73,14 @@ def write_step(mean, cov, z, noise_var, ridge) -> tuple[Tensor, Tensor, Tensor]:
     return mean + a @ (z - w.mT @ mean) / s, cov - a @ a.mT / s, w
 
 
+def write_step_dual(mean, cov, z, noise_var, ridge) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with ``w = R (RᵀR + λI)⁻¹ z``, a solve in C."""
+    w = mean @ torch.cholesky_solve(z.mT, factor(regularised_gram(mean.mT, ridge)))  # [B, K, 1]
+    a = cov @ w
+    s = w.mT @ a + noise_var.unsqueeze(-1)
+    return mean + a @ (z - w.mT @ mean) / s, cov - a @ a.mT / s, w
+
+
 def write_loop(mean, cov, values, noise_var, ridge, step=write_step) -> Result:
     weights = []
     for t in range(values.shape[1]):
@@ -173,6 +181,15 @@ def read_factored(mean, queries, ridge, num_iters) -> Result:
     for _ in range(num_iters - 1):
         weights = weights - lam * torch.cholesky_solve(weights, lower)
     return {"values": weights.mT @ mean, "weights": weights.mT}
+
+
+def read_dual(mean, queries, ridge, num_iters) -> Result:
+    """One factorisation in C: ``w = R (RᵀR + λI)⁻¹ z``."""
+    lower = factor(regularised_gram(mean.mT, ridge))
+    for _ in range(num_iters):
+        weights = (mean @ torch.cholesky_solve(queries.mT, lower)).mT  # [B, Q, K]
+        queries = weights @ mean
+    return {"values": queries, "weights": weights}
 
 
 def read_inverse(mean, queries, ridge, num_iters) -> Result:
@@ -306,21 +323,24 @@ FORMS: dict[Case, dict[str, Form]] = {
 }
 
 
-def compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
+# Forms that are worth their time only where a code is shorter than the memory has rows.
+DUAL: dict[Case, dict[str, Form]] = {
+    Case("write"): {"literal loop, dual solve": on(write_inputs, write_loop, step=write_step_dual)},
+    Case("read"): {"C-space, factored once": on(read_inputs, read_dual)},
+}
 
 
-def compiled_step(inputs, function, step, **options) -> Callable[[], Form]:
+def compiled_step(inputs, function, step, **options) -> Callable[[bool], Form]:
     """A loop whose step is compiled: one compilation, T calls. Unrolled, a loop compiles for minutes."""
-    return lambda: on(inputs, function, step=compiled(step), **options)
+    return lambda dynamic: on(inputs, function, step=torch.compile(step, dynamic=dynamic), **options)
 
 
-def compiled_whole(inputs, function) -> Callable[[], Form]:
-    return lambda: on(inputs, compiled(function))
+def compiled_whole(inputs, function) -> Callable[[bool], Form]:
+    return lambda dynamic: on(inputs, torch.compile(function, dynamic=dynamic))
 
 
-# Makers, as what torch.compile returns is specialised to the shapes it meets first.
-COMPILED: dict[Case, dict[str, Callable[[], Form]]] = {
+# Makers, as what torch.compile returns is specialised to the shapes it meets first unless it is dynamic.
+COMPILED: dict[Case, dict[str, Callable[[bool], Form]]] = {
     Case("update_posterior"): {
         "compiled loop": compiled_step(update_inputs, update_loop, update_sequential),
         "compiled block form": compiled_whole(update_inputs, update_block),
@@ -350,8 +370,10 @@ def forms(case: Case) -> dict[str, Form]:
     return {name: differentiated(form, case) for name, form in FORMS.get(case, {}).items()}
 
 
-def compiled_forms(case: Case) -> dict[str, Callable[[], Form]]:
-    return {name: lambda make=make: differentiated(make(), case) for name, make in COMPILED.get(case, {}).items()}
+def compiled_forms(case: Case, dynamic: bool = False) -> dict[str, Callable[[], Form]]:
+    """Makers; ``dynamic``: one compilation for all sizes above 1."""
+    made = COMPILED.get(case, {})
+    return {name: lambda make=make: differentiated(make(dynamic), case) for name, make in made.items()}
 
 
 def differentiated(form: Form, case: Case) -> Form:

@@ -250,3 +250,108 @@ def test_explanation_is_what_happens(operation, capsys, no_extension):
 def test_explanation_of_an_unknown_operation():
     with pytest.raises(ValueError, match=r"operation must be one of 'solve_addressing', .*got 'wrote'"):
         explain_backend("wrote")
+
+
+# ------------------------------------------------------------------------------------------ few large memories on a GPU
+
+
+WITH_GPU_KERNELS = [name for name, table in CAPABILITIES.items() if "triton" in table]
+
+
+@pytest.fixture
+def gpu(extension, monkeypatch):
+    """Tensors on a GPU that hold nothing, and the table as it reads where both sets of GPU kernels are built."""
+    monkeypatch.setattr(schema, "has_cuda", True)
+    monkeypatch.setattr(dispatch, "has_triton", True)
+    monkeypatch.setattr(dispatch, "CHOSEN", None)
+
+    def tensors(*shapes):
+        with FakeTensorMode():
+            return [torch.ones(*shape, device="cuda") for shape in shapes]
+
+    return tensors
+
+
+def taken(operation, tensors):
+    return resolve(operation, None, *tensors)
+
+
+def state_shapes(B, K, C=512):
+    return (B, K, C), (B, K, K)
+
+
+@pytest.mark.parametrize("operation", WITH_GPU_KERNELS)
+def test_few_large_memories_on_a_gpu_go_to_the_block_form(operation, gpu):
+    for B, K, backend in (
+        (1, 1024, "reference"),
+        (4, 1024, "reference"),
+        (5, 1024, "native"),  # 256 · 5 > 1024
+        (1, 1023, "native"),
+        (16, 4096, "reference"),
+        (17, 4096, "native"),
+    ):
+        tensors = gpu(*state_shapes(B, K), (B, 1, 512))
+        assert taken(operation, tensors) == backend, (B, K)
+        assert resolve(operation, "native", *tensors) == "native"
+        assert resolve(operation, "triton", *tensors) == "triton"
+
+
+def test_every_pattern_of_a_write_is_a_factorisation(gpu):
+    for T, backend in ((4, "reference"), (5, "native")):
+        tensors = gpu(*state_shapes(1, 1024), (1, T, 512))
+        assert taken("write", tensors) == backend
+        assert taken("update_posterior", tensors) == "reference"  # a block of patterns is one elimination
+
+
+def test_the_rule_is_for_gpus_and_for_calls_that_name_no_backend(gpu, monkeypatch):
+    large = state_shapes(1, 4096, 8)
+    with FakeTensorMode():
+        on_cpu = [torch.ones(*shape) for shape in large]
+    assert taken("write", on_cpu) == "native"
+    monkeypatch.setattr(dispatch, "CHOSEN", "triton")
+    assert taken("write", gpu(*large)) == "triton"
+
+
+def test_the_explanation_has_no_rule_where_no_kernel_could_run(gpu, capsys):
+    with FakeTensorMode():
+        double = torch.ones(1, 4096, 8, device="cuda", dtype=torch.float64)
+    explain_backend("read", double)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["reference", "taken"]
+
+
+@pytest.mark.parametrize("shapes", [(), ((4096, 8),), ((1, 4096),)])
+def test_the_rule_needs_the_shape_of_a_memory(shapes, gpu):
+    assert not dispatch.leaves_gpu_empty("write", *gpu(*shapes))
+
+
+def test_the_explanation_names_the_block_form(gpu, capsys):
+    tensors = gpu(*state_shapes(1, 4096), (1, 16, 512))
+    explain_backend("write", *tensors)
+    first, native, triton, reference = capsys.readouterr().out.splitlines()
+    assert first == "write: reference"
+    assert native.split(maxsplit=1)[1].startswith("can run, but so few memories of this size leave the GPU empty")
+    assert triton.split(maxsplit=1)[1].startswith("can run, but")
+    assert reference.split(maxsplit=1)[1].startswith("taken: the block form in PyTorch's own operations")
+    explain_backend("write", *tensors, backend="native")
+    first, native, _, reference = capsys.readouterr().out.splitlines()
+    assert (first, native.split()[1:], reference.split()[1:]) == ("write: native", ["taken"], ["can", "run"])
+
+
+@pytest.mark.parametrize(("backend", "who"), [(None, "reference"), ("native", "native"), ("triton", "triton")])
+def test_a_call_of_a_large_memory_on_a_gpu_runs_what_the_rule_says(backend, who, gpu, monkeypatch):
+    class Ran(Exception):
+        """Ends the call, whose outputs would hold nothing."""
+
+    def stop(name):
+        def kernel(*inputs):
+            raise Ran(name)
+
+        return kernel
+
+    for name in PREFERENCE:
+        monkeypatch.setitem(KERNELS["update_posterior"].kernels, name, stop(name))
+    with FakeTensorMode():
+        shapes = (1, 1024, 4), (1, 1024, 1024), (1, 2, 1024), (1, 2, 4), (1, 2)
+        mean, cov, weights, values, noise_var = (torch.ones(*shape, device="cuda") for shape in shapes)
+        with pytest.raises(Ran, match=who):
+            fastkm.update_posterior(fastkm.MemoryState(mean, cov), weights, values, noise_var, backend=backend)

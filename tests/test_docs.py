@@ -38,6 +38,8 @@ NOT_RUN = {
     "make test": "it runs this test",
     "make bench-full": "test_benchmarks runs the suite with small sizes; all of it takes minutes",
     "make bench-compare": "test_benchmarks runs it with small sizes; it builds another revision",
+    "make sweep": "test_sweep runs it on single cells; all of it is long",
+    "make serving": "test_serving runs it with small sizes",
     "make docs": "a build of the pages is part of the continuous checks",
     "make mutants": "it runs the tests once for each fault",
     "make kernels": "it needs nvcc",

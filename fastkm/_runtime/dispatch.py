@@ -1,7 +1,8 @@
 """The only place that decides who computes: what each backend can do, and which one a call takes.
 
-``backend=None`` takes the first backend of ``PREFERENCE`` that can run the call, by the table ``CAPABILITIES``. A named
-backend that cannot run it raises, with the reason and the remedy. Nothing falls back in silence.
+``backend=None`` takes the first backend of ``PREFERENCE`` that can run the call, by the table ``CAPABILITIES``; a few
+large memories on a GPU go to the reference, by the rule of :func:`leaves_gpu_empty`. A named backend that cannot run a
+call raises, with the reason and the remedy. Nothing falls back in silence.
 """
 
 import os
@@ -56,6 +57,11 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
 }
 
+LARGE_ROWS = 1024
+ROWS_A_FACTORISATION = 256
+# Operations that factor anew for each pattern in PyTorch's own operations; their third tensor is values [B, T, C].
+FACTORING_EACH_PATTERN = ("write",)
+
 
 def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:
     """Why ``backend`` cannot run ``operation`` on these tensors, with the remedy; ``None`` if it can."""
@@ -93,6 +99,25 @@ def _not_installed(backend: str, device: str) -> str | None:
     return None
 
 
+def leaves_gpu_empty(operation: str, *tensors: Tensor) -> bool:
+    """Whether a few large memories are faster in PyTorch's own operations, which spread one matrix over the whole GPU.
+
+    A kernel computes the K³ of a memory in one thread block, 1/132 of an H100 (the table of launches in
+    docs/results/kernels.md); other memories have other blocks, so its time does not depend on their number. PyTorch
+    factors one matrix after the other, in a time that grows like K² while the matrix does not fill the chip. So PyTorch
+    is ahead up to a number of factorisations in proportion to K: one for every 256 rows, from 1,024 rows on. A write in
+    PyTorch factors anew for each pattern. The two numbers come from counts of operations; no GPU has measured them.
+    """
+    if not tensors or not tensors[0].is_cuda or tensors[0].dim() != 3:
+        return False
+    factorisations, rows = tensors[0].shape[:2]
+    if rows < LARGE_ROWS:  # first, so that a graph of small memories has no condition on their number
+        return False
+    if operation in FACTORING_EACH_PATTERN and len(tensors) > 2:
+        factorisations = factorisations * tensors[2].shape[1]
+    return ROWS_A_FACTORISATION * factorisations <= rows
+
+
 def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     """The backend that will run ``operation`` on ``tensors``. The first tensor belongs to the memory.
 
@@ -100,6 +125,8 @@ def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     """
     if backend is None:
         backend = CHOSEN
+    if backend is None and leaves_gpu_empty(operation, *tensors):
+        return "reference"
     if backend is None:
         return next(name for name in PREFERENCE if why_not(operation, name, *tensors) is None)
     if backend not in PREFERENCE:
@@ -126,7 +153,15 @@ def explain_backend(operation: str, *tensors: Tensor, backend: str | None = None
     if operation not in CAPABILITIES:
         raise ValueError(f"operation must be one of {', '.join(map(repr, CAPABILITIES))}, got {operation!r}")
     taken = resolve(operation, backend, *tensors)
+    unnamed = backend is None and CHOSEN is None
+    reasons = {name: why_not(operation, name, *tensors) for name in PREFERENCE}
+    said = {name: "can run" if reason is None else f"no: {reason}" for name, reason in reasons.items()}
+    if unnamed and list(said.values()).index("can run") != PREFERENCE.index(taken):
+        few = "can run, but so few memories of this size leave the GPU empty; name it to have it"
+        said = {name: few if word == "can run" else word for name, word in said.items()}
+        said[taken] = "taken: the block form in PyTorch's own operations, which spread over the GPU"
+    else:
+        said[taken] = "taken"
     print(f"{operation}: {taken}")
-    for name in PREFERENCE:
-        reason = why_not(operation, name, *tensors)
-        print(f"  {name:<10} {'taken' if name == taken else 'can run' if reason is None else f'no: {reason}'}")
+    for name, words in said.items():
+        print(f"  {name:<10} {words}")

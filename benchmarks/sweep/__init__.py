@@ -1,0 +1,1 @@
+"""Shapes of every size, each beside the best form in PyTorch: `make sweep`."""
