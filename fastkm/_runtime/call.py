@@ -84,7 +84,7 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
         inputs.append(value)
     if not inputs[0].is_cpu or num_options != operation.num_options:  # the operator refuses tensors of two devices
         return _call_checked(operation, backend, *arguments)
-    for position in operation.codes:
+    for position in operation.codes_to_widen:
         codes = inputs[position]
         if codes is not None and ((dtype := codes.dtype) is bfloat16 or dtype is float16):
             return _call_checked(operation, backend, *arguments)
@@ -127,7 +127,7 @@ def _call_checked(operation: Operation, backend: str | None, *arguments: Any) ->
     inputs = operation.check(arguments)
     memory = inputs[0]
     backend = dispatch.resolve(operation.name, backend, *[x for x in inputs if isinstance(x, Tensor)])
-    if not dispatch.reads_low_precision(backend, memory):
+    if not dispatch.reads_low_precision(operation.name, backend, memory.device.type):
         inputs = [x.to(memory.dtype) if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in inputs]
     outputs = operation.kernels[backend](*inputs)
     if operation.factored:

@@ -40,7 +40,7 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
 
   // Read again.
   const Matrix<Real> target = args.squared_gram ? allocate(K) : solution(0);
-  load_matrix(queries, args.queries.from_row(first), b);
+  load_codes(queries, args.queries, args.queries_type, b, first);
   product<Into::kSet>(target, C, operand(queries), memory.mean_transposed);
   if (args.squared_gram) product<Into::kSet>(solution(0), K, operand(target), memory.gram);
   solve(solution(0));
@@ -87,17 +87,18 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   const Matrix<Real>& projected = args.squared_gram ? solved : cotangent;  // cotangent of R z
   product<Into::kAdd>(gradient.mean, count, transposed(projected), queries);
   product<Into::kSet>(queries, K, operand(projected), memory.mean);
-  store_matrix(grads.to_queries.from_row(first), b, queries);
+  store_codes(grads.to_queries, args.queries_type, b, first, queries);
 }
 
-template <class Real>
-void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
+// The backward of a read, where prepare(b, memory, arena) makes or loads the factor of a memory.
+template <class Real, class Prepare>
+void read_backward_of(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end,
+                      const Prepare& prepare) {
   const int64_t K = args.K;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
-    factor_memory(args, b, memory, arena);
-    if (args.info[b] != kGood) poison_factor(memory.factor);
+    prepare(b, memory, arena);
     ReadingGradient<Real> gradient{.mean = allocate_matrix<Real>(arena, K, args.C),
                                    .solved = allocate_matrix<Real>(arena, K, K),
                                    .target = allocate_matrix<Real>(arena, args.squared_gram ? K : 0, K)};
@@ -119,6 +120,14 @@ void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grad
     store_matrix(grads.to_mean, b, gradient.mean);
     grads.to_ridge[b] = static_cast<Real>(gradient.ridge);
   }
+}
+
+template <class Real>
+void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
+  read_backward_of(args, grads, begin, end, [&](int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
+    factor_memory(args, b, memory, arena);
+    if (args.info[b] != kGood) poison_factor(memory.factor);
+  });
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

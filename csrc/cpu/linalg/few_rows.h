@@ -1,0 +1,99 @@
+// Products of few rows with a large matrix.
+//
+// Bound: the bytes of the matrix, which is read once, row by row as it lies. Rows are read side by side, so that a sum
+// is loaded and stored once for several of them.
+#pragma once
+
+#include "cpu/linalg/product.h"
+
+namespace fastkm::FASTKM_LEVEL {
+
+// More rows are computed in register tiles.
+constexpr int64_t kFewRows = 4;
+
+// Columns whose sums one pass keeps in the first-level cache, in vectors.
+constexpr int64_t kFewVectors = 32;
+
+// Products that read fewer numbers are computed by one thread.
+constexpr int64_t kManyNumbers = 1 << 16;
+
+// Sums of N rows of Y for vectors [begin, end) of columns. The last vector ends with the last column, so it may overlap
+// the one before it; both then compute the same numbers.
+template <size_t N, class Real>
+struct FewSums {
+  static constexpr int64_t W = kLanes<Real>;
+  const int64_t columns, begin, end;
+  alignas(64) Real part[N][kFewVectors * kLanes<Real>], total[N][kFewVectors * kLanes<Real>];
+
+  int64_t column(int64_t v) const { return smaller(v * W, columns - W); }
+
+  // part += Σ x_i M_i over rows [first, first + ROWS) of M
+  template <int ROWS>
+  [[gnu::always_inline]] void add_rows(const Matrix<Real>& x, Rows<const Real> m, int64_t first) {
+    Real factor[N][ROWS];
+    for (size_t n = 0; n < N; ++n)
+      for (int i = 0; i < ROWS; ++i) factor[n][i] = x.row(static_cast<int64_t>(n))[first + i];
+    for (int64_t v = begin; v < end; ++v) {
+      const Real* at = m.data + first * m.ld + column(v);
+      Vec<Real> row[ROWS];
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) row[i] = load(at + i * m.ld);
+#pragma GCC unroll 4
+      for (size_t n = 0; n < N; ++n) {
+        Real* to = part[n] + (v - begin) * W;
+        Vec<Real> sum = load(to);
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) sum += factor[n][i] * row[i];
+        store<Real>(to, sum);
+      }
+    }
+  }
+
+  // Long sums are added up from parts, which bounds their rounding.
+  void compute(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, Rows<const Real> m) {
+    constexpr int kSideBySide = N == 1 ? 8 : 4;
+    const int64_t width = (end - begin) * W;
+    for (size_t n = 0; n < N; ++n) fill(total[n], width);
+    for (int64_t run = 0; run < k; run += kSumRun) {
+      const int64_t stop = smaller(run + kSumRun, k);
+      for (size_t n = 0; n < N; ++n) fill(part[n], width);
+      int64_t i = run;
+      for (; i + kSideBySide <= stop; i += kSideBySide) add_rows<kSideBySide>(x, m, i);
+      for (; i < stop; ++i) add_rows<1>(x, m, i);
+      for (size_t n = 0; n < N; ++n)
+        for (int64_t j = 0; j < width; j += W) store<Real>(total[n] + j, load(total[n] + j) + load(part[n] + j));
+    }
+    for (size_t n = 0; n < N; ++n)
+      for (int64_t v = begin; v < end; ++v)
+        store<Real>(y.row(static_cast<int64_t>(n)) + column(v), load(total[n] + (v - begin) * W));
+  }
+
+ private:
+  static void fill(Real* to, int64_t width) {
+    for (int64_t j = 0; j < width; j += W) store<Real>(to + j, Vec<Real>{});
+  }
+};
+
+template <size_t N, class Real>
+void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, const Matrix<Real>& m) {
+  const int64_t vectors = (y.columns + kLanes<Real> - 1) / kLanes<Real>;
+  share(team_for(k * y.columns, kManyNumbers), vectors, [&](int64_t begin, int64_t end) {
+    for (int64_t v = begin; v < end; v += kFewVectors) {
+      FewSums<N, Real> sums{.columns = y.columns, .begin = v, .end = smaller(v + kFewVectors, end)};
+      sums.compute(y, k, x, {m.data, m.ld});
+    }
+  });
+}
+
+// Y = X M for at most kFewRows rows. Columns are at least a vector register long; nothing needs padding.
+template <class Real>
+void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, const Matrix<Real>& m) {
+  switch (y.rows) {
+    case 1: return product_of_few<1>(y, k, x, m);
+    case 2: return product_of_few<2>(y, k, x, m);
+    case 3: return product_of_few<3>(y, k, x, m);
+    default: return product_of_few<4>(y, k, x, m);
+  }
+}
+
+}  // namespace fastkm::FASTKM_LEVEL
