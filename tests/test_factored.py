@@ -179,6 +179,32 @@ def test_gradients_are_those_of_a_read(num_iters, made_by, method, backend):
         assert_close(x, y)
 
 
+@pytest.mark.parametrize("num_iters", [1, 3])
+@pytest.mark.parametrize("shape", [(2, 0, 1, 20, 9), (1, 0, 4, 50, 60)], ids=str)
+def test_gradients_of_few_queries(shape, num_iters, backend):
+    """The native kernel never forms the cotangent of the Gram matrix then."""
+    p = problem(*shape)
+    given = (p.state.mean, p.queries, p.ridge)
+
+    def gradients(function, name):
+        leaves = [x.clone().requires_grad_() for x in given]
+        result = function(leaves, name)
+        cotangents = [torch.linspace(1, 2, x.numel(), dtype=x.dtype).view(x.shape) for x in result]
+        return torch.autograd.grad(tuple(result), leaves, cotangents)
+
+    def in_one(leaves, name):
+        return read(*leaves, num_iters=num_iters, backend=name)
+
+    def in_two(leaves, name):
+        factor = factor_addressing(leaves[0], leaves[2], backend=name)
+        return read_factored(factor, leaves[1], num_iters=num_iters, backend=name)
+
+    expected = gradients(in_one, "reference")
+    for function in (in_one, in_two):
+        for x, y in zip(gradients(function, backend), expected, strict=True):
+            assert_close(x, y)
+
+
 @methods
 def test_gradients_of_a_solve(method, backend):
     p = problem(1, 0, 2, 3, 4)

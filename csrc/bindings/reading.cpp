@@ -175,7 +175,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> factor_addressing(const Tensor
                                           .gram = squared_gram ? batch_of<Real>(gram) : Batch<Real>{}};
     place.run(B, &Kernels<Real>::factor_addressing, FASTKM_LAUNCHER(factor_addressing), args, factors);
   });
-  return {lower, pseudoinverse, gram, info};
+  return {pseudoinverse, lower, gram, info};
 }
 
 // The tensors of a factor, as a caller gives them. A gram without rows means that the solve is not the squared-Gram

@@ -132,12 +132,12 @@ def _(mean, queries, ridge, squared_gram):
 # What addressing needs of a memory again and again; `gram` has no rows unless `squared_gram`.
 @_operator(
     "factor_addressing(Tensor mean, Tensor ridge, bool squared_gram)"
-    " -> (Tensor lower, Tensor pseudoinverse, Tensor gram, Tensor info)"
+    " -> (Tensor pseudoinverse, Tensor lower, Tensor gram, Tensor info)"
 )
 def _(mean, ridge, squared_gram):
     B, K, C = mean.shape
     gram_rows = K if squared_gram else 0
-    return mean.new_empty(B, K, K), mean.new_empty(B, C, K), mean.new_empty(B, gram_rows, K), _empty_info(mean)
+    return mean.new_empty(B, C, K), mean.new_empty(B, K, K), mean.new_empty(B, gram_rows, K), _empty_info(mean)
 
 
 @_operator(

@@ -120,7 +120,7 @@ def factor_addressing(
     Source: Wu et al., NeurIPS 2018, eq. 8.
     """
     inputs = [x.detach() if isinstance(x, Tensor) else x for x in (mean, ridge)]
-    lower, pseudoinverse, gram, _ = call(FACTOR_ADDRESSING, backend, *inputs, method)
+    pseudoinverse, lower, gram, _ = call(FACTOR_ADDRESSING, backend, *inputs, method)
     if isinstance(ridge, Tensor):
         ridges = ridge.expand(mean.shape[:1]).clone()
     else:

@@ -40,12 +40,13 @@ def solve_addressing(mean: Tensor, queries: Tensor, ridge: Tensor, squared_gram:
 
 
 def factor_addressing(mean: Tensor, ridge: Tensor, squared_gram: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L, Rᵀ A⁻¹ or Rᵀ G A⁻¹, G or a matrix without rows, and the status."""
+    """Rᵀ A⁻¹ or Rᵀ G A⁻¹, L, G or a matrix without rows, and the status."""
     address = factor_memory(mean, ridge, squared_gram)
     target, gram = mean, mean.new_empty(mean.shape[0], 0, mean.shape[1])
     if address.gram is not None:
         target, gram = address.gram @ mean, address.gram
-    return address.factor, torch.cholesky_solve(target, address.factor).mT, gram, address.info
+    pseudoinverse = torch.cholesky_solve(target, address.factor).mT.contiguous()
+    return pseudoinverse, address.factor, gram, address.info
 
 
 def must_factor_again(mean: Tensor, ridge: Tensor) -> bool:

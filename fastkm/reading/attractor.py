@@ -59,21 +59,30 @@ def _most_active(active: Tensor) -> int:
     """The most queries of one memory that go on; all of them where nobody may ask or wait for the answer."""
     if active.is_cuda or is_value_unknown(active):
         return active.shape[1]
-    return int(known(active).sum(1).amax()) if active.numel() else 0
+    held = known(active)
+    if held.dim() != active.dim():  # under vmap
+        return active.shape[1] if held.any() else 0
+    return int(held.sum(1).amax()) if held.numel() else 0
 
 
 def _turn_active(turn: Callable, code: Tensor, active: Tensor, state: tuple) -> tuple:
-    """A turn of the active queries. A few of every memory are gathered; a memory with fewer fills up with others."""
+    """A turn of the active queries.
+
+    Once they are half, as many of every memory are gathered, and a memory that has fewer adds some that have stopped.
+    """
     count = _most_active(active)
     if 2 * count > active.shape[1]:
         return _select(active, turn(code), state)
-    index = active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, count]
+    picked = active.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]  # [B, count]
+
+    def index(x):
+        return picked.unsqueeze(-1).expand(-1, -1, x.shape[2]) if x.dim() == 3 else picked
 
     def gather(x):
-        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]) if x.dim() == 3 else index)
+        return x.gather(1, index(x))
 
     def scatter(x, new):
-        return x.scatter(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]) if x.dim() == 3 else index, new)
+        return x.scatter(1, index(x), new)
 
     old = tuple(map(gather, state))
     return tuple(map(scatter, state, _select(gather(active), turn(gather(code)), old)))
@@ -102,10 +111,10 @@ def attractor_of(factor_addressing: Callable, read_factored: Callable) -> Callab
     """
 
     def prepare(mean, ridge):
-        *factor, info = factor_addressing(mean.detach(), ridge.detach(), False)
+        pseudoinverse, lower, gram, info = factor_addressing(mean.detach(), ridge.detach(), False)
 
         def answer(code):
-            return read_factored(mean, code, ridge, *factor, 1, IEEE, None)[:2]
+            return read_factored(mean, code, ridge, lower, pseudoinverse, gram, 1, IEEE, None)[:2]
 
         return answer, info
 

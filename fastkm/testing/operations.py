@@ -48,6 +48,7 @@ class Operation(NamedTuple):
     backward: Operator | None = None
     parts: tuple[Operator, ...] = ()  # operators that do a part of the job
     value: str = "value"  # the name of a result that is one tensor
+    compared: tuple[str, ...] = ()  # the fields of a result that the definition has; empty: all
 
     @property
     def takes_precision(self) -> bool:
@@ -58,7 +59,8 @@ class Operation(NamedTuple):
         return partial(self.function, **{**self.arguments(e), **options}, backend=backend)
 
     def fields(self, result: Any) -> Result:
-        return named(result, self.value)
+        found = named(result, self.value)
+        return {name: found[name] for name in self.compared} if self.compared else found
 
     def run(self, e: Episode, backend: str | None, **options: Any) -> Result:
         return self.fields(self.bind(e, backend, **options)())
@@ -196,6 +198,7 @@ ENTRIES = (
         definitions.pseudoinverse_dual,
         "memories",
         operator=Operator("factor_addressing", factor_arguments, counts.factor_addressing),
+        compared=("pseudoinverse",),  # the order of a memory's rows changes the factor
     ),
     Operation(
         "solve_factored",

@@ -9,7 +9,7 @@
 namespace fastkm::FASTKM_LEVEL {
 
 // More rows are computed in register tiles.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 8;
 
 // Columns whose sums one pass keeps in the first-level cache, in vectors.
 constexpr int64_t kFewVectors = 32;
@@ -27,26 +27,34 @@ struct FewSums {
 
   int64_t column(int64_t v) const { return smaller(v * W, columns - W); }
 
-  // part += Σ x_i M_i over rows [first, first + ROWS) of M
-  template <int ROWS>
-  [[gnu::always_inline]] void add_rows(const Matrix<Real>& x, Rows<const Real> m, int64_t first) {
-    Real factor[N][ROWS];
-    for (size_t n = 0; n < N; ++n)
-      for (int i = 0; i < ROWS; ++i) factor[n][i] = x.row(static_cast<int64_t>(n))[first + i];
+  // part_n += Σ x_ni M_i over rows [first, first + ROWS) of M, for sums n in [N0, N0 + COUNT).
+  template <size_t N0, size_t COUNT, int ROWS>
+  [[gnu::always_inline]] void add_rows_to(const Matrix<Real>& x, Rows<const Real> m, int64_t first) {
+    Real factor[COUNT][ROWS];
+    for (size_t n = 0; n < COUNT; ++n)
+      for (int i = 0; i < ROWS; ++i) factor[n][i] = x.row(static_cast<int64_t>(N0 + n))[first + i];
     for (int64_t v = begin; v < end; ++v) {
       const Real* at = m.data + first * m.ld + column(v);
       Vec<Real> row[ROWS];
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) row[i] = load(at + i * m.ld);
 #pragma GCC unroll 4
-      for (size_t n = 0; n < N; ++n) {
-        Real* to = part[n] + (v - begin) * W;
+      for (size_t n = 0; n < COUNT; ++n) {
+        Real* to = part[N0 + n] + (v - begin) * W;
         Vec<Real> sum = load(to);
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; ++i) sum += factor[n][i] * row[i];
         store<Real>(to, sum);
       }
     }
+  }
+
+  // The same for all sums. Registers hold the factors of four; the others find the rows in the first-level cache.
+  template <int ROWS>
+  [[gnu::always_inline]] void add_rows(const Matrix<Real>& x, Rows<const Real> m, int64_t first) {
+    constexpr size_t kHeld = 4;
+    add_rows_to < 0, N<kHeld ? N : kHeld, ROWS>(x, m, first);
+    if constexpr (N > kHeld) add_rows_to<kHeld, N - kHeld, ROWS>(x, m, first);
   }
 
   // Long sums are added up from parts, which bounds their rounding.
@@ -92,7 +100,11 @@ void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, con
     case 1: return product_of_few<1>(y, k, x, m);
     case 2: return product_of_few<2>(y, k, x, m);
     case 3: return product_of_few<3>(y, k, x, m);
-    default: return product_of_few<4>(y, k, x, m);
+    case 4: return product_of_few<4>(y, k, x, m);
+    case 5: return product_of_few<5>(y, k, x, m);
+    case 6: return product_of_few<6>(y, k, x, m);
+    case 7: return product_of_few<7>(y, k, x, m);
+    default: return product_of_few<8>(y, k, x, m);
   }
 }
 

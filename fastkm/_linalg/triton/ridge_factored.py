@@ -190,7 +190,7 @@ def factor_addressing(mean: Tensor, ridge: Tensor, squared_gram: bool) -> tuple[
                 matrices(mean), pseudoinverse, systems, workspace(mean, B * tiles, scratch_layout, BLOCK.value, K, ld),
                 K, C, ld, tiles, SQUARED=squared_gram, **warps(4),
             )  # fmt: skip
-    return lower, pseudoinverse, gram, status
+    return pseudoinverse, lower, gram, status
 
 
 def launch_read_factored(mean, queries, ridge, lower, pseudoinverse, num_iters, precision, values):
