@@ -8,8 +8,15 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// More rows are computed in register tiles.
-constexpr int64_t kFewRows = 8;
+// Whether Y = X M is computed here: Y has few rows, which do not hide the time that a large M takes to arrive.
+// Measured: register tiles are faster from 3 rows on if M fits the second-level cache with ease, and from about 10 on
+// if not.
+constexpr int64_t kMostRows = 8;
+template <class Real>
+bool has_few_rows(int64_t rows, int64_t k, int64_t columns) {
+  const bool large = k * columns * static_cast<int64_t>(sizeof(Real)) >= (1 << 19);
+  return rows <= (large ? kMostRows : 2) && columns >= kLanes<Real>;
+}
 
 // Columns whose sums one pass keeps in the first-level cache, in vectors.
 constexpr int64_t kFewVectors = 32;
@@ -38,6 +45,9 @@ struct FewSums {
       Vec<Real> row[ROWS];
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; ++i) row[i] = load(at + i * m.ld);
+      if constexpr (N0 == 0)  // the rows that come next
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) __builtin_prefetch(at + (ROWS + i) * m.ld);
 #pragma GCC unroll 4
       for (size_t n = 0; n < COUNT; ++n) {
         Real* to = part[N0 + n] + (v - begin) * W;
@@ -93,7 +103,7 @@ void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, con
   });
 }
 
-// Y = X M for at most kFewRows rows. Columns are at least a vector register long; nothing needs padding.
+// Y = X M if has_few_rows. Nothing needs padding.
 template <class Real>
 void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, const Matrix<Real>& m) {
   switch (y.rows) {
@@ -104,7 +114,7 @@ void product_of_few(const Matrix<Real>& y, int64_t k, const Matrix<Real>& x, con
     case 5: return product_of_few<5>(y, k, x, m);
     case 6: return product_of_few<6>(y, k, x, m);
     case 7: return product_of_few<7>(y, k, x, m);
-    default: return product_of_few<8>(y, k, x, m);
+    default: return product_of_few<kMostRows>(y, k, x, m);
   }
 }
 

@@ -81,7 +81,7 @@ struct ReadyMemory {
 // Y = X M, where X has `rows` rows.
 template <class Real>
 void product_with(const Matrix<Real>& y, int64_t k, const Operand<Real>& x, const Matrix<Real>& m) {
-  if (y.rows <= kFewRows && x.column == 1 && y.columns >= kLanes<Real>)
+  if (x.column == 1 && has_few_rows<Real>(y.rows, k, y.columns))
     return product_of_few(y, k, Matrix<Real>{const_cast<Real*>(x.data), y.rows, k, x.row, false}, m);
   product<Into::kSet>(y, k, x, m);
 }
