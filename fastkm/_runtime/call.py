@@ -39,6 +39,8 @@ make_result = tuple.__new__
 def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     """The outputs of ``operation`` for the caller's ``arguments``, computed by ``backend``.
 
+    Trailing arguments that are None may be left out, which saves their time.
+
     The first part of this function decides whether the call is plain; it raises nothing, whatever the arguments are. It
     makes the operator's inputs on the way: a state stands for its two tensors, a number for a 0-d tensor of the
     memory's dtype, a word for its entry in the table of the operation. It stands here, and not in a function of its
@@ -109,7 +111,10 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
         raise_failures(info, operation, inputs)
     if failed:
         raise factorisation_error(info, operation, inputs)
-    return native.attach(outputs, inputs) if wants_gradient else outputs
+    if not wants_gradient:
+        return outputs
+    inputs.extend([None] * (operation.num_inputs - len(inputs)))
+    return native.attach(outputs, inputs)
 
 
 @lru_cache(maxsize=64)

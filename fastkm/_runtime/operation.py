@@ -64,9 +64,11 @@ class Operation:
                 self.codes_to_widen.append(position)
             position += 2 if isinstance(argument, State) else 1
         self.num_options = len(self.words) + len(self.counts)
+        self.num_inputs = position
 
     def check(self, given: tuple) -> list:
         """The inputs of a kernel for the arguments that a caller has ``given``, or an error in words."""
+        given += (None,) * (len(self.arguments) - len(given))
         signature = Signature()
         inputs: list = []
         for argument, value in zip(self.arguments, given, strict=True):

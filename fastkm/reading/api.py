@@ -127,7 +127,10 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision, out_dtype)
+    if out_dtype is None:
+        values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision)
+    else:
+        values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision, out_dtype)
     return make_result(ReadResult, (values, weights))
 
 
@@ -173,17 +176,7 @@ def read_factored(
     """
     mean, ridge, lower, pseudoinverse, gram = guards.factor(factor)
     values, weights, _ = call(
-        READ_FACTORED,
-        backend,
-        mean,
-        queries,
-        ridge,
-        lower,
-        pseudoinverse,
-        gram,
-        num_iters,
-        precision,
-        out_dtype,
+        READ_FACTORED, backend, mean, queries, ridge, lower, pseudoinverse, gram, num_iters, precision, out_dtype
     )
     return make_result(ReadResult, (values, weights))
 
