@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from benchmarks.ceiling import DTYPES, flops, least_bytes
-from benchmarks.forms import LOOP, compiled_forms, forms
+from benchmarks.forms import KEEPING, LOOP, compiled_forms, forms
 from benchmarks.peers import PEERS, Unsuitable
 from benchmarks.timing import LARGEST_GAP, time_until_quiet
 from fastkm import MemoryState
@@ -159,6 +159,7 @@ def candidates(setting: Setting) -> dict[str, Candidate]:
     found = {name: Candidate(name, partial(bound_call, setting.case, name)) for name in (NATIVE, REFERENCE)}
     for name, form in forms(setting.case).items():
         found[name] = Candidate("loop" if name == LOOP else "eager", lambda _, form=form: form)
+    found |= {name: Candidate("eager", make) for name, make in KEEPING.get(setting.case, {}).items()}
     if setting.compile:
         made = compiled_forms(setting.case)
         found |= {name: Candidate("compiled", lambda _, make=make: make()) for name, make in made.items()}

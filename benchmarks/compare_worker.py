@@ -24,6 +24,7 @@ GRADIENT_INPUTS = {
     "update_posterior": ("prior", "weights", "values", "noise_var"),
     "write": ("prior", "values", "noise_var", "ridge"),
     "read": ("written", "queries", "ridge"),
+    "read_factored": ("written", "queries", "ridge"),
 }
 
 
@@ -36,6 +37,14 @@ def forward(operation: str, e: dict) -> object:
         return fastkm.read(e["written"].mean, e["queries"], e["ridge"], num_iters=e["num_iters"], backend="native")
     if operation == "solve_addressing":
         return fastkm.solve_addressing(e["written"].mean, e["queries"], e["ridge"], backend="native")
+    if operation == "factor_addressing":
+        return fastkm.factor_addressing(e["written"].mean, e["ridge"], backend="native").pseudoinverse
+    if operation in ("solve_factored", "read_factored"):
+        if "factor" not in e:  # it is made once
+            e["factor"] = fastkm.factor_addressing(e["written"].mean, e["ridge"], backend="native")
+        if operation == "solve_factored":
+            return fastkm.solve_factored(e["factor"], e["queries"], backend="native")
+        return fastkm.read_factored(e["factor"], e["queries"], num_iters=e["num_iters"], backend="native")
     if operation == "kl_memory":
         return fastkm.kl_memory(e["written"], e["prior"], backend="native")
     return logdet(e["written"].cov, backend="native")
@@ -71,6 +80,7 @@ def run(operation: str, gradient: bool, e: dict) -> list[torch.Tensor]:
         return tensors(forward(operation, e))
     fields = GRADIENT_INPUTS[operation]
     inputs = e | {name: as_leaf(e[name]) for name in fields}
+    inputs.pop("factor", None)  # of tensors without a gradient
     leaves = [x for name in fields for x in tensors(inputs[name])]
     outputs = [x for x in tensors(forward(operation, inputs)) if x.requires_grad]
     found = torch.autograd.grad(outputs, leaves, [x.detach() for x in outputs], allow_unused=True)

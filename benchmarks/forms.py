@@ -299,6 +299,11 @@ FORMS: dict[Case, dict[str, Form]] = {
         "cholesky_solve": lambda e: {"weights": solve_addressing(e.written.mean, e.queries, e.ridge, False)[0]},
         "inverse": lambda e: solve_inverse(e.written.mean, e.queries, e.ridge),
     },
+    Case("factor_addressing"): {
+        "cholesky_solve": lambda e: {
+            "pseudoinverse": solve_addressing(e.written.mean, unit_codes(e), e.ridge, False)[0]
+        },
+    },
     Case("kl_memory"): {
         "closed form": on(kl_inputs, kl_memory),
         "closed form, inverse": on(kl_inputs, kl_memory_inverse),
@@ -313,6 +318,7 @@ FORMS: dict[Case, dict[str, Form]] = {
         "Gram space, factoring": on(write_inputs, write_gram_all, **FACTORING_KEEPING),
         "Gram space, Woodbury": on(write_inputs, write_gram_all, **WOODBURY_KEEPING),
     },
+    Case("read_factored", True): {"K-space, factored once": on(read_inputs, read_factored)},
     Case("read", True): {
         LOOP: on(read_inputs, read_loop),
         "K-space, factored once": on(read_inputs, read_factored),
@@ -327,6 +333,38 @@ FORMS: dict[Case, dict[str, Form]] = {
 DUAL: dict[Case, dict[str, Form]] = {
     Case("write"): {"literal loop, dual solve": on(write_inputs, write_loop, step=write_step_dual)},
     Case("read"): {"C-space, factored once": on(read_inputs, read_dual)},
+}
+
+
+def unit_codes(e: Episode) -> Tensor:
+    return torch.eye(e.queries.shape[-1]).to(e.queries).expand(len(e.ridge), -1, -1)
+
+
+def keeping_pseudoinverse(e: Episode) -> Form:
+    """All iterations of a read as one matrix that is computed once: two products are left."""
+    pseudoinverse = read_factored(e.written.mean, unit_codes(e), e.ridge, e.num_iters)["weights"]
+
+    def read(e: Episode) -> Result:
+        weights = e.queries @ pseudoinverse
+        return {"values": weights @ e.written.mean, "weights": weights}
+
+    return read
+
+
+def keeping_factor(e: Episode) -> Form:
+    lower = factor(regularised_gram(e.written.mean, e.ridge))
+    return lambda e: {"weights": torch.cholesky_solve(e.written.mean @ e.queries.mT, lower).mT}
+
+
+def keeping_inverse(e: Episode) -> Form:
+    pseudoinverse = solve_inverse(e.written.mean, unit_codes(e), e.ridge)["weights"]
+    return lambda e: {"weights": e.queries @ pseudoinverse}
+
+
+# Forms of the operations that come after a factor: what does not depend on the queries is computed once, before.
+KEEPING: dict[Case, dict[str, Callable[[Episode], Form]]] = {
+    Case("solve_factored"): {"kept factor": keeping_factor, "kept pseudo-inverse": keeping_inverse},
+    Case("read_factored"): {"kept pseudo-inverse of all iterations": keeping_pseudoinverse},
 }
 
 

@@ -35,7 +35,8 @@ struct Batch {
 // kIeee.
 enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 
-// The type of codes on a GPU. On a CPU, codes have the type of the memory.
+// The type of codes: that of the memory, or a type of 16 bits beside a memory of float32. On a CPU only reads take the
+// latter. A pointer to such codes has the type of the memory; its strides count elements.
 enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // What a kernel reports of each memory, in `info`. fastkm/_runtime/status.py turns it into words.
@@ -108,7 +109,15 @@ struct ReadingArgs {
   Batch<Real> weights;      // [B, Q, K]
   int32_t* info = nullptr;  // [B]
   int64_t precision = kIeee;
-  int64_t queries_type = kFloat32;  // Element; only a GPU reads it
+  int64_t queries_type = kFloat32, values_type = kFloat32;  // Element; values_type belongs to `values`
+};
+
+// What addressing needs of memories, computed once for many reads; A and G as in cpu/reading/read.h.
+template <class Real>
+struct AddressingFactors {
+  Batch<Real> lower;          // [B, K, K], L with L Lᵀ = A, zero above its diagonal
+  Batch<Real> pseudoinverse;  // [B, C, K], Rᵀ A⁻¹, or Rᵀ G A⁻¹
+  Batch<Real> gram;           // [B, K, K], G, or null if the solve is not the squared-Gram one
 };
 
 // The backward of a read: cotangents of its results, where null means zero, and those of its arguments.
@@ -186,9 +195,13 @@ struct Kernels {
   int64_t (*factor_size)(const ReadingArgs<Real>&);  // numbers of one memory's factor; 0: one step does
   void (*factor_memories)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
   void (*read_tiles)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
+  void (*factor_addressing)(const ReadingArgs<Real>&, const AddressingFactors<Real>&, int64_t begin, int64_t end);
+  void (*read_factored)(const ReadingArgs<Real>&, const AddressingFactors<const Real>&, int64_t begin, int64_t end);
   void (*kl_memory)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);
   void (*logdet)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);
   void (*read_backward)(const ReadingArgs<Real>&, const ReadingGrads<Real>&, int64_t begin, int64_t end);
+  void (*read_factored_backward)(const ReadingArgs<Real>&, const AddressingFactors<const Real>&,
+                                 const ReadingGrads<Real>&, int64_t begin, int64_t end);
   void (*kl_memory_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*update_posterior_into)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `new_mean` may be `mean`

@@ -2,18 +2,19 @@
 
 from fastkm._runtime.dispatch import explain_backend
 from fastkm._runtime.errors import BackendUnavailableError
-from fastkm.addressing import solve_addressing
+from fastkm.addressing import factor_addressing, solve_addressing, solve_factored
 from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights, logdet
 from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
-from fastkm.reading import AttractorResult, ReadResult, attractor_read, read
-from fastkm.state import MemoryState, load_memory_state, save_memory_state
+from fastkm.reading import AttractorResult, ReadResult, attractor_read, read, read_factored
+from fastkm.state import AddressingFactor, MemoryState, load_memory_state, save_memory_state
 from fastkm.streaming import MemoryStream, StreamUpdate, StreamWrite
 from fastkm.writing import WriteResult, write
 
 __version__ = "0.1.0"  # read by pyproject.toml; the installed version also names the build, as in 0.1.0+cpu
 
 __all__ = [
+    "AddressingFactor",
     "AttractorResult",
     "BackendUnavailableError",
     "KanervaMemory",
@@ -28,13 +29,16 @@ __all__ = [
     "WriteResult",
     "attractor_read",
     "explain_backend",
+    "factor_addressing",
     "kl_memory",
     "kl_weights",
     "load_memory_state",
     "logdet",
     "read",
+    "read_factored",
     "save_memory_state",
     "solve_addressing",
+    "solve_factored",
     "update_posterior",
     "write",
 ]

@@ -37,6 +37,21 @@ class MemoryState(NamedTuple):
     cov: Tensor  # [B, K, K], symmetric positive definite
 
 
+@result
+class AddressingFactor(NamedTuple):
+    """What addressing needs of memories, computed once by :func:`fastkm.factor_addressing`.
+
+    ``A = R Rᵀ + λI``, or ``(R Rᵀ)² + λI`` for ``method="deepmind"``. The factor has copies of ``R`` and ``λ``, so it
+    answers for the memory that it was made of, also after that memory has changed.
+    """
+
+    mean: Tensor  # [B, K, C], R
+    ridge: Tensor  # [B], λ
+    lower: Tensor  # [B, K, K], L with L Lᵀ = A
+    pseudoinverse: Tensor  # [B, C, K], Rᵀ A⁻¹, or Rᵀ R Rᵀ A⁻¹: row c has the weights of the c-th unit code
+    gram: Tensor  # [B, K, K], R Rᵀ, for "deepmind"; else [B, 0, K]
+
+
 def save_memory_state(state: MemoryState, path: AnyPath) -> None:
     """Write ``state`` to ``path`` in the safetensors format (needs the ``safetensors`` extra).
 

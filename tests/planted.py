@@ -2,14 +2,25 @@
 
 from collections.abc import Callable
 
-from fastkm.addressing.api import SOLVE_ADDRESSING
+from fastkm.addressing.api import FACTOR_ADDRESSING, SOLVE_ADDRESSING, SOLVE_FACTORED
 from fastkm.matrix_normal.api import KL_MEMORY, LOGDET
 from fastkm.posterior.api import UPDATE_POSTERIOR
-from fastkm.reading.api import READ
+from fastkm.reading.api import READ, READ_FACTORED
 from fastkm.writing.api import WRITE
 
 KERNELS = {
-    operation.name: operation for operation in (SOLVE_ADDRESSING, UPDATE_POSTERIOR, WRITE, READ, KL_MEMORY, LOGDET)
+    operation.name: operation
+    for operation in (
+        SOLVE_ADDRESSING,
+        FACTOR_ADDRESSING,
+        SOLVE_FACTORED,
+        UPDATE_POSTERIOR,
+        WRITE,
+        READ,
+        READ_FACTORED,
+        KL_MEMORY,
+        LOGDET,
+    )
 }
 
 

@@ -20,6 +20,18 @@ CALLS = {
         ("queries",),
         lambda p, **options: fastkm.solve_addressing(p.state.mean, p.queries, p.ridge, **options),
     ),
+    "read_factored": (
+        ("queries",),
+        lambda p, **options: fastkm.read_factored(
+            fastkm.factor_addressing(p.state.mean, p.ridge), p.queries, num_iters=2, **options
+        ),
+    ),
+    "solve_factored": (
+        ("queries",),
+        lambda p, **options: fastkm.solve_factored(
+            fastkm.factor_addressing(p.state.mean, p.ridge), p.queries, **options
+        ),
+    ),
 }
 
 
@@ -58,7 +70,7 @@ def test_a_float64_memory_takes_no_low_precision(operation):
         call(p._replace(**{names[0]: getattr(p, names[0]).bfloat16()}))
 
 
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "read"])
+@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "read_factored"])
 def test_on_a_cpu_every_precision_is_float32(operation, backend):
     _, call = CALLS[operation]
     p = problem(2, 5, 3, 4, 6, torch.float32)

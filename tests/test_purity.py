@@ -7,6 +7,8 @@ from oracle import EMPTY_SHAPES, LAYOUTS, SHAPES, call, map_tensors, poisoned, p
 
 from fastkm._runtime import schema
 
+THREADED = ("solve_addressing", "factor_addressing", "update_posterior", "write", "read", "read_factored", "kl_memory")
+
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_in_memory_changes_nothing(layout, operation, backend, dtype):
@@ -87,7 +89,7 @@ def test_memories_do_not_touch_one_another(operation, backend, dtype):
 
 
 @pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
-@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
+@pytest.mark.parametrize("operation", THREADED)
 def test_the_number_of_threads_changes_no_bit(operation, dtype):
     p = problem(7, 20, 9, 33, 17, dtype, masked=True)
     one = call(operation, p, "native")
@@ -114,7 +116,7 @@ SHARED_SHAPES = [(1, 70, 40, 300, 333), (2, 33, 5, 257, 90), (1, 40, 70, 530, 64
 
 @pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 @pytest.mark.parametrize("shape", SHARED_SHAPES, ids=str)
-@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
+@pytest.mark.parametrize("operation", THREADED)
 def test_threads_share_one_large_memory(operation, shape, dtype):
     """Rows and columns, never a sum: the bits are those of one thread. And they are right."""
     p = problem(*shape, dtype, masked=True)

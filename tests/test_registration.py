@@ -68,17 +68,20 @@ def test_fakes_agree_with_what_is_returned(operator, shape, layout, dtype):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_fakes_agree_with_the_reference(operator, dtype):
     """The fakes need no extension."""
-    from fastkm.addressing.reference import solve_addressing
+    from fastkm.addressing.reference import factor_addressing, solve_addressing, solve_factored
     from fastkm.matrix_normal.reference import kl_memory, logdet
     from fastkm.posterior.reference import update_block
-    from fastkm.reading.reference import read
+    from fastkm.reading.reference import read, read_factored
     from fastkm.writing.reference import write_sequential
 
     reference = {
         "solve_addressing": solve_addressing,
+        "factor_addressing": factor_addressing,
+        "solve_factored": solve_factored,
         "update_posterior": update_block,
         "write": write_sequential,
         "read": read,
+        "read_factored": read_factored,
         "kl_memory": kl_memory,
         "logdet": logdet,
     }[operator]
@@ -131,7 +134,9 @@ def level(request):
 @NATIVE_MISSING
 @pytest.mark.parametrize("level", LEVELS, ids=LEVELS.values(), indirect=True)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("operation", ["solve_addressing", "update_posterior", "write", "read", "kl_memory"])
+@pytest.mark.parametrize(
+    "operation", ["solve_addressing", "update_posterior", "write", "read", "read_factored", "kl_memory"]
+)
 def test_every_instruction_set_is_as_good_as_the_reference(operation, shape, level, dtype):
     p = problem(*shape, dtype, masked=True)
     exact = oracle.flat(oracle.call(operation, oracle.map_tensors(p, widened), "reference"))

@@ -40,7 +40,8 @@ KERNELS = {
     "update_posterior_backward": "update_backward_kernel",
     "solve_addressing": "read_kernel",
     "factor_addressing": "read_kernel",
-    "solve_factored": "read_kernel",
+    "solve_factored": "read_factored_kernel",
+    "read_factored_backward": "read_backward_kernel",
     "kl_memory": "kl_kernel",
     "kl_memory_backward": "kl_backward_kernel",
 }

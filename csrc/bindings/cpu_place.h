@@ -29,13 +29,17 @@ class Cpu {
     }
   }
 
-  // Check a tensor of codes and return its Element. Only on a GPU may codes have another type than the memory.
+  // Check a tensor of codes and return its Element. Where a kernel does not widen codes itself, they have the type of
+  // the memory.
   static int64_t expect_codes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
                               const Tensor& memory) {
     expect(tensor, name, sizes, memory.scalar_type());
     return kFloat32;
   }
   static Tensor like_codes(const Tensor& result, const Tensor&) { return result; }
+  // The type in which a kernel stores codes of a type, and what it has stored as that type.
+  static ScalarType stored_type(ScalarType type) { return type; }
+  static Tensor as_type(const Tensor& result, ScalarType) { return result; }
 
   // Compute `B` memories with an entry of the table. Many memories are spread over torch's threads; of few, all threads
   // share each. A result depends neither on the other memories of the batch nor on the number of threads.

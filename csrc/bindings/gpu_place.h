@@ -37,17 +37,16 @@ class Gpu {
   }
 
   static int64_t expect_codes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
-                              const Tensor&) {
-    const ScalarType type = tensor.scalar_type();
-    const bool low = type == ScalarType::BFloat16 || type == ScalarType::Half;
-    expect(tensor, name, sizes, low ? type : ScalarType::Float);
-    return type == ScalarType::BFloat16 ? kBFloat16 : low ? kFloat16 : kFloat32;
+                              const Tensor& memory) {
+    return expect_low_codes(tensor, name, sizes, memory);
   }
 
   // A cotangent in the dtype of what it belongs to.
-  static Tensor like_codes(const Tensor& result, const Tensor& codes) {
-    if (codes.scalar_type() == ScalarType::Float) return result;
-    Tensor converted = torch::stable::new_empty(codes, result.sizes());
+  static Tensor like_codes(const Tensor& result, const Tensor& codes) { return as_type(result, codes.scalar_type()); }
+  static ScalarType stored_type(ScalarType) { return ScalarType::Float; }
+  static Tensor as_type(const Tensor& result, ScalarType type) {
+    if (type == ScalarType::Float) return result;
+    Tensor converted = make_tensor(result, {result.size(0), result.size(1), result.size(2)}, type);
     torch::stable::copy_(converted, result);
     return converted;
   }

@@ -33,8 +33,19 @@ inline void prefer_large_pages(const Tensor& made) {
 // On the simulator a new tensor holds NaN, so that a test notices an entry that no kernel wrote.
 inline void fill_for_simulator([[maybe_unused]] const Tensor& made) {
 #ifdef FASTKM_SIMT
-  __builtin_memset(made.mutable_data_ptr(), 0xFF, static_cast<size_t>(made.numel()) * sizeof(float));
+  __builtin_memset(made.mutable_data_ptr(), 0xFF, static_cast<size_t>(made.numel()) * made.element_size());
 #endif
+}
+
+// The number of a type in the C interface of torch.
+inline int32_t dtype_code(ScalarType type) {
+  switch (type) {
+    case ScalarType::Int: return aoti_torch_dtype_int32();
+    case ScalarType::BFloat16: return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half: return aoti_torch_dtype_float16();
+    case ScalarType::Double: return aoti_torch_dtype_float64();
+    default: return aoti_torch_dtype_float32();
+  }
 }
 
 // A new tensor on the device of `like`. This does what new_empty does without going through the dispatcher: a call
@@ -48,7 +59,7 @@ inline Tensor make_tensor(const Tensor& like, std::initializer_list<int64_t> siz
   aoti_torch_get_dtype(like.get(), &dtype);
   aoti_torch_get_device_type(like.get(), &device);
   aoti_torch_get_device_index(like.get(), &index);
-  if (type) dtype = *type == ScalarType::Int ? aoti_torch_dtype_int32() : dtype;
+  if (type) dtype = dtype_code(*type);
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
                                                          dtype, device, index, &handle));

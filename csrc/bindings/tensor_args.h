@@ -25,6 +25,20 @@ inline void expect(const Tensor& tensor, const char* name, std::initializer_list
   STD_TORCH_CHECK(same, "fastkm: ", name, " has a shape or dtype that does not fit the other arguments");
 }
 
+// The Element of codes of a type.
+inline int64_t element_of(ScalarType type) {
+  return type == ScalarType::BFloat16 ? kBFloat16 : type == ScalarType::Half ? kFloat16 : kFloat32;
+}
+
+// Check codes, which may be of 16 bits beside a memory of float32, and return their Element.
+inline int64_t expect_low_codes(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes,
+                                const Tensor& memory) {
+  const int64_t element = element_of(tensor.scalar_type());
+  const bool low = element != kFloat32 && memory.scalar_type() == ScalarType::Float;
+  expect(tensor, name, sizes, low ? tensor.scalar_type() : memory.scalar_type());
+  return element;
+}
+
 template <class Real>
 Batch<Real> batch_of(const Tensor& tensor) {
   Batch<Real> batch;

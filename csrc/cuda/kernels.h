@@ -19,8 +19,10 @@ const char* write(const WritingArgs<float>&, int64_t B, Context&);
 const char* write_backward(const WritingArgs<float>&, const WritingGrads<float>&, int64_t B, Context&);
 const char* read(const ReadingArgs<float>&, int64_t B, Context&);
 const char* read_backward(const ReadingArgs<float>&, const ReadingGrads<float>&, int64_t B, Context&);
-const char* factor_addressing(const ReadingArgs<float>&, const Batch<float>& factor, int64_t B, Context&);
-const char* solve_factored(const ReadingArgs<float>&, const Batch<const float>& factor, int64_t B, Context&);
+const char* factor_addressing(const ReadingArgs<float>&, const AddressingFactors<float>&, int64_t B, Context&);
+const char* read_factored(const ReadingArgs<float>&, const AddressingFactors<const float>&, int64_t B, Context&);
+const char* read_factored_backward(const ReadingArgs<float>&, const AddressingFactors<const float>&,
+                                   const ReadingGrads<float>&, int64_t B, Context&);
 const char* kl_memory(const MatrixNormalArgs<float>&, int64_t B, Context&);
 const char* logdet(const MatrixNormalArgs<float>&, int64_t B, Context&);
 const char* kl_memory_backward(const MatrixNormalArgs<float>&, const MatrixNormalGrads<float>&, int64_t B, Context&);

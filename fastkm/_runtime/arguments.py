@@ -43,6 +43,24 @@ class Matrix(Argument):
 
 
 @dataclass(frozen=True)
+class MatrixOrNoRows(Matrix):
+    """Like :class:`Matrix`, or the same without a row."""
+
+    def check(self, signature: guards.Signature, value: Any) -> tuple[Tensor]:
+        no_rows = isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == 0
+        letters = f"{self.letters[0]}0{self.letters[2]}" if no_rows else self.letters
+        return (signature.tensor(self.name, value, letters),)
+
+
+@dataclass(frozen=True)
+class CodeDtype(Argument):
+    """A dtype for codes: None, or that of the memory, or bfloat16 or float16 beside a float32 memory."""
+
+    def check(self, signature: guards.Signature, value: Any) -> tuple[int | None]:
+        return (signature.code_dtype(self.name, value),)
+
+
+@dataclass(frozen=True)
 class Codes(Matrix):
     """Like :class:`Matrix`, and beside a float32 memory it may be bfloat16 or float16."""
 

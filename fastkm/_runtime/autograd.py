@@ -65,6 +65,11 @@ def differentiable(
     return Differentiable(operator, pull_back, keep)
 
 
+def without_gradient(operator: OpOverload) -> Differentiable:
+    """``operator``, for inputs that require no gradient, under torch.func and torch.compile as well."""
+    return Differentiable(operator, lambda *known_and_cotangents: (), ())
+
+
 def wants_gradient(inputs: Sequence) -> bool:
     if torch.is_grad_enabled():
         for x in inputs:  # a loop, because a generator costs a microsecond

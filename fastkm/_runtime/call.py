@@ -39,6 +39,8 @@ make_result = tuple.__new__
 def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
     """The outputs of ``operation`` for the caller's ``arguments``, computed by ``backend``.
 
+    Trailing arguments that are None may be left out, which saves their time.
+
     The first part of this function decides whether the call is plain; it raises nothing, whatever the arguments are. It
     makes the operator's inputs on the way: a state stands for its two tensors, a number for a 0-d tensor of the
     memory's dtype, a word for its entry in the table of the operation. It stands here, and not in a function of its
@@ -84,7 +86,7 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
         inputs.append(value)
     if not inputs[0].is_cpu or num_options != operation.num_options:  # the operator refuses tensors of two devices
         return _call_checked(operation, backend, *arguments)
-    for position in operation.codes:
+    for position in operation.codes_to_widen:
         codes = inputs[position]
         if codes is not None and ((dtype := codes.dtype) is bfloat16 or dtype is float16):
             return _call_checked(operation, backend, *arguments)
@@ -109,7 +111,10 @@ def call(operation: Operation, backend: str | None, *arguments: Any) -> Any:
         raise_failures(info, operation, inputs)
     if failed:
         raise factorisation_error(info, operation, inputs)
-    return native.attach(outputs, inputs) if wants_gradient else outputs
+    if not wants_gradient:
+        return outputs
+    inputs.extend([None] * (operation.num_inputs - len(inputs)))
+    return native.attach(outputs, inputs)
 
 
 @lru_cache(maxsize=64)
@@ -127,7 +132,7 @@ def _call_checked(operation: Operation, backend: str | None, *arguments: Any) ->
     inputs = operation.check(arguments)
     memory = inputs[0]
     backend = dispatch.resolve(operation.name, backend, *[x for x in inputs if isinstance(x, Tensor)])
-    if not dispatch.reads_low_precision(backend, memory):
+    if not dispatch.reads_low_precision(operation.name, backend, memory.device.type):
         inputs = [x.to(memory.dtype) if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in inputs]
     outputs = operation.kernels[backend](*inputs)
     if operation.factored:

@@ -81,11 +81,24 @@ def solve_addressing(K: int, C: int, T: int, Q: int) -> Flops:
 
 
 def factor_addressing(K: int, C: int, T: int, Q: int) -> Flops:
-    return Flops(0, symmetric_product(K, C) + third(K))
+    return Flops(0, symmetric_product(K, C) + third(K) + 2 * triangular_solve(K, C))
 
 
 def solve_factored(K: int, C: int, T: int, Q: int) -> Flops:
-    return Flops(product(Q, K, C), 2 * triangular_solve(K, min(Q, C)))
+    return Flops(product(Q, K, C), 0)
+
+
+def read_factored(K: int, C: int, T: int, Q: int) -> Flops:
+    # However many the iterations, they are one linear map; only a solve for each query is counted.
+    return Flops(product(Q, K, C) + product(Q, C, min(K, C)), 0)
+
+
+def read_factored_backward(K: int, C: int, T: int, Q: int) -> Flops:
+    # The weights again; R times the cotangent of the values, one solve, its Rᵀ, two outer products for R̄; and R̄ of the
+    # Gram matrix, whose cotangent is a sum over queries.
+    small, large = min(K, C), max(K, C)
+    solved = 2 * triangular_solve(small, Q) + symmetric_product(small, min(Q, large)) + product(small, large, small)
+    return Flops(5 * product(Q, C, K), solved)
 
 
 def read(K: int, C: int, T: int, Q: int) -> Flops:

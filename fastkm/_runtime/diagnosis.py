@@ -48,7 +48,7 @@ def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> t
     """The error that says of every memory of ``info`` that failed which of the ``inputs`` is at fault."""
     if info.dim() != 1:  # under vmap a memory is a pair, [index of the map, memory], and inputs need not have the first
         return torch.linalg.LinAlgError(f"{operation.factored} is {describe_failures(info, in_memories)}")
-    given = dict(zip(operation.input_names(), inputs, strict=True))
+    given = dict(zip(operation.input_names(), inputs, strict=False))  # trailing inputs may be left out
     findings: dict[Finding, list[int]] = {}
     for memory, code in enumerate(info.tolist()):
         if code:

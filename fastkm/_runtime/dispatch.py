@@ -30,27 +30,31 @@ class Capability(NamedTuple):
 
     devices: Mapping[str, tuple[torch.dtype, ...]] = {}  # device -> dtypes of a memory; empty means any
     gradients: bool = True
+    low_precision: tuple[str, ...] = ()  # devices where it reads bfloat16 and float16 codes as they are
 
 
 REFERENCE = Capability()
-NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
-TRITON = Capability({"cuda": FLOAT32})
+NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32}, low_precision=("cuda",))
+NATIVE_READ = NATIVE._replace(low_precision=("cpu", "cuda"))
+TRITON = Capability({"cuda": FLOAT32}, low_precision=("cpu", "cuda", "meta"))
 INTO = {
     name: each._replace(gradients=False)
     for name, each in (("reference", REFERENCE), ("native", NATIVE), ("triton", TRITON))
 }
-ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
 ON_CPU = Capability({"cpu": DTYPES}, gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
-    "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "solve_addressing": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
+    "factor_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "solve_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
-    "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
+    "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
+    "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
+    "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "stream": {"reference": Capability(gradients=False), "native": ON_CPU},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
@@ -136,9 +140,10 @@ def resolve(operation: str, backend: str | None, *tensors: Tensor) -> str:
     return backend
 
 
-def reads_low_precision(backend: str, memory: Tensor) -> bool:
+def reads_low_precision(operation: str, backend: str, device: str) -> bool:
     """Whether ``backend`` reads bfloat16 and float16 codes as they are. The others take the memory's dtype."""
-    return backend == "triton" or (backend == "native" and memory.is_cuda)
+    capability = CAPABILITIES.get(operation, {}).get(backend)
+    return capability is not None and device in capability.low_precision
 
 
 def explain_backend(operation: str, *tensors: Tensor, backend: str | None = None) -> None:

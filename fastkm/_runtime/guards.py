@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastkm._runtime.deferred import assert_later, is_value_unknown, known
+from fastkm._runtime.options import CODE_DTYPES
 
 DTYPES = (torch.float32, torch.float64)  # of a memory
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # of codes beside a float32 memory
@@ -94,6 +95,18 @@ class Signature:
             raise ValueError(f"{name} must have shape {self._shape(letters)}, got {list(value.shape)}")
         return value
 
+    def code_dtype(self, name: str, value: torch.dtype | None) -> int | None:
+        """None for the dtype of the memory, else the index of a dtype in ``CODE_DTYPES``."""
+        _, first = self.first  # type: ignore[misc]
+        if value is None or value == first.dtype:
+            return None
+        if first.dtype != torch.float32 or value not in LOW_PRECISION:
+            low = " or ".join(map(dtype_name, LOW_PRECISION if first.dtype == torch.float32 else ()))
+            wanted = dtype_name(first.dtype) + (f", {low}" if low else "")
+            got = dtype_name(value) if isinstance(value, torch.dtype) else type(value).__name__
+            raise TypeError(f"{name} must be None or {wanted}, got {got}")
+        return CODE_DTYPES.index(value)
+
     def _same_kind(self, name: str, value: Tensor, low_precision: bool = False) -> None:
         check_layout(name, value)
         first_name, first = self.first  # type: ignore[misc]
@@ -120,6 +133,16 @@ def pair(name: str, value: object) -> tuple[Tensor, Tensor]:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a MemoryState(mean, cov), got {type(value).__name__}")
     return value[0], value[1]
+
+
+def factor(value: object) -> tuple:
+    """The five tensors of the :class:`fastkm.AddressingFactor` that a caller gives."""
+    if not isinstance(value, (tuple, list)) or len(value) != 5:
+        raise TypeError(
+            "factor must be an AddressingFactor(mean, ridge, lower, pseudoinverse, gram), as factor_addressing "
+            f"returns it, got {type(value).__name__}"
+        )
+    return tuple(value)
 
 
 def check_layout(name: str, value: Tensor) -> None:

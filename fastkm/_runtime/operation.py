@@ -6,6 +6,7 @@ from typing import Any
 
 from fastkm._runtime.arguments import Argument, Codes, Count, State, Word
 from fastkm._runtime.autograd import Differentiable
+from fastkm._runtime.dispatch import reads_low_precision
 from fastkm._runtime.guards import Signature
 from fastkm._runtime.second_derivatives import REFERENCES
 
@@ -46,23 +47,28 @@ class Operation:
         self._index_inputs()
 
     def _index_inputs(self) -> None:
-        """Which inputs of the operator are words, counts and codes, by their positions."""
+        """Which inputs of the operator are words, counts and codes, by their positions.
+
+        Only codes that the native kernel does not widen itself on a CPU are indexed.
+        """
         self.words: dict[int, Mapping[str, bool | int]] = {}
         self.counts: set[int] = set()
-        self.codes: list[int] = []
+        self.codes_to_widen: list[int] = []
         position = 0
         for argument in self.arguments:
             if isinstance(argument, Word):
                 self.words[position] = argument.table
             elif isinstance(argument, Count):
                 self.counts.add(position)
-            elif isinstance(argument, Codes):
-                self.codes.append(position)
+            elif isinstance(argument, Codes) and not reads_low_precision(self.name, "native", "cpu"):
+                self.codes_to_widen.append(position)
             position += 2 if isinstance(argument, State) else 1
         self.num_options = len(self.words) + len(self.counts)
+        self.num_inputs = position
 
     def check(self, given: tuple) -> list:
         """The inputs of a kernel for the arguments that a caller has ``given``, or an error in words."""
+        given += (None,) * (len(self.arguments) - len(given))
         signature = Signature()
         inputs: list = []
         for argument, value in zip(self.arguments, given, strict=True):

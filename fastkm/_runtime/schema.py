@@ -6,8 +6,8 @@ of ``fastkm`` exist but have no kernel, and ``unavailable`` says why.
 
 ``info [B]`` is an int32 status for each memory: 0, or one of the codes of :mod:`fastkm._runtime.status`. ``precision``
 says how a GPU rounds the products with codes, as an index into ``PRECISIONS`` of :mod:`fastkm._runtime.options`. Solves
-and factors are always float32 there. On a GPU ``values``, ``queries`` and ``weights`` may be bfloat16 or float16 beside
-a float32 memory.
+and factors are always float32 there. Beside a float32 memory ``queries`` may be bfloat16 or float16; on a GPU
+``values`` and ``weights`` may, too.
 """
 
 import atexit
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkm._runtime.flops import count_flops_once_loaded
+from fastkm._runtime.options import CODE_DTYPES
 from fastkm._runtime.torch_private import has_kernel
 
 # Operators that the extension must bring a CPU kernel for; filled by the definitions below.
@@ -104,6 +105,15 @@ def _empty_info(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[:1], dtype=torch.int32)
 
 
+def _weights_like(mean: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    return mean.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
+
+
+def _values_like(mean: Tensor, queries: Tensor, values_type: int | None) -> Tensor:
+    dtype = CODE_DTYPES[values_type] if values_type else mean.dtype
+    return mean.new_empty(queries.shape, dtype=dtype)
+
+
 @_operator(
     "update_posterior(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
     " int precision)"
@@ -125,18 +135,26 @@ def _(mean, cov, weights, values, noise_var, mask, precision):
     "solve_addressing(Tensor mean, Tensor queries, Tensor ridge, bool squared_gram) -> (Tensor weights, Tensor info)"
 )
 def _(mean, queries, ridge, squared_gram):
-    return mean.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
+    return _weights_like(mean, queries)
 
 
-# The lower Cholesky factor of R Rᵀ + λI, zero above its diagonal, for solving again and again.
-@_operator("factor_addressing(Tensor mean, Tensor ridge) -> (Tensor factor, Tensor info)", on_cpu=False)
-def _(mean, ridge):
-    return mean.new_empty((*mean.shape[:2], mean.shape[1])), _empty_info(mean)
+# What addressing needs of a memory again and again; `gram` has no rows unless `squared_gram`.
+@_operator(
+    "factor_addressing(Tensor mean, Tensor ridge, bool squared_gram)"
+    " -> (Tensor pseudoinverse, Tensor lower, Tensor gram, Tensor info)"
+)
+def _(mean, ridge, squared_gram):
+    B, K, C = mean.shape
+    gram_rows = K if squared_gram else 0
+    return mean.new_empty(B, C, K), mean.new_empty(B, K, K), mean.new_empty(B, gram_rows, K), _empty_info(mean)
 
 
-@_operator("solve_factored(Tensor mean, Tensor factor, Tensor queries) -> Tensor weights", on_cpu=False)
-def _(mean, factor, queries):
-    return mean.new_empty((*queries.shape[:2], mean.shape[1]))
+@_operator(
+    "solve_factored(Tensor mean, Tensor queries, Tensor ridge, Tensor lower, Tensor pseudoinverse, Tensor gram)"
+    " -> (Tensor weights, Tensor info)"
+)
+def _(mean, queries, ridge, lower, pseudoinverse, gram):
+    return _weights_like(mean, queries)
 
 
 @_operator(
@@ -156,13 +174,22 @@ def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, pr
     )
 
 
+# `values_type` is the dtype of the values: None for that of the memory, or an index into CODE_DTYPES of
+# :mod:`fastkm._runtime.options`.
 @_operator(
-    "read(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision)"
-    " -> (Tensor values, Tensor weights, Tensor info)"
+    "read(Tensor mean, Tensor queries, Tensor ridge, int num_iters, bool squared_gram, int precision,"
+    " int? values_type=None) -> (Tensor values, Tensor weights, Tensor info)"
 )
-def _(mean, queries, ridge, num_iters, squared_gram, precision):
-    weights = mean.new_empty((*queries.shape[:2], mean.shape[1]))
-    return mean.new_empty(queries.shape), weights, _empty_info(mean)
+def _(mean, queries, ridge, num_iters, squared_gram, precision, values_type=None):
+    return _values_like(mean, queries, values_type), *_weights_like(mean, queries)
+
+
+@_operator(
+    "read_factored(Tensor mean, Tensor queries, Tensor ridge, Tensor lower, Tensor pseudoinverse, Tensor gram,"
+    " int num_iters, int precision, int? values_type=None) -> (Tensor values, Tensor weights, Tensor info)"
+)
+def _(mean, queries, ridge, lower, pseudoinverse, gram, num_iters, precision, values_type=None):
+    return _values_like(mean, queries, values_type), *_weights_like(mean, queries)
 
 
 @_operator("kl_memory(Tensor mean, Tensor cov, Tensor prior_mean, Tensor prior_cov) -> (Tensor kl, Tensor info)")
@@ -277,6 +304,16 @@ def _(mean, cov, values, noise_var, ridge, num_opt_iters, squared_gram, mask, pr
     " Tensor? grad_values, Tensor? grad_weights) -> (Tensor mean, Tensor queries, Tensor ridge)"
 )
 def _(mean, queries, ridge, num_iters, squared_gram, precision, *grads):
+    return _like(mean, queries, ridge)
+
+
+# Serves solve_factored too: one iteration, no grad_values. It is the gradient of a read that factors anew.
+@_operator(
+    "read_factored_backward(Tensor mean, Tensor queries, Tensor ridge, Tensor lower, Tensor pseudoinverse, Tensor gram,"
+    " int num_iters, int precision, Tensor? grad_values, Tensor? grad_weights)"
+    " -> (Tensor mean, Tensor queries, Tensor ridge)"
+)
+def _(mean, queries, ridge, lower, pseudoinverse, gram, num_iters, precision, *grads):
     return _like(mean, queries, ridge)
 
 

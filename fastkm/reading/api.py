@@ -3,18 +3,19 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastkm._runtime import arguments
+from fastkm._runtime import arguments, guards
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, SQUARED_GRAM
 from fastkm._runtime.results import result
 from fastkm.reading import native, reference
-from fastkm.state import MemoryState
+from fastkm.state import AddressingFactor, MemoryState
 
-__all__ = ["AttractorResult", "ReadResult", "attractor_read", "read"]
+__all__ = ["AttractorResult", "ReadResult", "attractor_read", "read", "read_factored"]
 
 READ = Operation(
     "read",
@@ -24,10 +25,26 @@ READ = Operation(
     arguments.Count("num_iters"),
     arguments.Word("method", SQUARED_GRAM),
     arguments.Word("precision", PRECISION_CODES),
+    arguments.CodeDtype("out_dtype"),
     reference=reference.read,
     native=native.read,
     triton="fastkm.reading.triton",
     factored="mean meanᵀ + ridge I",
+)
+READ_FACTORED = Operation(
+    "read_factored",
+    arguments.Matrix("factor.mean", "BKC"),
+    arguments.Codes("queries", "BQC"),
+    arguments.MemoryVariance("factor.ridge"),
+    arguments.Matrix("factor.lower", "BKK"),
+    arguments.Matrix("factor.pseudoinverse", "BCK"),
+    arguments.MatrixOrNoRows("factor.gram", "BKK"),
+    arguments.Count("num_iters"),
+    arguments.Word("precision", PRECISION_CODES),
+    arguments.CodeDtype("out_dtype"),
+    reference=reference.read_factored,
+    native=native.read_factored,
+    triton="fastkm.reading.triton",
 )
 ATTRACTOR_READ = Operation(
     "attractor_read",
@@ -72,6 +89,7 @@ def read(
     num_iters: int = 1,
     method: str = "ridge",
     precision: str = "ieee",
+    out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> ReadResult:
     """Read the memory: solve for the weights of each query and return what they stand for.
@@ -92,11 +110,13 @@ def read(
         method: ``"ridge"``, or ``"deepmind"`` for the released code's squared-Gram solve (parity only).
         precision: how a GPU may round the products with codes: ``"ieee"`` (float32), ``"tf32x3"`` or ``"tf32"`` (tensor
             cores). Solves and factors are always float32; on a CPU everything is.
+        out_dtype: of the values: that of ``mean``, which None means, or bfloat16 or float16 beside float32, to which
+            they are rounded once.
         backend: ``"reference"``, ``"native"``, ``"triton"`` or None.
 
     Returns:
         :class:`ReadResult` in the dtype of ``mean`` (float32 or float64), which is also the compute dtype; beside
-        float32 ``queries`` may be bfloat16 or float16.
+        float32 ``queries`` may be bfloat16 or float16. The native kernels convert them tile by tile.
         Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
         Second derivatives are those of the reference form, at its cost.
 
@@ -107,7 +127,57 @@ def read(
 
     Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
     """
-    values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision)
+    if out_dtype is None:
+        values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision)
+    else:
+        values, weights, _ = call(READ, backend, mean, queries, ridge, num_iters, method, precision, out_dtype)
+    return make_result(ReadResult, (values, weights))
+
+
+def read_factored(
+    factor: AddressingFactor,
+    queries: Tensor,  # [B, Q, C]
+    *,
+    num_iters: int = 1,
+    precision: str = "ieee",
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> ReadResult:
+    """Read with what :func:`fastkm.factor_addressing` computed once: :func:`read` without its factorisation.
+
+    ``w₁ = z R⁺``, ``w_{i+1} = w_i − λ A⁻¹ w_i``, ``ẑ = Rᵀ w_n``, with the regularised pseudo-inverse ``R⁺`` and the
+    factor of ``A``. One iteration reads ``R⁺`` and ``R``, 2KC numbers, where :func:`read` computes K²C + K³/3.
+
+    >>> factor = fastkm.factor_addressing(state.mean, ridge)
+    >>> for cue in cues:                                             # [1, 1, C] each
+    ...     answer = fastkm.read_factored(factor, cue).values
+
+    Args:
+        factor: of the memories that are read. It holds ``method`` and ``ridge``.
+        queries: the cues ``z``.
+        num_iters: n, at least 1, as in :func:`read`. Every further iteration is two triangular solves.
+        precision: as in :func:`read`.
+        out_dtype: of the values, as in :func:`read`.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None. It need not be the one that made the factor.
+
+    Returns:
+        :class:`ReadResult`, with dtypes as in :func:`read`; ``factor.mean`` takes the place of ``mean``. Gradients go
+        to ``queries``, ``factor.mean`` and ``factor.ridge``, and through these to what the factor was made of, as if
+        each read factored anew. Second derivatives are those of the reference form, at its cost.
+        On a CPU the result for a query depends neither on the other memories nor on the number of threads, and, for
+        one iteration, not on the other queries.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value; queries that do not fit the
+            memory of the factor.
+        fastkm.BackendUnavailableError: the named backend cannot run this call.
+
+    Source: Wu et al., NeurIPS 2018, section 3.2, with the identity as codec.
+    """
+    mean, ridge, lower, pseudoinverse, gram = guards.factor(factor)
+    values, weights, _ = call(
+        READ_FACTORED, backend, mean, queries, ridge, lower, pseudoinverse, gram, num_iters, precision, out_dtype
+    )
     return make_result(ReadResult, (values, weights))
 
 
@@ -146,12 +216,14 @@ def attractor_read(
         weight_var: σw² of q(w), a number of at least 0, or a positive tensor.
         tol: stop a query once the root mean square of ``ẑ_i − ẑ_{i−1}`` over its C entries is at most ``tol``; the
             queries that are left go on.
-        backend: ``"reference"``, ``"native"``, ``"triton"`` or None. The kernels, for GPUs only, have no gradient; on a
-            GPU every backend runs all ``num_iters`` iterations and waits for nothing, so that the call can be captured
-            in a CUDA graph.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None. On a GPU every backend runs all ``num_iters``
+            iterations and waits for nothing, so that the call can be captured in a CUDA graph. Elsewhere the loop ends
+            with the last query, and the kernels do not read settled queries again once they are half of a memory's.
 
     Returns:
-        :class:`AttractorResult`. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32;
+        :class:`AttractorResult`. Gradients go through all iterations of each query, and through ``clean``; for that of
+        the last iteration alone, run the others under ``torch.no_grad()`` and start again from ``clean(values)`` with
+        ``num_iters=1``. Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32;
         ``clean`` itself runs under autocast.
 
     Raises:

@@ -51,6 +51,17 @@ def address_dual(e: Episode) -> Result:
     return {"weights": solve_dual(e.written.mean, e.queries, e.ridge)}
 
 
+def pseudoinverse_primal(e: Episode) -> Result:
+    """Rᵀ (RRᵀ + λI)⁻¹, a row for each unit code."""
+    codes = torch.eye(e.written.mean.shape[-1]).to(e.written.mean).expand(len(e.ridge), -1, -1)
+    return {"pseudoinverse": solve_primal(e.written.mean, codes, e.ridge)}
+
+
+def pseudoinverse_dual(e: Episode) -> Result:
+    codes = torch.eye(e.written.mean.shape[-1]).to(e.written.mean).expand(len(e.ridge), -1, -1)
+    return {"pseudoinverse": solve_dual(e.written.mean, codes, e.ridge)}
+
+
 def attractor_loop(e: Episode, solve: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Result:
     (mean, cov), code, energies = e.written, e.queries, []
     noise, second = e.noise_var[:, :1], e.written.mean @ e.written.mean.mT + e.queries.shape[-1] * e.written.cov

@@ -41,8 +41,8 @@ class Episode(NamedTuple):
 
 
 def reverse_rows(name: str, x: Tensor) -> Tensor:
-    """A mean [B, K, C], cov [B, K, K] or weights [..., K] with the K rows reversed; anything else as it is."""
-    axes = {"mean": (-2,), "cov": (-2, -1), "weights": (-1,)}
+    """A tensor with axes of K rows, as of a mean [B, K, C], with these reversed; anything else as it is."""
+    axes = {"mean": (-2,), "cov": (-2, -1), "weights": (-1,), "pseudoinverse": (-1,)}
     return x.flip(axes[name]) if name in axes else x
 
 

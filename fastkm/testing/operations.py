@@ -48,6 +48,7 @@ class Operation(NamedTuple):
     backward: Operator | None = None
     parts: tuple[Operator, ...] = ()  # operators that do a part of the job
     value: str = "value"  # the name of a result that is one tensor
+    compared: tuple[str, ...] = ()  # the fields of a result that the definition has; empty: all
 
     @property
     def takes_precision(self) -> bool:
@@ -58,7 +59,8 @@ class Operation(NamedTuple):
         return partial(self.function, **{**self.arguments(e), **options}, backend=backend)
 
     def fields(self, result: Any) -> Result:
-        return named(result, self.value)
+        found = named(result, self.value)
+        return {name: found[name] for name in self.compared} if self.compared else found
 
     def run(self, e: Episode, backend: str | None, **options: Any) -> Result:
         return self.fields(self.bind(e, backend, **options)())
@@ -108,11 +110,20 @@ def addressing_arguments(o: Operands) -> tuple:
 
 
 def factor_arguments(o: Operands) -> tuple:
-    return o.mean, o.ridge
+    return o.mean, o.ridge, o.squared_gram
 
 
 def solve_factored_arguments(o: Operands) -> tuple:
-    return o.mean, o.cov, o.queries
+    pseudoinverse, gram = o.mean.mT.contiguous(), o.cov if o.squared_gram else o.cov[:, :0]
+    return o.mean, o.queries, o.ridge, o.cov, pseudoinverse, gram
+
+
+def read_factored_arguments(o: Operands) -> tuple:
+    return *solve_factored_arguments(o), o.num_iters, o.precision
+
+
+def read_factored_backward_arguments(o: Operands) -> tuple:
+    return *read_factored_arguments(o), o.queries, o.read_weights
 
 
 def kl_arguments(o: Operands) -> tuple:
@@ -177,11 +188,43 @@ ENTRIES = (
         definitions.address_dual,
         "reads",
         operator=Operator("solve_addressing", addressing_arguments, counts.solve_addressing),
-        parts=(
-            Operator("factor_addressing", factor_arguments, counts.factor_addressing),
-            Operator("solve_factored", solve_factored_arguments, counts.solve_factored),
-        ),
         value="weights",
+    ),
+    Operation(
+        "factor_addressing",
+        fastkm.factor_addressing,
+        lambda e: {"mean": e.written.mean, "ridge": e.ridge},
+        definitions.pseudoinverse_primal,
+        definitions.pseudoinverse_dual,
+        "memories",
+        operator=Operator("factor_addressing", factor_arguments, counts.factor_addressing),
+        compared=("pseudoinverse",),  # the order of a memory's rows changes the factor
+    ),
+    Operation(
+        "solve_factored",
+        fastkm.solve_factored,
+        lambda e: {"factor": fastkm.factor_addressing(e.written.mean, e.ridge), "queries": e.queries},
+        definitions.address_primal,
+        definitions.address_dual,
+        "reads",
+        operator=Operator("solve_factored", solve_factored_arguments, counts.solve_factored),
+        value="weights",
+    ),
+    Operation(
+        "read_factored",
+        fastkm.read_factored,
+        lambda e: {
+            "factor": fastkm.factor_addressing(e.written.mean, e.ridge),
+            "queries": e.queries,
+            "num_iters": e.num_iters,
+        },
+        definitions.read_literal,
+        definitions.read_dual,
+        "reads",
+        loop=definitions.read_literal,
+        inputs=Inputs("written", ("queries", "ridge")),
+        operator=Operator("read_factored", read_factored_arguments, counts.read_factored),
+        backward=Operator("read_factored_backward", read_factored_backward_arguments, counts.read_factored_backward),
     ),
     Operation(
         "attractor_read",

@@ -64,7 +64,7 @@ def kernels(request, monkeypatch):
                 monkeypatch.setitem(dispatch.CAPABILITIES[operation], backend, Capability({device: FLOAT32}))
     if rung == "simt":
         request.getfixturevalue("cuda_on_the_host")
-        monkeypatch.setattr(dispatch, "reads_low_precision", lambda backend, memory: True)
+        monkeypatch.setattr(dispatch, "reads_low_precision", lambda *where: True)
     deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

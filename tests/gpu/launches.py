@@ -39,11 +39,11 @@ OPERATORS = tuple(operations.OPERATORS)
 EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
     ("L", {"B": 2, "Q": 100}, ("update_posterior", "update_posterior_backward", "write", "write_backward")),
-    ("L", {"B": 2, "Q": 100}, ("read", "read_backward", "solve_factored", "kl_memory", "kl_memory_backward")),
+    ("L", {"B": 2, "Q": 100}, ("read", "read_backward", "read_factored", "kl_memory", "kl_memory_backward")),
     ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward")),
     ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read")),
     ("LLM", {"B": 2, "Q": 100}, ("update_posterior", "write", "write_backward", "read")),
-    ("M", {"B": 256, "Q": 32, "squared_gram": True}, ("read", "write")),
+    ("M", {"B": 256, "Q": 32, "squared_gram": True}, ("read", "write", "factor_addressing")),
 ]
 
 

@@ -17,7 +17,7 @@ LAYOUTS = [
     (ridge.factor_layout, (K, LD, True)),
     (ridge.factor_layout, (K, LD, False)),
     (ridge.scratch_layout, (32, K, LD)),
-    (ridge_factored.solve_factored_layout, (BLOCKS, K, LD)),
+    (ridge_factored.read_factored_layout, (BLOCKS, K, LD)),
     (ridge_backward.read_backward_layout, (K, LD, ITERS)),
     (matrix_normal.logdet_layout, (K, LD)),
     (matrix_normal.kl_memory_layout, (K, LD)),

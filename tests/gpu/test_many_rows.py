@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import map_tensors, problem
 
+import fastkm
 from gpu.support import USES, outputs, widened
 
 ROWS = 512
@@ -42,12 +43,14 @@ def test_gradients(rung, kernels, p, operation):
     kernels.judge_gradient(operation, p)
 
 
-def test_factor_once_solve_again(rung, kernels, p):
+def test_factor_once_read_again(rung, kernels, p):
     if rung == "ttsem":
         pytest.skip("takes minutes")
-    operators = torch.ops.fastkm if kernels.backend == "native" else torch.ops.fastkm_triton
     mean, queries, ridge = kernels.put((p.state.mean, p.queries, p.ridge))
-    lower, info = operators.factor_addressing(mean, ridge)
-    assert not info.any()
-    again = operators.solve_factored(mean, lower, queries)
-    oracle.assert_close(again.cpu(), operators.solve_addressing(mean, queries, ridge, False)[0].double().cpu())
+    factor = fastkm.factor_addressing(mean, ridge, backend=kernels.backend)
+    for options in ({}, {"num_iters": 2}):
+        again = fastkm.read_factored(factor, queries, backend=kernels.backend, **options)
+        for got, exact in zip(
+            again, fastkm.read(mean, queries, ridge, backend=kernels.backend, **options), strict=True
+        ):
+            oracle.assert_close(got.cpu(), exact.double().cpu())

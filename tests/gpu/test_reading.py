@@ -34,19 +34,50 @@ def test_weights_are_those_of_least_squares(kernels, shape, method):
     kernels.judge("solve_addressing", p, batched(truth, p.state.mean, p.queries, p.ridge), method=method)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_factor_once_solve_again_and_again(kernels, shape):
-    operators = torch.ops.fastkm if kernels.backend == "native" else torch.ops.fastkm_triton
+def test_factor_once_read_again_and_again(kernels, shape, method):
     p = problem(*shape, torch.float32)
     mean, queries, ridge = kernels.put((p.state.mean, p.queries, p.ridge))
-    lower, info = operators.factor_addressing(mean, ridge)
-    assert not info.any()
+    factor = fastkm.factor_addressing(mean, ridge, method=method, backend=kernels.backend)
+    lower = factor.lower.cpu()
     assert torch.equal(lower, lower.tril())
     wide = p.state.mean.double()
-    matrix = wide @ wide.mT + torch.diag_embed(p.ridge.double().unsqueeze(-1).expand(wide.shape[:2]))
-    oracle.assert_close(lower.cpu() @ lower.cpu().mT, matrix)
-    again = operators.solve_factored(mean, lower, queries)
-    oracle.assert_close(again, operators.solve_addressing(mean, queries, ridge, False)[0].double())
+    gram = wide @ wide.mT
+    oracle.assert_close(factor.gram.cpu(), gram if method == "deepmind" else gram[:, :0])
+    system = gram @ gram if method == "deepmind" else gram
+    oracle.assert_close(lower @ lower.mT, system + torch.diag_embed(p.ridge.double()[:, None].expand(wide.shape[:2])))
+    for num_iters in (1, 3):
+        options = {"num_iters": num_iters, "backend": kernels.backend}
+        again = fastkm.read_factored(factor, queries, **options)
+        for got, exact in zip(again, fastkm.read(mean, queries, ridge, method=method, **options), strict=True):
+            oracle.assert_close(got.cpu(), exact.double().cpu())
+    weights = fastkm.solve_factored(factor, queries, backend=kernels.backend)
+    exact = fastkm.solve_addressing(mean, queries, ridge, method=method, backend=kernels.backend)
+    oracle.assert_close(weights.cpu(), exact.double().cpu())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES[::3], ids=str)
+def test_gradients_with_a_factor(kernels, shape, method):
+    """Those of a read that factors anew, on the same backend."""
+    p = problem(*shape, torch.float32)
+    given = kernels.put((p.state.mean, p.queries, p.ridge))
+
+    def gradients(read):
+        leaves = [x.detach().clone().requires_grad_() for x in given]
+        result = read(*leaves)
+        return torch.autograd.grad(result, leaves, [x.detach() for x in result])
+
+    def anew(mean, queries, ridge):
+        return tuple(fastkm.read(mean, queries, ridge, num_iters=3, method=method, backend=kernels.backend))
+
+    def in_two_steps(mean, queries, ridge):
+        factor = fastkm.factor_addressing(mean, ridge, method=method, backend=kernels.backend)
+        return tuple(fastkm.read_factored(factor, queries, num_iters=3, backend=kernels.backend))
+
+    for got, expected in zip(gradients(in_two_steps), gradients(anew), strict=True):
+        oracle.assert_close(got.cpu(), expected.double().cpu())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,8 +140,27 @@ def test_attractor_read_factors_once_and_iterates(kernels, weight_var, tol):
     kernels.judge("attractor_read", p, truth, weight_var=weight_var, tol=tol)
 
 
-def test_attractor_read_has_no_gradient_and_says_so(kernels):
-    p = kernels.put(problem(2, 1, 3, 4, 5, torch.float32))
-    scale = torch.ones((), device=kernels.device, requires_grad=True)
-    with pytest.raises(fastkm.BackendUnavailableError, match="what clean returned requires a gradient"):
-        oracle.call("attractor_read", p, kernels.backend, clean=lambda x: x * scale)
+def test_gradients_of_an_attractor_read(kernels):
+    """Through every iteration, to the memory, the queries and a parameter of the codec."""
+    p = problem(2, 1, 3, 4, 5, torch.float32)
+
+    def gradients(p, backend):
+        mean, queries = (x.clone().requires_grad_() for x in (p.state.mean, p.queries))
+        scale = torch.full((), 0.9, dtype=mean.dtype, device=mean.device, requires_grad=True)
+        given = p._replace(state=p.state._replace(mean=mean), queries=queries)
+        result = oracle.call("attractor_read", given, backend, clean=lambda x: x * scale)
+        return torch.autograd.grad(result.values.square().sum() + result.energy.sum(), [mean, queries, scale])
+
+    expected = gradients(map_tensors(p, torch.Tensor.double), "reference")
+    for x, y in zip(gradients(kernels.put(p), kernels.backend), expected, strict=True):
+        oracle.assert_close(x.cpu(), y)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_values_are_rounded_once_to_the_dtype_asked_for(kernels, low):
+    p = problem(2, 1, 37, 7, 6, torch.float32)
+    wide, narrow = kernels.call("read", p)["values"], kernels.call("read", p, out_dtype=low)["values"]
+    assert narrow.dtype == low
+    assert torch.equal(narrow, wide.to(low))
+    wide, narrow = kernels.call("read_factored", p)["values"], kernels.call("read_factored", p, out_dtype=low)["values"]
+    assert torch.equal(narrow, wide.to(low))

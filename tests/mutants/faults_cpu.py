@@ -282,9 +282,30 @@ READING = [
     fault(
         "read-strides-swapped",
         "rows and columns of strided queries are exchanged",
-        before="Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]}",
-        after="Operand<Real>{queries.at(b), queries.stride[2], queries.stride[1]}",
+        before="{here.at(b), here.stride[1], here.stride[2]}",
+        after="{here.at(b), here.stride[2], here.stride[1]}",
         tests=(READ,),
+    ),
+    fault(
+        "few-rows-forget-a-run",
+        "a long sum of few rows keeps its last run alone",
+        before="load(total[n] + j) + load(part[n] + j)",
+        after="load(part[n] + j)",
+        tests=("tests/test_factored.py::test_a_query_is_answered_as_if_it_came_alone",),
+    ),
+    fault(
+        "float16-overflow",
+        "values too large for float16 are not infinite",
+        before="magnitude >= Words{} + exponent(16) ? large : small",
+        after="small",
+        tests=("tests/test_factored.py::test_values_are_rounded_once_to_the_dtype_asked_for",),
+    ),
+    fault(
+        "low-rank-half",
+        "the gradient of few queries lacks the transpose of the cotangent of the Gram matrix",
+        before="product<Into::kAdd>(mean, x.rows, transposed(y), projected);",
+        after=";",
+        tests=("tests/test_factored.py::test_gradients_of_few_queries",),
     ),
     fault(
         "read-status-always-good",

@@ -104,6 +104,7 @@ TRITON = [
         "triton-read-one-iteration-too-many",
         "a read iterates once more than it is asked to",
         before="for _ in range(1, num_iters)",
+        within="for _ in range(1, num_iters): solve_rows(",
         after="for _ in range(num_iters)",
         tests=(READ,),
     ),

@@ -202,10 +202,24 @@ REFERENCES = [
         tests=(ATTRACTOR,),
     ),
     fault(
+        "factor-shares-the-memory",
+        "a factor keeps the caller's mean in place of a copy",
+        before="copy = mean.clone(memory_format=torch.contiguous_format)",
+        after="copy = mean",
+        tests=("tests/test_factored.py::test_a_changed_memory_changes_no_factor",),
+    ),
+    fault(
+        "settled-queries-are-overwritten",
+        "a turn of the queries that go on stores what it computed for those that fill a memory up",
+        before="_select(gather(active), turn(gather(code)), old)",
+        after="turn(gather(code))",
+        tests=(ATTRACTOR,),
+    ),
+    fault(
         "attractor-counts-stopped-queries",
         "a query that has stopped goes on being counted",
         before="taken = taken + active",
-        within="taken = taken + active if i == 0:",
+        within="taken = taken + active if i > 0:",
         after="taken = taken + 1",
         tests=(ATTRACTOR,),
     ),
@@ -275,9 +289,14 @@ MODULE = [
     fault(
         "saved-state-not-contiguous",
         "a state with gaps between its rows is saved as it is",
+<<<<<<< HEAD
         before=".clone(memory_format=torch.contiguous_format)",
         within="tensor.detach().clone(memory_format=torch.contiguous_format)",
         after="",
+=======
+        before="tensor.detach().clone(memory_format=torch.contiguous_format)",
+        after="tensor.detach()",
+>>>>>>> serving
         tests=(STATE,),
     ),
     fault(

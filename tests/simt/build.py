@@ -72,12 +72,11 @@ def install(sanitizer: str = "plain") -> list[torch.library.Library]:
     from fastkm._runtime import schema
 
     own, replaced = torch.library.Library("fastkm_simt", "DEF"), torch.library.Library("fastkm", "IMPL")
-    names = [*schema.OPERATORS, "factor_addressing", "solve_factored"]
-    for name in names:
+    for name in schema.OPERATORS:
         declared = str(getattr(torch.ops.fastkm, name).default._schema)
         own.define(declared.removeprefix("fastkm::"))
     torch.ops.load_library(str(build(sanitizer)))
-    for name in names:
+    for name in schema.OPERATORS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastkm_simt::{name}", "CPU"):
             kernel = getattr(torch.ops.fastkm_simt, name).default
             with warnings.catch_warnings():

@@ -143,7 +143,8 @@ void run_update_and_write(Case& c) {
 }
 
 void run_read(Case& c) {
-  Array values(c.B, c.Q, c.C), weights(c.B, c.Q, c.K), to_queries(c.B, c.Q, c.C), factor(c.B, c.K, c.K);
+  Array values(c.B, c.Q, c.C), weights(c.B, c.Q, c.K), to_queries(c.B, c.Q, c.C);
+  Array lower(c.B, c.K, c.K), pseudoinverse(c.B, c.C, c.K), gram(c.B, c.K, c.K);
   ReadingArgs<float> read{};
   read.K = c.K;
   read.C = c.C;
@@ -161,12 +162,21 @@ void run_read(Case& c) {
   const ReadingGrads<float> grads{c.queries.read(), weights.read(), c.to_mean.batch(), to_queries.batch(),
                                   c.to_ridge.data};
   expect("read_backward", cuda::read_backward(read, grads, c.B, c.context), {&c.to_mean, &to_queries, &c.to_ridge});
-  read.num_iters = 1;
-  read.squared_gram = false;
-  expect("factor_addressing", cuda::factor_addressing(read, factor.batch(), c.B, c.context), {&factor});
-  read.values = {};
-  read.info = nullptr;
-  expect("solve_factored", cuda::solve_factored(read, factor.read(), c.B, c.context), {&weights});
+  ReadingArgs<float> unit_codes = read;
+  unit_codes.Q = c.C;
+  unit_codes.queries = {};
+  unit_codes.values = {};
+  unit_codes.num_iters = 1;
+  const AddressingFactors<float> made{lower.batch(), pseudoinverse.batch(),
+                                      read.squared_gram ? gram.batch() : Batch<float>{}};
+  expect("factor_addressing", cuda::factor_addressing(unit_codes, made, c.B, c.context), {&lower, &pseudoinverse});
+  const AddressingFactors<const float> given{lower.read(), pseudoinverse.read(),
+                                             read.squared_gram ? gram.read() : Batch<const float>{}};
+  for (read.num_iters = 1; read.num_iters <= 2; ++read.num_iters) {
+    expect("read_factored", cuda::read_factored(read, given, c.B, c.context), {&values, &weights});
+    expect("read_factored_backward", cuda::read_factored_backward(read, given, grads, c.B, c.context),
+           {&c.to_mean, &to_queries, &c.to_ridge});
+  }
 }
 
 void run_matrix_normal(Case& c) {

@@ -10,7 +10,10 @@ from simt.build import ROOT
 
 MULTIPROCESSORS = 132
 # Operators that make two launches where a memory has more rows than a thread block factors on chip.
-TWO_BEYOND = ("update_posterior", "read", "read_backward", "solve_addressing", "solve_factored")
+TWO_BEYOND = (
+    *("update_posterior", "read", "read_backward", "solve_addressing"),
+    *("factor_addressing", "read_factored_backward"),
+)
 
 # In a process of its own: operators are registered once.
 SCRIPT = """

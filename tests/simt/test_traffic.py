@@ -25,6 +25,8 @@ BOUNDS = {
         "solve_addressing": 1.00,
         "factor_addressing": 1.00,
         "solve_factored": 1.00,
+        "read_factored": 1.00,
+        "read_factored_backward": 1.38,
         "kl_memory": 1.00,
         "kl_memory_backward": 1.14,
         "logdet": 1.00,

@@ -19,6 +19,7 @@ template struct Tile<2, 1, float>;
 #include "cpu/posterior/update_into.h"
 #include "cpu/reading/read.h"
 #include "cpu/reading/read_backward.h"
+#include "cpu/reading/read_factored.h"
 #include "cpu/streaming/stream.h"
 #include "cpu/writing/write.h"
 #include "cpu/writing/write_backward.h"
@@ -36,9 +37,12 @@ const Kernels<Real>& kernels() {
       .factor_size = factor_size<Real>,
       .factor_memories = factor_memories<Real>,
       .read_tiles = read_tiles<Real>,
+      .factor_addressing = factor_addressing<Real>,
+      .read_factored = read_factored<Real>,
       .kl_memory = kl_memory<Real>,
       .logdet = logdet<Real>,
       .read_backward = read_backward<Real>,
+      .read_factored_backward = read_factored_backward<Real>,
       .kl_memory_backward = kl_memory_backward<Real>,
       .logdet_backward = logdet_backward<Real>,
       .update_posterior_into = update_posterior_into<Real>,

@@ -18,8 +18,13 @@ constexpr std::align_val_t kLine{64};
 constexpr size_t kFirstBlock = size_t{1} << 18;
 }  // namespace
 
-Arena& Arena::fresh() {
+Arena& Arena::of_thread() {
   static thread_local Arena arena;
+  return arena;
+}
+
+Arena& Arena::fresh() {
+  Arena& arena = of_thread();
   arena.reset();
   return arena;
 }

@@ -14,6 +14,9 @@ class Arena {
   // The arena of the calling thread, with nothing allocated.
   static Arena& fresh();
 
+  // The same with what is allocated in it, for a part of a computation that this thread may have begun.
+  static Arena& of_thread();
+
   // Uninitialised space for `count` elements, aligned to a cache line.
   template <class Real>
   Real* allocate(int64_t count) {

@@ -1,6 +1,7 @@
 // Addressing and reading of small memories, one in each lane: the equations of read.h, query by query.
 #pragma once
 
+#include "cpu/linalg/codes.h"
 #include "cpu/linalg/ridge_lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -28,6 +29,27 @@ void read_query_lanes(const ReadingArgs<Real>& args, const RidgeLanes<Real>& sol
   }
 }
 
+// Codes of 16 bits pass through rows of working memory, those of one memory after those of another.
+template <class Real>
+void load_lanes_of_codes(const LaneMatrix<Real>& to, const Batch<const Real>& from, int64_t type, int64_t first,
+                         const Group& group, Arena& arena) {
+  if (type == kFloat32) return load_lanes(to, from.from_row(first), group);
+  const Matrix<Real> rows = allocate_matrix<Real>(arena, group.count * to.rows, to.columns);
+  for (int64_t lane = 0; lane < group.count; ++lane)
+    load_codes(rows.rows_from(lane * to.rows, to.rows), from, type, group.first + lane, first);
+  load_lanes(to, Batch<const Real>{rows.data, {to.rows * rows.ld, rows.ld, 1}}, Group{0, group.count});
+}
+
+template <class Real>
+void store_lanes_of_codes(const Batch<Real>& to, int64_t type, int64_t first, const LaneMatrix<Real>& from,
+                          const Group& group, Arena& arena) {
+  if (type == kFloat32) return store_lanes(to.from_row(first), from, group);
+  const Matrix<Real> rows = allocate_matrix<Real>(arena, group.count * from.rows, from.columns);
+  store_lanes(Batch<Real>{rows.data, {from.rows * rows.ld, rows.ld, 1}}, from, Group{0, group.count});
+  for (int64_t lane = 0; lane < group.count; ++lane)
+    store_codes(to, type, group.first + lane, first, rows.rows_from(lane * from.rows, from.rows));
+}
+
 template <class Real>
 void read_lanes(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
   constexpr int64_t kQueries = 16;  // that are in working memory together
@@ -46,10 +68,10 @@ void read_lanes(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
       const int64_t count = smaller(kQueries, args.Q - first);
       const LaneMatrix<Real> queries = allocate_lanes<Real>(arena, count, args.C),
                              weights = allocate_lanes<Real>(arena, count, args.K);
-      load_lanes(queries, args.queries.from_row(first), group);
+      load_lanes_of_codes(queries, args.queries, args.queries_type, first, group, arena);
       read_query_lanes(args, solve, mean, queries, weights, next);
       store_lanes(args.weights.from_row(first), weights, group);
-      if (args.values.data) store_lanes(args.values.from_row(first), queries, group);
+      if (args.values.data) store_lanes_of_codes(args.values, args.values_type, first, queries, group, arena);
     }
   });
 }

@@ -12,6 +12,7 @@
 
 #include <utility>
 
+#include "cpu/linalg/codes.h"
 #include "cpu/linalg/solve.h"
 #include "cpu/linalg/symmetric.h"
 #include "cpu/reading/lanes.h"
@@ -129,6 +130,30 @@ template <class Real>
     for (int64_t k = 0; k < w.columns; ++k) w.row(q)[k] -= ridge * y.row(q)[k];
 }
 
+// Queries [first, first + count) of memory b: the caller's rows, or a widened copy.
+template <class Real>
+Operand<Real> query_rows(const ReadingArgs<Real>& args, int64_t b, int64_t first, int64_t count, Arena& arena) {
+  if (args.queries_type == kFloat32) {
+    const Batch<const Real> here = args.queries.from_row(first);
+    return {here.at(b), here.stride[1], here.stride[2]};
+  }
+  const Matrix<Real> rows = allocate_matrix<Real>(arena, count, args.C);
+  load_codes(rows, args.queries, args.queries_type, b, first);
+  return operand(rows);
+}
+
+// w_n from w_1 in the rows of a tile, by (2). `next` and `work` are overwritten.
+template <class Real>
+void iterate(const ReadingArgs<Real>& args, int64_t b, const Factor<Real>& factor, const Matrix<Real>& lower_transposed,
+             const Matrix<Real>& weights, const Matrix<Real>& next, const Matrix<Real>& work) {
+  const Real ridge = *args.ridge.at(b);
+  for (int64_t n = 1; n < args.num_iters; ++n) {
+    copy_rows(next, weights);
+    solve_cholesky(factor, lower_transposed, next, work);
+    subtract_scaled(weights, ridge, next);
+  }
+}
+
 // Answer queries [first, first + kQueryTile) of memory b. Queries are rows.
 template <class Real>
 void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const FactoredMemory<Real>& memory,
@@ -138,9 +163,7 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
                next = allocate_matrix<Real>(arena, count, args.K);
 
   // Address, by (1); P R in place of R if the memory is folded.
-  const Batch<const Real> queries = args.queries.from_row(first);
-  product<Into::kSet>(weights, args.C, Operand<Real>{queries.at(b), queries.stride[1], queries.stride[2]},
-                      memory.mean_transposed);
+  product<Into::kSet>(weights, args.C, query_rows(args, b, first, count, arena), memory.mean_transposed);
   if (args.squared_gram) {
     product<Into::kSet>(next, args.K, operand(weights), memory.gram);
     std::swap(weights, next);
@@ -148,14 +171,7 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
   if (!folds(args)) {
     const Matrix<Real> work = allocate_matrix<Real>(arena, count, kBlock);
     solve_cholesky(memory.factor, memory.lower_transposed, weights, work);
-
-    // Iterate, by (2).
-    const Real ridge = *args.ridge.at(b);
-    for (int64_t n = 1; n < args.num_iters; ++n) {
-      copy_rows(next, weights);
-      solve_cholesky(memory.factor, memory.lower_transposed, next, work);
-      subtract_scaled(weights, ridge, next);
-    }
+    iterate(args, b, memory.factor, memory.lower_transposed, weights, next, work);
   }
 
   // Decode, by (3).
@@ -163,30 +179,36 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
   if (!args.values.data) return;
   const Matrix<Real> values = allocate_matrix<Real>(arena, count, args.C);
   product<Into::kSet>(values, args.K, operand(weights), memory.mean);
-  store_matrix(args.values.from_row(first), b, values);
+  store_codes(args.values, args.values_type, b, first, values);
 }
 
 // Queries that a folded read answers together: whole register tiles at every level.
 constexpr int64_t kFoldedRows = 16;
 static_assert(kFoldedRows % FASTKM_TILE_ROWS == 0);
 
-// Answer queries [begin, end) of a folded memory. The products read and write the caller's rows.
+// Answer queries [begin, end) of a folded memory. The products read and write the caller's rows, unless these are codes
+// of another type.
 template <class Real>
 void read_folded(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_t end,
-                 const FactoredMemory<Real>& memory) {
+                 const FactoredMemory<Real>& memory, Arena& arena) {
+  const bool wide_queries = args.queries_type == kFloat32, wide_values = args.values_type == kFloat32;
+  const Arena::Mark start = arena.mark();
   const int64_t tiles = kFoldedRows / FASTKM_TILE_ROWS * (strips<Real>(args.K) + strips<Real>(args.C));
   for (int64_t first = begin; first < end; first += kFoldedRows) {
     const int64_t rows = smaller(kFoldedRows, end - first), next = first + rows;
     Prefetch prefetch(tiles);
-    prefetch.add(args.queries, b, next, smaller(kFoldedRows, end - next), args.C);
+    if (wide_queries) prefetch.add(args.queries, b, next, smaller(kFoldedRows, end - next), args.C);
     prefetch.add(args.weights, b, next, smaller(kFoldedRows, end - next), args.K);
-    prefetch.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
-    const Batch<const Real> here = args.queries.from_row(first);
+    if (wide_values) prefetch.add(args.values, b, next, smaller(kFoldedRows, end - next), args.C);
+    arena.release(start);
     const Matrix<Real> w{args.weights.at(b, first), rows, args.K, args.weights.stride[1], false};
-    product<Into::kSet>(w, args.C, {here.at(b), here.stride[1], here.stride[2]}, memory.mean_transposed, &prefetch);
+    product<Into::kSet>(w, args.C, query_rows(args, b, first, rows, arena), memory.mean_transposed, &prefetch);
     if (!args.values.data) continue;
-    const Matrix<Real> z{args.values.at(b, first), rows, args.C, args.values.stride[1], false};
+    const Matrix<Real> z = wide_values
+                               ? Matrix<Real>{args.values.at(b, first), rows, args.C, args.values.stride[1], false}
+                               : allocate_matrix<Real>(arena, rows, args.C);
     product<Into::kSet>(z, args.K, operand(w), memory.mean, &prefetch);
+    store_codes(args.values, args.values_type, b, first, z);
   }
 }
 
@@ -194,7 +216,7 @@ void read_folded(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_
 template <class Real>
 void read_queries(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64_t end,
                   const FactoredMemory<Real>& memory, Arena& arena) {
-  if (folds(args) && smaller(args.K, args.C) >= kLanes<Real>) return read_folded(args, b, begin, end, memory);
+  if (folds(args) && smaller(args.K, args.C) >= kLanes<Real>) return read_folded(args, b, begin, end, memory, arena);
   const Arena::Mark tile_start = arena.mark();
   for (int64_t first = begin; first < end; first += kQueryTile) {
     arena.release(tile_start);

@@ -7,7 +7,9 @@
 //   (3)  through w_1 = A⁻¹ x:            x̄ = A⁻¹ w̄,  Ā −= x̄ w_1ᵀ,  λ̄ −= x̄·w_1
 //   (4)  through x = R z:                R̄ += x̄ zᵀ,  z̄ = Rᵀ x̄;  through x = G R z also Ḡ += x̄ (R z)ᵀ, and x̄ ← G x̄
 //   (5)  through A once a memory:        Ḡ = Ā, or Ḡ += Ā G + G Ā for A = G² + λI;  R̄ += (Ḡ + Ḡᵀ) R.
-// λ̄ contains the trace of Ā. In (2) that is u·y_i, which w̄·y_i counts because it comes after w̄ ← w̄ − u.
+// With few queries Ā = Xᵀ Y is of low rank and never formed: R̄ += Xᵀ (Y R) + Yᵀ (X R), with u and −x̄ in the rows of X,
+// and y and w_1 in those of Y. λ̄ contains the trace of Ā. In (2) that is u·y_i, which w̄·y_i counts because it comes
+// after w̄ ← w̄ − u.
 //
 // A memory without a factor has no gradient: its cotangents are NaN.
 #pragma once
@@ -21,10 +23,27 @@ namespace fastkm::FASTKM_LEVEL {
 template <class Real>
 struct ReadingGradient {
   Matrix<Real> mean;    // R̄ [K, C], before (5) without its last part
-  Matrix<Real> solved;  // Ā [K, K]
+  Matrix<Real> solved;  // Ā [K, K]; no rows if it is of low rank
   Matrix<Real> target;  // Σ x̄ (R z)ᵀ [K, K], then Ḡ; no rows if the solve is not the squared-Gram one
   double ridge = 0;     // λ̄
 };
+
+// Whether Ā has so low a rank that forming it costs more than it saves.
+template <class Real>
+bool has_low_rank(const ReadingArgs<Real>& args) {
+  return !args.squared_gram && 4 * args.num_iters * args.Q <= args.K;
+}
+
+// mean += (Xᵀ Y + Yᵀ X) R
+template <class Real>
+void add_low_rank(const Matrix<Real>& mean, const Matrix<Real>& x, const Matrix<Real>& y, const Matrix<Real>& r,
+                  Arena& arena) {
+  const Matrix<Real> projected = allocate_matrix<Real>(arena, x.rows, r.columns);
+  product<Into::kSet>(projected, r.rows, operand(y), r);
+  product<Into::kAdd>(mean, x.rows, transposed(x), projected);
+  product<Into::kSet>(projected, r.rows, operand(x), r);
+  product<Into::kAdd>(mean, x.rows, transposed(y), projected);
+}
 
 // Add what queries [first, first + kQueryTile) of memory b contribute to `gradient`, and store their own cotangents.
 template <class Real>
@@ -40,7 +59,7 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
 
   // Read again.
   const Matrix<Real> target = args.squared_gram ? allocate(K) : solution(0);
-  load_matrix(queries, args.queries.from_row(first), b);
+  load_codes(queries, args.queries, args.queries_type, b, first);
   product<Into::kSet>(target, C, operand(queries), memory.mean_transposed);
   if (args.squared_gram) product<Into::kSet>(solution(0), K, operand(target), memory.gram);
   solve(solution(0));
@@ -53,7 +72,7 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   }
 
   // Through the decoding, by (1).
-  const Matrix<Real> cotangent = allocate(K), solved = allocate(K);
+  const Matrix<Real> cotangent = allocate(K);
   fill_zero(cotangent);
   if (grads.weights.data) load_matrix(cotangent, grads.weights.from_row(first), b);
   if (grads.values.data) {
@@ -63,43 +82,46 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
     product<Into::kAdd>(gradient.mean, count, transposed(weights), grad_values);
   }
 
-  // Through the iterations, by (2).
-  for (int64_t n = args.num_iters - 1; n > 0; --n) {
-    copy_rows(solved, cotangent);
-    solve(solved);
+  // Through the iterations, by (2), and the address, by (3).
+  const Matrix<Real> left = allocate_matrix<Real>(arena, args.num_iters * count, K);  // X: −x̄, then u₁, u₂, …
+  for (int64_t n = args.num_iters - 1; n >= 0; --n) {
+    const Matrix<Real> u = left.rows_from(n * count, count);
+    copy_rows(u, cotangent);
+    solve(u);
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < K; ++k) {
-        solved.row(q)[k] *= ridge;
-        cotangent.row(q)[k] -= solved.row(q)[k];
+        u.row(q)[k] *= n > 0 ? ridge : -1;
+        cotangent.row(q)[k] = n > 0 ? cotangent.row(q)[k] - u.row(q)[k] : -u.row(q)[k];
       }
-    product<Into::kAdd>(gradient.solved, count, transposed(solved), solution(n));
     gradient.ridge -= inner_product(cotangent, solution(n));
   }
+  if (has_low_rank(args))
+    add_low_rank(gradient.mean, left, solutions, memory.mean, arena);
+  else
+    product<Into::kAdd>(gradient.solved, left.rows, transposed(left), solutions);
 
-  // Through the address, by (3) and (4).
-  solve(cotangent);
-  product<Into::kSubtract>(gradient.solved, count, transposed(cotangent), solution(0));
-  gradient.ridge -= inner_product(cotangent, solution(0));
+  // Through the target, by (4).
+  const Matrix<Real> projected = args.squared_gram ? weights : cotangent;  // cotangent of R z
   if (args.squared_gram) {
     product<Into::kAdd>(gradient.target, count, transposed(cotangent), target);
-    product<Into::kSet>(solved, K, operand(cotangent), memory.gram);
+    product<Into::kSet>(projected, K, operand(cotangent), memory.gram);
   }
-  const Matrix<Real>& projected = args.squared_gram ? solved : cotangent;  // cotangent of R z
   product<Into::kAdd>(gradient.mean, count, transposed(projected), queries);
   product<Into::kSet>(queries, K, operand(projected), memory.mean);
-  store_matrix(grads.to_queries.from_row(first), b, queries);
+  store_codes(grads.to_queries, args.queries_type, b, first, queries);
 }
 
-template <class Real>
-void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
+// The backward of a read, where prepare(b, memory, arena) makes or loads the factor of a memory.
+template <class Real, class Prepare>
+void read_backward_of(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end,
+                      const Prepare& prepare) {
   const int64_t K = args.K;
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
-    factor_memory(args, b, memory, arena);
-    if (args.info[b] != kGood) poison_factor(memory.factor);
+    prepare(b, memory, arena);
     ReadingGradient<Real> gradient{.mean = allocate_matrix<Real>(arena, K, args.C),
-                                   .solved = allocate_matrix<Real>(arena, K, K),
+                                   .solved = allocate_matrix<Real>(arena, has_low_rank(args) ? 0 : K, K),
                                    .target = allocate_matrix<Real>(arena, args.squared_gram ? K : 0, K)};
     for (const Matrix<Real>& m : {gradient.mean, gradient.solved, gradient.target}) fill_zero(m);
     const Arena::Mark tile_start = arena.mark();
@@ -109,16 +131,26 @@ void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grad
     }
 
     // Through the Gram matrix, by (5).
-    add_transpose(gradient.solved);
-    if (args.squared_gram) {
-      product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);
-      add_transpose(gradient.target);
+    if (!has_low_rank(args)) {
+      add_transpose(gradient.solved);
+      if (args.squared_gram) {
+        product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);
+        add_transpose(gradient.target);
+      }
+      const Matrix<Real>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
+      product<Into::kAdd>(gradient.mean, K, operand(gram_gradient), memory.mean);
     }
-    const Matrix<Real>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
-    product<Into::kAdd>(gradient.mean, K, operand(gram_gradient), memory.mean);
     store_matrix(grads.to_mean, b, gradient.mean);
     grads.to_ridge[b] = static_cast<Real>(gradient.ridge);
   }
+}
+
+template <class Real>
+void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
+  read_backward_of(args, grads, begin, end, [&](int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
+    factor_memory(args, b, memory, arena);
+    if (args.info[b] != kGood) poison_factor(memory.factor);
+  });
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -2,6 +2,7 @@
 //
 //   (1)  G = R Rᵀ      A = G + λI, or G² + λI for the squared-Gram solve      A = L Lᵀ
 //   (2)  x = R z for a tile of 64 queries z, as columns
+//   (3)  wᵢ₊₁ = wᵢ − λ A⁻¹ wᵢ      ẑ = Rᵀ wₙ
 #pragma once
 
 #include "cuda/linalg/product.cuh"
@@ -150,6 +151,31 @@ __device__ __forceinline__ void project_queries(float* x, AddressedMemory& memor
 __device__ __forceinline__ void product_gram(float* y, AddressedMemory& memory, const float* x, int count) {
   product<kCudaCores, 64, 64>(StoreRows{y, kLdQueries, kQueries}, {memory.K, count, memory.K},
                               Operand{memory.gram, memory.width, 1}, Operand{x, 1, kLdQueries}, memory);
+}
+
+// Iterations of (3) for the columns of x; y is overwritten.
+__device__ __forceinline__ void iterate(float* x, float* y, AddressedMemory& memory, int64_t num_iters, int columns) {
+  for (int64_t n = 1; n < num_iters; ++n) {
+    copy(y, x, int64_t(memory.K) * kLdQueries);
+    solve_cholesky(y, kLdQueries, columns, memory.factor);
+    for (int i = threadIdx.x; i < memory.K * kLdQueries; i += kThreads) x[i] -= memory.ridge * y[i];
+    __syncthreads();
+  }
+}
+
+// Store the weights of queries [first, first + count), and the values of (3) where they are wanted.
+template <Cores kCores>
+__device__ __forceinline__ void store_answers(const float* x, AddressedMemory& memory, const ReadingArgs<float>& args,
+                                              int64_t b, int64_t first, int count) {
+  const int K = memory.K;
+  for (int n = threadIdx.x; n < count * K; n += kThreads)
+    *element(args.weights, b, first + n / K, n % K) = x[n % K * kLdQueries + n / K];
+  if (!args.values.data) return;
+  const auto store_values = [&](int q, int c, const auto& sums) {
+    store_columns(element(args.values, b, first + q, c), sums, memory.C - c);
+  };
+  product<kCores, 64, 64>(store_values, {count, memory.C, K}, Operand{x, 1, kLdQueries}, transposed(memory.mean),
+                          memory);
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// solve_addressing, read, and addressing in two steps on a GPU: one factor a memory, any number of queries.
+// solve_addressing, read and factor_addressing on a GPU.
 //
 // For a tile of 64 queries z, with A = G + λI or G² + λI and G = R Rᵀ:
 //   (1)  w₁ = A⁻¹ R z, or A⁻¹ G R z      wᵢ₊₁ = wᵢ − λ A⁻¹ wᵢ      ẑ = Rᵀ wₙ
+// factor_addressing stores A's factor, and w₁ of all unit codes, which are the rows of Rᵀ A⁻¹ or Rᵀ G A⁻¹.
 //
 // Up to K = 128 one launch does all: a thread block factors its memory on chip and answers tiles of queries with it.
 // Few memories with many queries are shared by several thread blocks; each makes the factor for itself, which costs
@@ -21,11 +22,11 @@ struct Reader : AddressedMemory {
 
 // How the work is spread over thread blocks and launches.
 struct Plan {
-  bool factor, answer;              // the phases of this launch
-  int64_t blocks_per_memory;        // thread blocks that share the queries of one memory
-  Factors factors;                  // of all memories, where another launch makes them
-  Batch<const float> given_factor;  // the caller's, or null
-  Batch<float> to_factor;           // for the caller, or null
+  bool factor, answer;          // the phases of this launch
+  int64_t blocks_per_memory;    // thread blocks that share the queries of one memory
+  Factors factors;              // of all memories, where another launch makes them
+  bool unit_codes;              // these are the queries
+  Batch<float> lower, to_gram;  // for the caller, or null
   Workspace workspace;
 };
 
@@ -39,13 +40,27 @@ __host__ __device__ void lay_out(Reader& reader, Arena& arena, const ReadingArgs
   allocate_mean(reader, arena);
 }
 
+// x = R z for unit codes [first, first + count): columns of R.
+__device__ void load_columns_of_mean(float* x, const Reader& reader, int64_t first, int count) {
+  const int columns = round_up(count, 4);
+  for (int n = threadIdx.x; n < reader.K * columns; n += kThreads) {
+    const int k = n / columns, q = n % columns;
+    x[k * kLdQueries + q] = q < count ? reader.mean.load_one(k, first + q) : 0;
+  }
+  __syncthreads();
+}
+
 // (1) for queries [first, first + count).
 template <Cores kCores>
-__device__ void answer(Reader& reader, const ReadingArgs<float>& args, int64_t b, int64_t first, int count) {
-  const int K = reader.K, columns = round_up(count, 4);
+__device__ void answer(Reader& reader, const ReadingArgs<float>& args, bool unit_codes, int64_t b, int64_t first,
+                       int count) {
+  const int columns = round_up(count, 4);
   float* x = reader.x;
   float* y = reader.y;
-  project_queries<kCores>(x, reader, args, b, first, count);
+  if (unit_codes)
+    load_columns_of_mean(x, reader, first, count);
+  else
+    project_queries<kCores>(x, reader, args, b, first, count);
   if (args.squared_gram) {
     product_gram(y, reader, x, count);
     float* const target = y;
@@ -53,35 +68,21 @@ __device__ void answer(Reader& reader, const ReadingArgs<float>& args, int64_t b
     x = target;
   }
   solve_cholesky(x, kLdQueries, columns, reader.factor);
-  for (int64_t n = 1; n < args.num_iters; ++n) {
-    copy(y, x, int64_t(K) * kLdQueries);
-    solve_cholesky(y, kLdQueries, columns, reader.factor);
-    for (int i = threadIdx.x; i < K * kLdQueries; i += kThreads) x[i] -= reader.ridge * y[i];
-    __syncthreads();
-  }
-  for (int n = threadIdx.x; n < count * K; n += kThreads)
-    *element(args.weights, b, first + n / K, n % K) = x[n % K * kLdQueries + n / K];
-  if (!args.values.data) return;
-  const auto store_values = [&](int q, int c, const auto& sums) {
-    store_columns(element(args.values, b, first + q, c), sums, reader.C - c);
-  };
-  product<kCores, 64, 64>(store_values, {count, reader.C, K}, Operand{x, 1, kLdQueries}, transposed(reader.mean),
-                          reader);
+  iterate(x, y, reader, args.num_iters, columns);
+  store_answers<kCores>(x, reader, args, b, first, count);
 }
 
-// Make the factor of memory b, or load the caller's; report its status, and store it where the caller wants it.
+// Make the factor of memory b, report its status, and store it where the caller wants it.
 __device__ void factor_phase(Reader& reader, const ReadingArgs<float>& args, const Plan& plan, int64_t b,
                              int64_t share) {
-  if (plan.given_factor.data)
-    load_factor(reader, operand_of(plan.given_factor, b));
-  else
-    factor_memory(reader, args);
-  if (share == 0 && threadIdx.x == 0 && args.info) args.info[b] = reader.positive ? kGood : kNotPositiveDefinite;
-  if (plan.to_factor.data)
-    for (int64_t n = threadIdx.x; n < args.K * args.K; n += kThreads) {
-      const int64_t i = n / args.K, j = n % args.K;
-      *element(plan.to_factor, b, i, j) = j <= i ? reader.factor.data[i * reader.width + j] : 0;
-    }
+  factor_memory(reader, args);
+  if (share > 0) return;
+  if (threadIdx.x == 0) args.info[b] = reader.positive ? kGood : kNotPositiveDefinite;
+  const int64_t K = args.K;
+  for (int64_t n = threadIdx.x; plan.lower.data && n < K * K; n += kThreads)
+    *element(plan.lower, b, n / K, n % K) = n % K <= n / K ? reader.factor.data[n / K * reader.width + n % K] : 0;
+  for (int64_t n = threadIdx.x; plan.to_gram.data && n < K * K; n += kThreads)
+    *element(plan.to_gram, b, n / K, n % K) = reader.gram[n / K * reader.width + n % K];
 }
 
 template <Cores kCores>
@@ -99,7 +100,8 @@ __global__ void __launch_bounds__(kThreads, 1) read_kernel(ReadingArgs<float> ar
     if (plan.factor) factor_phase(reader, args, plan, b, share);
     if (plan.answer)
       for (int64_t first = share * kQueries; first < args.Q; first += plan.blocks_per_memory * kQueries)
-        answer<kCores>(reader, args, b, first, static_cast<int>(min(int64_t(kQueries), args.Q - first)));
+        answer<kCores>(reader, args, plan.unit_codes, b, first,
+                       static_cast<int>(min(int64_t(kQueries), args.Q - first)));
     __syncthreads();
   }
 }
@@ -117,12 +119,9 @@ const char* start(const Device& device, const ReadingArgs<float>& args, int64_t 
   return launch(kernel, blocks, kThreads, plan.workspace.shared_bytes(), context.stream, args, B, plan);
 }
 
-const char* run(const ReadingArgs<float>& args, const Batch<const float>& given_factor, int64_t B,
-                cuda::Context& context) {
+const char* run(const ReadingArgs<float>& args, int64_t B, Plan plan, cuda::Context& context) {
   if (B == 0) return nullptr;
   const Device device = current_device();
-  Plan plan{};
-  plan.given_factor = given_factor;
   plan.factor = true;
   if (args.K > kFusedRows) {
     plan.factors = allocate_factors(context, args, B);
@@ -137,21 +136,18 @@ const char* run(const ReadingArgs<float>& args, const Batch<const float>& given_
 }  // namespace
 
 const char* cuda::read(const ReadingArgs<float>& args, int64_t B, Context& context) {
-  return run(args, {}, B, context);
+  return run(args, B, Plan{}, context);
 }
 
-const char* cuda::solve_factored(const ReadingArgs<float>& args, const Batch<const float>& factor, int64_t B,
-                                 Context& context) {
-  return run(args, factor, B, context);
-}
-
-const char* cuda::factor_addressing(const ReadingArgs<float>& args, const Batch<float>& factor, int64_t B,
+const char* cuda::factor_addressing(const ReadingArgs<float>& args, const AddressingFactors<float>& factors, int64_t B,
                                     Context& context) {
-  if (B == 0) return nullptr;
   Plan plan{};
-  plan.factor = true;
-  plan.to_factor = factor;
-  return start<kCudaCores>(current_device(), args, B, plan, context);
+  plan.unit_codes = true;
+  plan.lower = factors.lower;
+  plan.to_gram = factors.gram;
+  ReadingArgs<float> unit_codes = args;
+  unit_codes.weights = factors.pseudoinverse;
+  return run(unit_codes, B, plan, context);
 }
 
 }  // namespace fastkm

@@ -1,4 +1,5 @@
-// Backward of solve_addressing and read on a GPU: one factor serves the solves of both directions.
+// Backward of solve_addressing and read on a GPU: one factor serves the solves of both directions. It is made here, or
+// the caller brings it.
 //
 // A bar marks a cotangent; columns are queries. Forward, for a tile of queries z:
 //   (1)  w₁ = A⁻¹ x with x = R z, or G R z      yᵢ = A⁻¹ wᵢ      wᵢ₊₁ = wᵢ − λ yᵢ      ẑ = Rᵀ wₙ
@@ -39,7 +40,8 @@ struct ReadBackward : AddressedMemory {
 struct Plan {
   bool factor, answer;
   int64_t blocks_per_memory;
-  Factors factors;
+  Factors factors;                       // of all memories, where another launch makes them
+  AddressingFactors<const float> given;  // the caller's, or null
   unsigned* tickets;
   Workspace workspace;
 };
@@ -222,6 +224,19 @@ __device__ void gram_backward(ReadBackward& reader, const ReadingArgs<float>& ar
   if (threadIdx.x == 0) grads.to_ridge[b] = static_cast<float>(*reinterpret_cast<double*>(sums.ridge));
 }
 
+// Make the factor of memory b, or load the caller's. A memory without a factor has no gradient.
+__device__ void factor_phase(ReadBackward& reader, const ReadingArgs<float>& args, const Plan& plan, int64_t b) {
+  if (plan.given.lower.data) {
+    load_factor(reader, operand_of(plan.given.lower, b));
+    if (args.squared_gram)
+      load_rows(reader.gram, reader.K, reader.K, reader.width, reader.width, operand_of(plan.given.gram, b));
+  } else {
+    factor_memory(reader, args);
+    if (!reader.positive) poison_factor(reader.factor);
+  }
+  __syncthreads();
+}
+
 __device__ void clear_sums(ReadBackward& reader, bool squared_gram) {
   const int64_t square = int64_t(reader.width) * reader.width;
   fill_zero(reader.sums.mean, int64_t(reader.K) * reader.columns);
@@ -244,11 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int64_t task = blockIdx.x; task < B * plan.blocks_per_memory; task += gridDim.x) {
     const int64_t b = task / plan.blocks_per_memory, share = task % plan.blocks_per_memory;
     select_memory(reader, plan.factors, args, b);
-    if (plan.factor) {
-      factor_memory(reader, args);
-      if (!reader.positive) poison_factor(reader.factor);
-      __syncthreads();
-    }
+    if (plan.factor) factor_phase(reader, args, plan, b);
     if (!plan.answer) continue;
     clear_sums(reader, args.squared_gram);
     for (int64_t first = share * kQueries; first < args.Q; first += plan.blocks_per_memory * kQueries) {
@@ -281,14 +292,13 @@ const char* start(const Device& device, const ReadingArgs<float>& args, const Re
                 plan);
 }
 
-}  // namespace
-
-const char* cuda::read_backward(const ReadingArgs<float>& args, const ReadingGrads<float>& grads, int64_t B,
-                                Context& context) {
+const char* run(const ReadingArgs<float>& args, const AddressingFactors<const float>& given,
+                const ReadingGrads<float>& grads, int64_t B, cuda::Context& context) {
   if (B == 0) return nullptr;
   const Device device = current_device();
   const int64_t tiles = (args.Q + kQueries - 1) / kQueries;
   Plan plan{};
+  plan.given = given;
   plan.factor = true;
   plan.blocks_per_memory = 1;
   if (args.K > kFusedRows) {
@@ -304,6 +314,18 @@ const char* cuda::read_backward(const ReadingArgs<float>& args, const ReadingGra
       return error;
   }
   return start(device, args, grads, B, plan, context);
+}
+
+}  // namespace
+
+const char* cuda::read_backward(const ReadingArgs<float>& args, const ReadingGrads<float>& grads, int64_t B,
+                                Context& context) {
+  return run(args, {}, grads, B, context);
+}
+
+const char* cuda::read_factored_backward(const ReadingArgs<float>& args, const AddressingFactors<const float>& factors,
+                                         const ReadingGrads<float>& grads, int64_t B, Context& context) {
+  return run(args, factors, grads, B, context);
 }
 
 }  // namespace fastkm

@@ -152,14 +152,19 @@ def find_weights(
 
 
 def launch_read(
-    mean: Tensor, queries: Tensor, ridge: Tensor, num_iters: int, squared_gram: bool, precision: int, with_values: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Values, where wanted, weights and status."""
+    mean: Tensor,
+    queries: Tensor,
+    ridge: Tensor,
+    num_iters: int,
+    squared_gram: bool,
+    precision: int,
+    values: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Weights and status; ``values`` are stored, unless there are none."""
     (B, K, C), Q, ld = mean.shape, queries.shape[1], row_stride(mean.shape[1])
     weights, status = mean.new_empty(B, Q, K), mean.new_empty(B, dtype=torch.int32)
-    values = mean.new_empty(queries.shape) if with_values else None
     if not B:
-        return values, weights, status
+        return weights, status
     tiles = blocks_of(Q)
     split = B < FEW_MEMORIES and tiles > 1
     systems = workspace(mean, B, factor_layout, K, ld, squared_gram)
@@ -170,4 +175,4 @@ def launch_read(
             K, C, Q, ld, num_iters, tiles, FACTOR=phase, SPLIT=split, SQUARED=squared_gram,
             PRECISION=precision_of(precision), ALIGNED=rows_aligned(mean, queries), **factoring(K),
         )  # fmt: skip
-    return values, weights, status
+    return weights, status
