@@ -289,14 +289,8 @@ MODULE = [
     fault(
         "saved-state-not-contiguous",
         "a state with gaps between its rows is saved as it is",
-<<<<<<< HEAD
-        before=".clone(memory_format=torch.contiguous_format)",
-        within="tensor.detach().clone(memory_format=torch.contiguous_format)",
-        after="",
-=======
         before="tensor.detach().clone(memory_format=torch.contiguous_format)",
         after="tensor.detach()",
->>>>>>> serving
         tests=(STATE,),
     ),
     fault(
