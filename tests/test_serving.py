@@ -5,18 +5,12 @@ import math
 
 import pytest
 
-import fastkm
-
 pytest.importorskip("benchmarks", reason="needs the source tree")
 
 from benchmarks import serving
 from benchmarks.sweep.grid import Cell
 from benchmarks.sweep.measure import make_inputs
 from fastkm.testing.extras import UserError
-
-SERVERS_MISSING = pytest.mark.skipif(
-    not (hasattr(fastkm, "MemoryStream") and hasattr(fastkm, "read_factored")), reason="this build has no servers"
-)
 
 
 class Counted:
@@ -90,7 +84,6 @@ def test_a_wrong_server_is_not_timed(monkeypatch):
         serving.check(e.prior, queries, patterns)
 
 
-@SERVERS_MISSING
 def test_a_run_writes_everything(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="in the bench extra")
     for name, value in {"ROWS": 12, "CODE": 8, "POOL": 32}.items():

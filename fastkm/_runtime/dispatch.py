@@ -64,7 +64,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
 LARGE_ROWS = 1024
 ROWS_A_FACTORISATION = 256
 # Operations that factor anew for each pattern in PyTorch's own operations; their third tensor is values [B, T, C].
-FACTORING_EACH_PATTERN = ("write",)
+FACTORING_EACH_PATTERN = ("write", "write_into")
 
 
 def why_not(operation: str, backend: str, *tensors: Tensor) -> str | None:

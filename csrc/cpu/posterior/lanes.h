@@ -50,8 +50,19 @@ LaneStatus<Real> load_memory_lanes(const MemoryLanes<Real>& memory, const Poster
   return status;
 }
 
+// Copy memories to the caller. One that is refused comes out as it came in, because results may replace arguments.
 template <class Real>
-void store_memory_lanes(const MemoryLanes<Real>& memory, const PosteriorArgs<Real>& args, const Group& group) {
+void store_memory_lanes(const MemoryLanes<Real>& memory, const PosteriorArgs<Real>& args, const Group& group,
+                        const LaneStatus<Real>& status) {
+  const auto restore = [&](const LaneMatrix<Real>& to, const Batch<const Real>& from, int64_t lane) {
+    for (int64_t i = 0; i < to.rows; ++i)
+      for (int64_t j = 0; j < to.columns; ++j) to.at(i, j)[lane] = *from.at(group.first + lane, i, j);
+  };
+  for (int64_t lane = 0; lane < group.count; ++lane) {
+    if (status.code[lane] == kGood) continue;
+    restore(memory.mean, args.mean, lane);
+    restore(memory.cov, args.cov, lane);
+  }
   store_lanes(args.new_mean, memory.mean, group);
   store_lanes(args.new_cov, memory.cov, group);
 }
@@ -200,7 +211,7 @@ void update_posterior_lanes(const PosteriorArgs<Real>& args, int64_t begin, int6
       for (int64_t n = 0; n < count; ++n) innovate(memory, n, weights.row(first + n), patterns, first + n, status);
       add_innovations(memory, count);
     }
-    store_memory_lanes(memory, args, group);
+    store_memory_lanes(memory, args, group, status);
     store_report_lanes(args, patterns, group);
     status.store(args.info, group);
   });

@@ -7,6 +7,7 @@
 
 #include "cpu/posterior/conditioning.h"
 #include "cpu/posterior/lanes.h"
+#include "cpu/posterior/update_into.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -29,9 +30,17 @@ Prefetch plan_update_prefetch(const PosteriorArgs<Real>& args, int64_t b, int64_
   return prefetch;
 }
 
+// One pattern for a memory that does not fit the first caches: it is then bound by the bytes of the memory.
+template <class Real>
+bool is_one_large_step(const PosteriorArgs<Real>& args) {
+  constexpr int64_t kManyBytes = 1 << 18;
+  return args.T == 1 && args.K * (args.K + args.C) * static_cast<int64_t>(sizeof(Real)) >= kManyBytes;
+}
+
 template <class Real>
 void update_posterior(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
   if (fits_lanes(args)) return update_posterior_lanes(args, begin, end);
+  if (is_one_large_step(args)) return update_posterior_into(args, begin, end);
   const int64_t K = args.K, C = args.C, T = args.T, size = chunk_size<Real>(K, C), largest = smaller(size, T);
   const bool masks = args.mask.data;
   for (int64_t b = begin; b < end; ++b) {

@@ -10,6 +10,7 @@
 
 #include "cpu/linalg/units.h"
 #include "cpu/posterior/conditioning.h"
+#include "cpu/posterior/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -206,6 +207,7 @@ void clear_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first) {
 
 template <class Real>
 void update_posterior_into(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
+  if (fits_lanes(args)) return update_posterior_lanes(args, begin, end);
   const int64_t K = args.K, C = args.C, T = args.T, size = chunk_size<Real>(K, C), largest = smaller(size, T);
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();

@@ -49,7 +49,7 @@ void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
       }
       add_innovations<1>(memory);
     }
-    store_memory_lanes(memory, shared, group);
+    store_memory_lanes(memory, shared, group, status);
     store_lanes(args.new_weights, weights, group);
     store_report_lanes(shared, patterns, group);
     status.store(shared.info, group);

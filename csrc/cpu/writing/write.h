@@ -12,9 +12,9 @@
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
+#include "cpu/writing/lanes.h"
 #include "cpu/writing/search.h"
 #include "cpu/writing/search_refactored.h"
-#include "cpu/writing/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -104,8 +104,7 @@ Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, cons
 
 template <class Real>
 void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
-  // The lanes of a group are stored together, also those of a memory that is refused.
-  if (!args.posterior.keeps_refused && fits_lanes(args)) return write_lanes(args, begin, end);
+  if (fits_lanes(args)) return write_lanes(args, begin, end);
   const PosteriorArgs<Real>& shared = args.posterior;
   const int64_t K = shared.K, T = shared.T, size = search_chunk(K), largest = smaller(size, T);
   for (int64_t b = begin; b < end; ++b) {
