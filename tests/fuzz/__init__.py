@@ -9,6 +9,7 @@
 * **Yardstick** (:mod:`fuzz.judge`): a problem is four memories that differ by a few roundings of their entries. For
   every tensor of the result, and for the gradient by every input, the error is ``‖x − truth‖ / ‖truth‖`` over the
   tensor of one memory. Each of the four may be at most 4 (own + 2 eps) wrong, where own is the largest error of the
-  literal float32 loop on the four. Where the loop refuses all four, own is how far the four truths lie apart.
+  literal float32 loop on the four. Where the loop refuses all four, own is how far the four truths lie apart, or what
+  makes the bound 1e-4. The truth is computed twice, with the rows in another order, and own is at least the difference.
 * **Outcomes**: a result is good, missed, or not finite; or the memory is refused, and the public function names it.
 """

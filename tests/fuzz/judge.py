@@ -15,6 +15,7 @@ EPS = torch.finfo(torch.float32).eps
 MOST = torch.finfo(torch.float32).max
 LEAST = torch.finfo(torch.float32).tiny / EPS  # smaller numbers have fewer digits
 RIGHT = 1e-3  # a loop that is no further off is said to be right
+ALONE = 1e-4  # where the loop refuses, a result that is no further off is good
 
 GOOD, GOOD_ALONE = "good", "good, where the loop refuses"
 MISSED, NOT_FINITE = "MISSED", "NOT FINITE"
@@ -98,15 +99,40 @@ def grouped(x: Tensor) -> Tensor:
     return x.view(-1, DRAWS)
 
 
-def own_errors(loop: Computed, right: Computed, name: str) -> Tensor:
-    """[problems]: the yardstick."""
+def own_errors(loop: Computed, right: Computed, again: Computed, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """[problems]: the yardstick. No error is known better than the truth, which is computed twice."""
     wanted = right.tensors[name]
     own = errors(loop.tensors[name], wanted)
     known = ~loop.refused & own.isfinite()
     own = grouped(torch.where(known, own, 0.0)).max(1).values
     first = wanted[::DRAWS].repeat_interleave(DRAWS, 0)
     spread = grouped(errors(wanted, first)).max(1).values
-    return torch.where(grouped(known).any(1), own, spread)
+    doubt = grouped(errors(again.tensors[name], wanted)).max(1).values
+    alone = spread.clamp_min(ALONE / TIMES * grouped(slack(right, inputs, name)).max(1).values)
+    return torch.where(grouped(known).any(1), own, alone).maximum(doubt)
+
+
+def slack(right: Computed, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """[B]: 1, or for a gradient that hardly counts: the largest ‖x‖ ‖to_x‖ of any input, over that of its own."""
+    if not name.startswith("to_"):
+        return torch.ones(len(right.refused), dtype=torch.float64)
+    effects = {x: norms(inputs[x]) * norms(right.tensors[f"to_{x}"]) for x in inputs}
+    largest = torch.stack(list(effects.values())).amax(0)
+    return largest / effects[name.removeprefix("to_")].clamp_min(LEAST)
+
+
+# The axes of every tensor that go over the rows of a memory.
+ROWS = {"mean": (1,), "cov": (1, 2), "weights": (2,)}
+
+
+def reversed_rows(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.flip(ROWS.get(name.removeprefix("to_"), ())) for name, x in tensors.items()}
+
+
+def exact_in_reverse(problems: Problems, inputs: dict[str, Tensor]):
+    """The truth with other roundings: the order of a memory's rows has no meaning."""
+    outputs, info = exact(problems, reversed_rows(inputs))
+    return reversed_rows(outputs), info
 
 
 def judge(problems: Problems, seed: int, gradients: bool = True) -> list[Verdict]:
@@ -115,12 +141,13 @@ def judge(problems: Problems, seed: int, gradients: bool = True) -> list[Verdict
     if gradients:
         cotangents = draw_cotangents(problems, {n: x.detach() for n, x in truth.run(problems, wide).items()}, seed)
     right = compute(exact, problems, wide, cotangents)
+    again = compute(exact_in_reverse, problems, wide, cotangents)
     loop = compute(forms.literal, problems, problems.inputs, cotangents)
     found = compute(forms.kernel, problems, problems.inputs, cotangents)
     if found.refused.any():
         check_words(problems, found.refused)
     names = list(found.tensors)
-    own = torch.stack([own_errors(loop, right, name) for name in names], 1)  # [problems, names]
+    own = torch.stack([own_errors(loop, right, again, wide, name) for name in names], 1)  # [problems, names]
     error = torch.stack([grouped(errors(found.tensors[n], right.tensors[n])).amax(1) for n in names], 1)
     beyond = torch.stack([grouped(right.tensors[n].abs().reshape(len(right.refused), -1).amax(1) > MOST / 4).any(1) for n in names], 1)
     return [

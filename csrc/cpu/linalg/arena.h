@@ -13,6 +13,8 @@ class Arena {
  public:
   // The arena of the calling thread, with nothing allocated.
   static Arena& fresh();
+  // A second one, for arguments and results of a kernel that allocates from the first.
+  static Arena& fresh_copies();
 
   // Uninitialised space for `count` elements, aligned to a cache line.
   template <class Real>
