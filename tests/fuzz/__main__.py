@@ -48,7 +48,10 @@ def show(counts: dict[str, Counter]) -> None:
     for outcome in OUTCOMES:
         row = [counts[key][outcome] for key in keys]
         if any(row):
-            print(f"{outcome:<34} {sum(row):>7}   " + ", ".join(f"{key}: {n}" for key, n in zip(keys, row, strict=True) if n))
+            print(
+                f"{outcome:<34} {sum(row):>7}   "
+                + ", ".join(f"{key}: {n}" for key, n in zip(keys, row, strict=True) if n)
+            )
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def judge(problems: Problems, seed: int, gradients: bool = True) -> list[Verdict
     names = list(found.tensors)
     own = torch.stack([own_errors(loop, right, again, wide, name) for name in names], 1)  # [problems, names]
     error = torch.stack([grouped(errors(found.tensors[n], right.tensors[n])).amax(1) for n in names], 1)
-    beyond = torch.stack([grouped(right.tensors[n].abs().reshape(len(right.refused), -1).amax(1) > MOST / 4).any(1) for n in names], 1)
+    beyond = torch.stack(
+        [grouped(right.tensors[n].abs().reshape(len(right.refused), -1).amax(1) > MOST / 4).any(1) for n in names], 1
+    )
     return [
         verdict(f"{problems}[{i}]", names, own[i], error[i], beyond[i],
                 grouped(found.refused)[i].any().item(), grouped(loop.refused)[i].any().item())

@@ -7,8 +7,10 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <type_traits>
 
+#include "cpu/linalg/cholesky.h"
 #include "cpu/linalg/matrix.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -62,6 +64,25 @@ inline Limits<double> limits_for_float32() {
 inline Limits<double> limits_for_float32_by_pattern() {
   constexpr double kNone = std::numeric_limits<double>::infinity();
   return {.chunk_variance = 1e7, .variance = 1e7, .condition = 1e9, .growth = kNone, .explained = kNone, .chunk = 1};
+}
+
+// Whether the factor of a system whose largest diagonal entry is `largest` keeps the digits that are needed.
+template <class Real>
+bool well_conditioned(const Factor<Real>& factor, Real largest, const Limits<Real>& limits) {
+  Real least = largest;
+  for (int64_t i = 0; i < factor.size(); ++i) {
+    const Real root = factor.lower.row(i)[i];
+    least = root * root < least ? root * root : least;
+  }
+  return !(largest > least * limits.condition);
+}
+
+// Of a solve alone, where the kernel is the literal form but for the order of its sums.
+template <class Real>
+Limits<Real> limits_of_solve() {
+  Limits<Real> limits = limits_of<Real>(0, 0);
+  if (kHasDouble<Real>) limits.condition = 1e5;
+  return limits;
 }
 
 // Compute a memory in double by compute(limits), which returns its status: in chunks, and pattern by pattern if these

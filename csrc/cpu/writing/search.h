@@ -55,31 +55,6 @@ SearchSettings<Real> load_settings(const WritingArgs<Real>& args, int64_t b, con
   return {*args.ridge.at(b), args.num_opt_iters, args.squared_gram, limits};
 }
 
-template <class Real>
-Real trace(const Matrix<Real>& m) {
-  Real sum = 0;
-  for (int64_t i = 0; i < m.rows; ++i) sum += m.row(i)[i];
-  return sum;
-}
-
-template <class Real>
-Real largest_diagonal(const Matrix<Real>& m) {
-  Real largest = 0;
-  for (int64_t i = 0; i < m.rows; ++i) largest = m.row(i)[i] > largest ? m.row(i)[i] : largest;
-  return largest;
-}
-
-// Whether the factor of a system whose largest diagonal entry is `largest` keeps the digits that are needed.
-template <class Real>
-bool well_conditioned(const Factor<Real>& factor, Real largest, const Limits<Real>& limits) {
-  Real least = largest;
-  for (int64_t i = 0; i < factor.size(); ++i) {
-    const Real root = factor.lower.row(i)[i];
-    least = root * root < least ? root * root : least;
-  }
-  return !(largest > least * limits.condition);
-}
-
 // Whether a pattern changes A, of this trace, by more than the digits of d = ‖δ‖² allow, whose rounding is that of the
 // `energy` ‖z‖².
 template <class Real>

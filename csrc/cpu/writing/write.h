@@ -13,9 +13,9 @@
 
 #include "cpu/posterior/conditioning.h"
 #include "cpu/posterior/in_double.h"
+#include "cpu/writing/lanes.h"
 #include "cpu/writing/search.h"
 #include "cpu/writing/search_refactored.h"
-#include "cpu/writing/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
