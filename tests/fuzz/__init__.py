@@ -2,7 +2,7 @@
 
 ``make fuzz SECONDS=60``, or ``PYTHONPATH=tests python -m fuzz --problems 1000 --seed 1``.
 
-* **Problems** (:mod:`fuzz.problems`): update_posterior, write, read and solve_addressing; K, C and T from 1, scales from
+* **Problems** (:mod:`fuzz.problems`): update_posterior, write, read, solve_addressing; K, C and T from 1, scales from
   1e-4 to 1e4, σ² and λ from 1e-6 to 1e4, rows and patterns that nearly repeat, masks, every option.
 * **Truth** (:mod:`fuzz.truth`): float64, from singular values and a root of the covariance. A Gram matrix in float64
   does not hold the hardest of these problems.

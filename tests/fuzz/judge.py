@@ -73,7 +73,7 @@ def exact(problems: Problems, inputs: dict[str, Tensor]):
 
 
 def draw_cotangents(problems: Problems, outputs: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Random ones in float32, of the size of one over the output: no output outweighs another. The same for neighbours."""
+    """Random ones in float32, of the size of one over the output; the same for neighbours."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + problems.number)
     made = {}
     for (name, x), wanted in zip(outputs.items(), problems.has_cotangent, strict=False):

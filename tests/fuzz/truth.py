@@ -20,13 +20,13 @@ class Ridge(torch.autograd.Function):
         lam = ridge.view(-1, 1)
         gain = size**3 / (size**4 + lam) if squared else size / (size**2 + lam)
         weights = ((values @ right.mT) * gain.unsqueeze(1)) @ left.mT
-        ctx.save_for_backward(mean, values, weights, left, size, right, lam)
+        ctx.save_for_backward(mean, values, weights, left, size, lam)
         ctx.squared = squared
         return weights
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        mean, values, weights, left, size, right, lam = ctx.saved_tensors
+        mean, values, weights, left, size, lam = ctx.saved_tensors
         inside = grad @ left
         along = size**4 if ctx.squared else size**2
         v = (inside / (along + lam).unsqueeze(1)) @ left.mT  # A⁻¹ w̄
