@@ -62,8 +62,11 @@ inline Limits<double> limits_for_float32() {
   return {.chunk_variance = 1e6, .variance = 1e7, .condition = 1e9, .growth = 1e4, .explained = 1e9};
 }
 inline Limits<double> limits_for_float32_by_pattern() {
-  constexpr double kNone = std::numeric_limits<double>::infinity();
-  return {.chunk_variance = 1e7, .variance = 1e7, .condition = 1e9, .growth = kNone, .explained = kNone, .chunk = 1};
+  Limits<double> limits = limits_for_float32();
+  limits.chunk_variance = limits.variance;
+  limits.explained = std::numeric_limits<double>::infinity();
+  limits.chunk = 1;
+  return limits;
 }
 
 // Whether the factor of a system whose largest diagonal entry is `largest` keeps the digits that are needed.
@@ -79,9 +82,19 @@ bool well_conditioned(const Factor<Real>& factor, Real largest, const Limits<Rea
 
 // Of a solve alone, where the kernel is the literal form but for the order of its sums.
 template <class Real>
-Limits<Real> limits_of_solve() {
-  Limits<Real> limits = limits_of<Real>(0, 0);
-  if (kHasDouble<Real>) limits.condition = 1e5;
+Limits<Real> limits_of_solve(int64_t C) {
+  Limits<Real> limits = limits_of<Real>(0, C);
+  limits.condition *= 4;
+  return limits;
+}
+
+// Of a gradient, which sums and subtracts what the forward has found.
+template <class Real>
+Limits<Real> limits_of_gradient(int64_t K, int64_t C) {
+  Limits<Real> limits = limits_of<Real>(K, C);
+  limits.condition /= 8;
+  limits.growth /= 2;
+  limits.explained /= 8;
   return limits;
 }
 

@@ -66,7 +66,7 @@ Status update_backward_one(const PosteriorArgs<Real>& args, const PosteriorGrads
 template <class Real>
 void update_posterior_backward(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t begin,
                                int64_t end) {
-  const Limits<Real> limits = limits_of<Real>(args.K, args.C);
+  const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
   for (int64_t b = begin; b < end; ++b) {
     const Status status = update_backward_one(args, grads, b, end, limits);
     if constexpr (kHasDouble<Real>) {

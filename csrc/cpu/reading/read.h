@@ -283,7 +283,7 @@ void read_again(const ReadingArgs<Real>& args, int64_t b, const Limits<Real>& li
 
 template <class Real>
 void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
-  const Limits<Real> limits = limits_of_solve<Real>();
+  const Limits<Real> limits = limits_of_solve<Real>(args.C);
   const bool lanes = fits_lanes(args);
   if (lanes) read_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
@@ -295,7 +295,7 @@ void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
 // The same in two steps, for fewer memories than threads: factors first, then tiles of queries.
 template <class Real>
 void factor_memories(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int64_t end) {
-  const Limits<Real> limits = limits_of_solve<Real>();
+  const Limits<Real> limits = limits_of_solve<Real>(args.C);
   for (int64_t b = begin; b < end; ++b) {
     const FactoredMemory<Real> memory = lay_out(args, factors + b * factor_size(args));
     const Status status = prepare_memory(args, b, memory, limits, Arena::fresh());

@@ -137,7 +137,7 @@ Status read_backward_one(const ReadingArgs<Real>& args, const ReadingGrads<Real>
 
 template <class Real>
 void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
-  const Limits<Real> limits = limits_of_solve<Real>();
+  const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
   for (int64_t b = begin; b < end; ++b) {
     const Status status = read_backward_one(args, grads, b, limits);
     if constexpr (kHasDouble<Real>) {
@@ -148,7 +148,7 @@ void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grad
                                       .to_mean = doubles.result(grads.to_mean, args.K, args.C),
                                       .to_queries = doubles.result(grads.to_queries, args.Q, args.C),
                                       .to_ridge = doubles.result(grads.to_ridge)};
-      read_backward_one(in_double(args, doubles), wide, 0, limits_of_solve<double>());
+      read_backward_one(in_double(args, doubles), wide, 0, limits_of<double>(args.K, args.C));
       doubles.put_out();
     }
   }

@@ -26,7 +26,7 @@ void clear_masked_row(const LaneMatrix<Real>& w, const PosteriorArgs<Real>& args
 template <class Real>
 void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
-  const Limits<Real> limits = limits_of_solve<Real>();
+  const Limits<Real> limits = limits_of_solve<Real>(shared.C);
   each_group<Real>(begin, end, [&](const Group& group) {
     Arena& arena = Arena::fresh();
     const MemoryLanes<Real> memory = allocate_memory_lanes<Real>(shared.K, shared.C, arena);

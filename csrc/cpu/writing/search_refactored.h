@@ -117,7 +117,8 @@ struct RefactoringSolver {
   bool changes_too_much_of(const Solution<Real>& solution, int64_t t) const {
     if (settings.num_opt_iters == 1 && space.count() == 1) return false;
     const Real energy = space.inner.row(t)[t], c_squared = dot(padded, solution.c, solution.c);
-    const Real size = trace(space.gram) + static_cast<Real>(K) * settings.ridge;
+    Real size = trace(space.gram) + static_cast<Real>(K) * settings.ridge;
+    if (space.count() == 1) size += solution.d * c_squared;  // a chunk of one pattern does not come back to G
     return changes_too_much(energy, c_squared, solution.d, size, settings.limits);
   }
 };

@@ -153,7 +153,7 @@ inline void write_backward_in_double(const WritingArgs<float>& args, const Writi
 
 template <class Real>
 void write_backward(const WritingArgs<Real>& args, const WritingGrads<Real>& grads, int64_t begin, int64_t end) {
-  const Limits<Real> limits = limits_of<Real>(args.posterior.K, args.posterior.C);
+  const Limits<Real> limits = limits_of_gradient<Real>(args.posterior.K, args.posterior.C);
   for (int64_t b = begin; b < end; ++b) {
     const Status status = write_backward_one(args, grads, b, limits);
     if constexpr (kHasDouble<Real>)
