@@ -11,5 +11,6 @@
   tensor of one memory. Each of the four may be at most 4 (own + 2 eps) wrong, where own is the largest error of the
   literal float32 loop on the four. Where the loop refuses all four, own is how far the four truths lie apart, or what
   makes the bound 1e-4. The truth is computed twice, with the rows in another order, and own is at least the difference.
+  For a gradient, 2 eps and 1e-4 are of the largest ``‖x‖ ‖to_x‖`` of any input.
 * **Outcomes**: a result is good, missed, or not finite; or the memory is refused, and the public function names it.
 """

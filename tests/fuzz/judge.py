@@ -108,12 +108,16 @@ def own_errors(loop: Computed, right: Computed, again: Computed, inputs: dict[st
     first = wanted[::DRAWS].repeat_interleave(DRAWS, 0)
     spread = grouped(errors(wanted, first)).max(1).values
     doubt = grouped(errors(again.tensors[name], wanted)).max(1).values
-    alone = spread.clamp_min(ALONE / TIMES * grouped(slack(right, inputs, name)).max(1).values)
-    return torch.where(grouped(known).any(1), own, alone).maximum(doubt)
+    slack = grouped(largest_effect(right, inputs, name)).max(1).values
+    own = torch.where(grouped(known).any(1), own, spread.maximum(ALONE / TIMES * slack))
+    return own.maximum(doubt) + FLOOR * EPS * slack
 
 
-def slack(right: Computed, inputs: dict[str, Tensor], name: str) -> Tensor:
-    """[B]: 1, or for a gradient that hardly counts: the largest ‖x‖ ‖to_x‖ of any input, over that of its own."""
+def largest_effect(right: Computed, inputs: dict[str, Tensor], name: str) -> Tensor:
+    """[B]: for a gradient, the largest ‖x‖ ‖to_x‖ of any input, over that of its own; 1 for an output.
+
+    A gradient says how the loss follows its input. One whose ‖x‖ ‖to_x‖ is a rounding of another's says nothing.
+    """
     if not name.startswith("to_"):
         return torch.ones(len(right.refused), dtype=torch.float64)
     effects = {x: norms(inputs[x]) * norms(right.tensors[f"to_{x}"]) for x in inputs}
@@ -165,7 +169,7 @@ def verdict(problem, names, own, error, beyond, refused: bool, loop_refused: boo
     if refused:
         right = REFUSED_RIGHT if own.max() <= RIGHT else REFUSED_WRONG
         return Verdict(problem, REFUSED_BOTH if loop_refused else right, 0)
-    ratio = error / (TIMES * (own + FLOOR * EPS))
+    ratio = error / (TIMES * own)
     at = ratio.nan_to_num(torch.inf).argmax().item()
     detail = f"{names[at]}: error {error[at]:.2g}, the loop's {own[at]:.2g}"
     if not error.isfinite().all():

@@ -108,9 +108,9 @@ Status compute_in_double(const Compute& compute) {
   return status == kInexactSystem ? kNotPositiveDefinite : status == kInexactCovariance ? kLost : status;
 }
 
-// The same for gradients, which have no status: what the forward has accepted is computed whatever is left of it.
+// The same for gradients, which have no status: what the forward has accepted is computed to its end.
 template <class Compute>
-void differentiate_in_double(const Compute& compute) {
+void complete_in_double(const Compute& compute) {
   const Limits<double> chunks = limits_for_float32();
   Limits<double> patterns = limits_of<double>(0, 0);
   patterns.chunk = 1;

@@ -74,7 +74,7 @@ void update_posterior_backward(const PosteriorArgs<Real>& args, const PosteriorG
       Doubles doubles(b);
       const PosteriorArgs<double> wide = in_double(args, doubles);
       const PosteriorGrads<double> wide_grads = in_double(args, grads, doubles);
-      differentiate_in_double(
+      complete_in_double(
           [&](const Limits<double>& least) { return update_backward_one(wide, wide_grads, 0, 1, least); });
       doubles.put_out();
     }

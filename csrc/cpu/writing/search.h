@@ -60,7 +60,8 @@ SearchSettings<Real> load_settings(const WritingArgs<Real>& args, int64_t b, con
 template <class Real>
 bool changes_too_much(Real energy, Real c_squared, Real d, Real trace, const Limits<Real>& limits) {
   constexpr Real kNone = std::numeric_limits<Real>::infinity();
-  return limits.growth < kNone && (energy * c_squared > trace * limits.growth || energy > d * limits.explained);
+  const bool grows = limits.growth < kNone && energy * c_squared > trace * limits.growth;
+  return grows || (limits.explained < kNone && energy > d * limits.explained);
 }
 
 // What a search leaves for conditioning and for its backward. Rows are patterns; those of masked patterns are zero.

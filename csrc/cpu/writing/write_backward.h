@@ -140,14 +140,13 @@ inline void write_backward_in_double(const WritingArgs<float>& args, const Writi
   wide.posterior.innovation_var = doubles.scratch(T, 1);
   wide.posterior.kl = doubles.scratch(T, 1);
   wide.new_weights = doubles.scratch(T, K);
-  compute_in_double([&](const Limits<double>& limits) { return write_one(wide, 0, limits); });
+  complete_in_double([&](const Limits<double>& limits) { return write_one(wide, 0, limits); });
   const Batch<double>& found = wide.new_weights;
   wide.posterior.weights = {found.data, {found.stride[0], found.stride[1], found.stride[2]}};
   const WritingGrads<double> wide_grads{.posterior = in_double(args.posterior, grads.posterior, doubles),
                                         .weights = doubles.argument(grads.weights, T, K),
                                         .to_ridge = doubles.result(grads.to_ridge, 1, 1)};
-  differentiate_in_double(
-      [&](const Limits<double>& limits) { return write_backward_one(wide, wide_grads, 0, limits); });
+  complete_in_double([&](const Limits<double>& limits) { return write_backward_one(wide, wide_grads, 0, limits); });
   doubles.put_out();
 }
 
