@@ -23,7 +23,7 @@ constexpr Status kInexactSystem = static_cast<Status>(-1), kInexactCovariance = 
 template <class Real>
 constexpr bool kHasDouble = std::is_same_v<Real, float>;
 
-// How much a kernel may lose before its result is inexact. All but the last are ratios of what was to what is left.
+// How much a kernel may lose before its result is inexact. All but the last two are ratios of what was to what is left.
 template <class Real>
 struct Limits {
   Real chunk_variance;  // of a variance before a chunk to that before a pattern, and of the traces around a chunk
@@ -31,7 +31,8 @@ struct Limits {
   Real condition;  // of the largest diagonal entry of a system that is solved with to the least pivot of its factor
   Real growth;     // of the terms that add up to a changed system to their sum
   Real explained;  // of ‖z‖² to ‖δ‖²
-  int64_t chunk = 1 << 20;  // most patterns of a chunk
+  int64_t chunk = 1 << 20;                          // most patterns of a chunk
+  Real eps = std::numeric_limits<Real>::epsilon();  // the rounding of the arguments
 
   bool exist() const { return condition < std::numeric_limits<Real>::infinity(); }
   // Whether a memory with this status is to be computed again. One that failed may fail by rounding alone.
@@ -59,7 +60,12 @@ Limits<Real> limits_of(int64_t K, int64_t C) {
 
 // In double, where a result is exact to float32.
 inline Limits<double> limits_for_float32() {
-  return {.chunk_variance = 1e6, .variance = 1e7, .condition = 1e9, .growth = 1e4, .explained = 1e9};
+  return {.chunk_variance = 1e6,
+          .variance = 1e7,
+          .condition = 1e9,
+          .growth = 1e4,
+          .explained = 1e9,
+          .eps = std::numeric_limits<float>::epsilon()};
 }
 inline Limits<double> limits_for_float32_by_pattern() {
   Limits<double> limits = limits_for_float32();

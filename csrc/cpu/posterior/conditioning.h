@@ -128,20 +128,20 @@ WhitenedRows<Real> allocate_whitened_rows(int64_t K, int64_t C, int64_t count, c
           .observed = observed};
 }
 
-// How far below zero rounding may bring e, in a chunk of `count` patterns; `variance` is that of w U wᵀ + σ².
+// How far below zero rounding by `eps` may bring e, in a chunk of `count` patterns; `variance` is that of w U wᵀ + σ².
 template <class Real>
-Real rounding_slack(int64_t K, int64_t count, Real variance) {
-  return 4 * static_cast<Real>(K + count) * std::numeric_limits<Real>::epsilon() * std::abs(variance);
+Real rounding_slack(int64_t K, int64_t count, Real variance, Real eps = std::numeric_limits<Real>::epsilon()) {
+  return 4 * static_cast<Real>(K + count) * eps * std::abs(variance);
 }
 
 // (1) from W U Wᵀ, which is in the lower triangle of `factor`, and e. `MOST` is the room of `pivot`. Returns whether U
 // can be positive definite.
 template <class Real, size_t MOST>
 bool factor_variances(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST], int64_t K,
-                      const Real* noise_var, Arena& arena) {
+                      const Real* noise_var, Real eps, Arena& arena) {
   const int64_t count = factor.size();
   Real slack[MOST];
-  for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t]);
+  for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t], eps);
   const bool good = cholesky(factor, arena, AddedDiagonal<Real>{noise_var, slack, explained});
   for (int64_t t = 0; t < count; ++t) pivot[t] = explained[t] + noise_var[t];
   return good;
@@ -201,7 +201,8 @@ WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real
   transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, operand(weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
-  const bool positive = factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena);
+  const bool positive =
+      factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, limits.eps, arena);
   solve_lower(chunk.gain, factor, projected, 0, {}, projected);
   const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
   chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);

@@ -114,7 +114,8 @@ void innovate(const MemoryLanes<Real>& memory, int64_t waiting, const LaneMatrix
   const Vec<Real> size = found > 0 ? found : -found;
   Vec<Real> rounding = {};
   for (int64_t k = 0; k < K; ++k) rounding += w.get(k) * w.get(k) * memory.variances.get(k);
-  status.expect((found >= -slack * size) & (size <= std::numeric_limits<Real>::max()), kNotPositiveDefinite);
+  status.expect((found >= -slack * (size + noise_var)) & (size <= std::numeric_limits<Real>::max()),
+                kNotPositiveDefinite);
   status.expect(explained * (noise_var / s) >= least * rounding, kLost);
   if (kHasDouble<Real>) status.expect(taken <= kMostTaken * explained, kInexactCovariance);
 }

@@ -57,7 +57,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   bool positive = true;
   for (int64_t t = 0; t < count; ++t) {
     Real s = search.explained[from + t];  // before σ² is added
-    const Real noise = observed.noise_var[t], slack = rounding_slack(K, count, s + noise);
+    const Real noise = observed.noise_var[t], slack = rounding_slack(K, count, s + noise, limits.eps);
     positive &= check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[t]}, 0);
     chunk.pivot[t] = s;
     std_dev[t] = std::sqrt(s);
