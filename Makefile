@@ -16,6 +16,9 @@ SYSTEM ?=
 # What `make study` trains on.
 DATA ?= mnist
 
+# How long `make fuzz` runs.
+SECONDS ?= 60
+
 # Ways to run the tests of the GPU kernels without a GPU; tests/gpu/conftest.py says what each proves.
 RUNGS ?= simt interpreter ttsem aot
 
@@ -30,7 +33,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SOURCES := $(shell find csrc -type f)
 FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep serving train demo study gpu kernels test test-kernels cases arm compilers mutants lint format docs readme clean distclean
+.PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep serving train demo study gpu kernels test test-kernels fuzz cases arm compilers mutants lint format docs readme clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -74,6 +77,9 @@ test: setup ## the tests of the package, in as many processes as there are proce
 
 test-kernels: setup ## the tests of the GPU kernels, once for each way of running them without a GPU
 	for rung in $(RUNGS); do $(BIN)/python -m pytest $(PARALLEL) --kernels=$$rung $(ARGS) tests/gpu tests/simt || exit 1; done
+
+fuzz: setup ## random problems against float64, held to the literal loop's own error: make fuzz SECONDS=60; ARGS='--seed 1 --problems 100000'
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(if $(findstring --problems,$(ARGS)),,--seconds $(SECONDS)) $(ARGS)
 
 cases: setup ## situations that users reported, of the API, the commands and installing; SLOW=1 builds the extension as well
 	$(BIN)/python -m tests.reported.cases

@@ -81,6 +81,7 @@ def update_posterior(
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
     bfloat16 or float16. A pattern with ``wᵀ U w / σ²`` below 1.6e4 in float32, 9e12 in float64, may repeat any number
     of times; beyond, a covariance that rounding could make indefinite is refused. No ``kl`` is negative.
+    The CPU kernels compute a float32 memory that loses digits again in float64, and refuse what float32 cannot hold.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
     its cost.

@@ -81,8 +81,8 @@ def write(
         :class:`WriteResult`; the mean of q(w) is written, its variance plays no part.
 
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``values`` may be bfloat16 or float16.
-    The native kernel works in Gram space; at σ² = λ = 1 it is as accurate as the literal loop unless patterns nearly
-    repeat, and it loses digits first when λ is small against the patterns' energy.
+    Kernels work in Gram space, which loses digits when patterns nearly repeat or λ is small against their energy. The
+    native kernel computes such a float32 memory again in float64, so that it is as accurate as the literal loop.
     Under ``torch.autocast`` bfloat16 and float16 inputs are computed in float32.
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form, at
     its cost.

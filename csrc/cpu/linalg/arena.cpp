@@ -29,6 +29,12 @@ Arena& Arena::fresh() {
   return arena;
 }
 
+Arena& Arena::fresh_copies() {
+  static thread_local Arena arena;
+  arena.reset();
+  return arena;
+}
+
 void* Arena::allocate_bytes(size_t bytes) {
   bytes = (bytes + 63) & ~size_t{63};
   if (blocks_.empty() || used_ + bytes > blocks_.back().size) {

@@ -13,6 +13,8 @@ class Arena {
  public:
   // The arena of the calling thread, with nothing allocated.
   static Arena& fresh();
+  // A second one, for arguments and results of a kernel that allocates from the first.
+  static Arena& fresh_copies();
 
   // The same with what is allocated in it, for a part of a computation that this thread may have begun.
   static Arena& of_thread();

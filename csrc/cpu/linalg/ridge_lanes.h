@@ -2,6 +2,7 @@
 //   (R Rᵀ + λI) w = R z, or ((R Rᵀ)² + λI) w = R Rᵀ R z for the squared-Gram solve.
 #pragma once
 
+#include "cpu/linalg/in_double.h"
 #include "cpu/linalg/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
@@ -37,6 +38,25 @@ LaneMask<Real> factor_ridge(const RidgeLanes<Real>& solve, const LaneMatrix<Real
   if (solve.squared_gram) lane_gram(solve.system, solve.gram);
   for (int64_t k = 0; k < mean.rows; ++k) solve.system.set(k, k, solve.system.get(k, k) + solve.ridge.get(0));
   return lane_factor(solve.system, solve.pivots);
+}
+
+// The pivots of every lane's factor. The largest is no larger than the largest entry of the diagonal.
+template <class Real>
+struct PivotLanes {
+  Vec<Real> largest, least;
+
+  LaneMask<Real> good(const Limits<Real>& limits) const { return ~(largest > least * limits.condition); }
+};
+
+template <class Real>
+PivotLanes<Real> extreme_pivots(const RidgeLanes<Real>& solve) {
+  PivotLanes<Real> found{solve.pivots.get(0), solve.pivots.get(0)};
+  for (int64_t k = 1; k < solve.pivots.columns; ++k) {
+    const Vec<Real> pivot = solve.pivots.get(k);
+    found.largest = pivot > found.largest ? pivot : found.largest;
+    found.least = pivot < found.least ? pivot : found.least;
+  }
+  return found;
 }
 
 // The weights of a pattern `z`, by a factored system.

@@ -149,6 +149,20 @@ void regularise(const Matrix<Real>& a, const Matrix<Real>& gram, Real ridge, boo
   for (int64_t i = 0; i < a.rows; ++i) a.row(i)[i] += ridge;
 }
 
+template <class Real>
+Real trace(const Matrix<Real>& m) {
+  Real sum = 0;
+  for (int64_t i = 0; i < m.rows; ++i) sum += m.row(i)[i];
+  return sum;
+}
+
+template <class Real>
+Real largest_diagonal(const Matrix<Real>& m) {
+  Real largest = 0;
+  for (int64_t i = 0; i < m.rows; ++i) largest = m.row(i)[i] > largest ? m.row(i)[i] : largest;
+  return largest;
+}
+
 // a ← a b for symmetric matrices that commute, so that the product is symmetric too.
 template <class Real>
 void product_commuting(const Matrix<Real>& a, const Matrix<Real>& b, const Matrix<Real>& scratch) {

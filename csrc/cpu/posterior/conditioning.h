@@ -17,6 +17,10 @@
 // ε Σ w_i² U_ii. If less than kLeastDigits times that is left, the new covariance need not be positive definite, and
 // the status says that it is lost.
 //
+// A chunk subtracts from the memory before it what the literal loop would subtract from the memory before each pattern,
+// so it loses the digits that the patterns before have taken away. In float32 a memory is therefore computed again in
+// double when an e or tr U falls too far below what the chunk began with.
+//
 // An update and a write share this file: a write finds weights and then conditions on them.
 #pragma once
 
@@ -24,6 +28,7 @@
 #include <limits>
 
 #include "cpu/linalg/cholesky.h"
+#include "cpu/linalg/in_double.h"
 #include "cpu/linalg/solve.h"
 #include "cpu/linalg/symmetric.h"
 #include "cpu/linalg/variance_divergence.h"
@@ -123,54 +128,50 @@ WhitenedRows<Real> allocate_whitened_rows(int64_t K, int64_t C, int64_t count, c
           .observed = observed};
 }
 
-// How far below zero rounding may bring e, in a chunk of `count` patterns; `variance` is that of w U wᵀ + σ².
+// How far below zero rounding by `eps` may bring e, in a chunk of `count` patterns; `variance` is that of w U wᵀ + σ².
 template <class Real>
-Real rounding_slack(int64_t K, int64_t count, Real variance) {
-  return 4 * static_cast<Real>(K + count) * std::numeric_limits<Real>::epsilon() * std::abs(variance);
+Real rounding_slack(int64_t K, int64_t count, Real variance, Real eps = std::numeric_limits<Real>::epsilon()) {
+  return 4 * static_cast<Real>(K + count) * eps * std::abs(variance);
 }
 
 // (1) from W U Wᵀ, which is in the lower triangle of `factor`, and e. `MOST` is the room of `pivot`. Returns whether U
 // can be positive definite.
 template <class Real, size_t MOST>
 bool factor_variances(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST], int64_t K,
-                      const Real* noise_var, Arena& arena) {
+                      const Real* noise_var, Real eps, Arena& arena) {
   const int64_t count = factor.size();
   Real slack[MOST];
-  for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t]);
+  for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t], eps);
   const bool good = cholesky(factor, arena, AddedDiagonal<Real>{noise_var, slack, explained});
   for (int64_t t = 0; t < count; ++t) pivot[t] = explained[t] + noise_var[t];
   return good;
 }
 
-// A variance is lost when it is less than this many times the rounding of the sum that gives it.
-constexpr int kLeastDigits = 16;
-
 // The diagonal of a covariance, with zeros up to a whole vector register.
 template <class Real>
-Real* copy_diagonal(const Matrix<Real>& cov, Arena& arena) {
-  Real* diagonal = allocate_zero<Real>(arena, 1, cov.rows).data;
-  for (int64_t k = 0; k < cov.rows; ++k) diagonal[k] = cov.row(k)[k];
+Real* copy_diagonal(const Operand<Real>& cov, int64_t K, Arena& arena) {
+  Real* diagonal = allocate_zero<Real>(arena, 1, K).data;
+  for (int64_t k = 0; k < K; ++k) diagonal[k] = cov.data[k * (cov.row + cov.column)];
   return diagonal;
 }
 
-// Whether the type holds the variance along `w` after a pattern that left `pivot` of it; `diagonal` is that of U before
-// the chunk.
-template <class Real>
-bool holds_variance(int64_t K, const Real* w, const Real* diagonal, Real explained, Real noise_var, Real pivot) {
-  const Real least = kLeastDigits * std::numeric_limits<Real>::epsilon() * weighted_norm(K, w, diagonal);
-  return explained * (noise_var / pivot) >= least;
-}
-
-// The status of a chunk whose e are known; `positive` says whether U can be positive definite.
-template <class Real>
-Status chunk_status(bool positive, const WhitenedRows<Real>& chunk, const Matrix<Real>& cov,
-                    const Matrix<Real>& weights, Arena& arena) {
+// The status of a chunk whose e are known, and whose gain has `taken` from tr U; `positive` says whether U can be
+// positive definite. `cov` is that before the chunk. A whitened chunk is one of rows or of columns.
+template <class Real, class Whitened>
+Status chunk_status(bool positive, const Whitened& chunk, Real taken, const Observations<Real>& observed,
+                    const Operand<Real>& cov, const Matrix<Real>& weights, const Limits<Real>& limits, Arena& arena) {
   if (!positive) return kNotPositiveDefinite;
-  const Real* diagonal = copy_diagonal(cov, arena);
-  bool holds = true;
-  for (int64_t t = 0; t < chunk.count(); ++t)
-    holds &= holds_variance(cov.rows, weights.row(t), diagonal, chunk.explained[t], chunk.observed.noise_var[t],
-                            chunk.pivot[t]);
+  const int64_t K = weights.columns;
+  const Real* diagonal = copy_diagonal(cov, K, arena);
+  Real trace = 0;
+  for (int64_t k = 0; k < K; ++k) trace += diagonal[k];
+  bool holds = true, inexact = trace > (trace - taken) * limits.chunk_variance;
+  for (int64_t t = 0; t < weights.rows; ++t) {
+    const Real explained = chunk.explained[t], scale = weighted_norm(K, weights.row(t), diagonal);
+    holds &= explained * (observed.noise_var[t] / chunk.pivot[t]) * limits.variance >= scale;
+    inexact |= scale > explained * limits.chunk_variance;
+  }
+  if (inexact && limits.exist()) return kInexactCovariance;
   return holds ? kGood : kLost;
 }
 
@@ -190,7 +191,8 @@ void whiten_values(const WhitenedRows<Real>& chunk, const Factor<Real>& factor, 
 // (1) and (2). `values` may be overwritten if they are padded.
 template <class Real>
 WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real>& weights, const Matrix<Real>& values,
-                               const Observations<Real>& observed, Arena& arena, Prefetch* prefetch = nullptr) {
+                               const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena,
+                               Prefetch* prefetch = nullptr) {
   const int64_t K = memory.cov.rows, count = weights.rows;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Matrix<Real> projected = allocate_cleared<Real>(arena, count, K);
@@ -199,9 +201,11 @@ WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real
   transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, operand(weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
-  const bool positive = factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena);
-  chunk.status = chunk_status(positive, chunk, memory.cov, weights, arena);
+  const bool positive =
+      factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, limits.eps, arena);
   solve_lower(chunk.gain, factor, projected, 0, {}, projected);
+  const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
+  chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);
   whiten_values(chunk, factor, memory.mean, weights, values, arena, prefetch);
   return chunk;
 }

@@ -121,6 +121,7 @@ struct WhitenedColumns {
   Matrix<Real> inverse;                   // L⁻¹ [t, t]
   Real pivot[kLargestBackwardChunk];      // L_tt² [t]
   Real explained[kLargestBackwardChunk];  // e [t]
+  Status status = kGood;                  // of U before the chunk and after it
 };
 
 template <class Real>
@@ -131,7 +132,7 @@ WhitenedColumns<Real> allocate_whitened_columns(int64_t K, int64_t C, int64_t co
 // (1) and (2) of conditioning.h.
 template <class Real>
 void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& memory, const ChunkColumns<Real>& chunk,
-                    Arena& arena) {
+                    const Limits<Real>& limits, Arena& arena) {
   const int64_t K = chunk.weights.columns, C = chunk.values.rows, count = chunk.count();
   const Matrix<Real> inputs = allocate_matrix<Real>(arena, K + C, count);
   const Matrix<Real> projected = inputs.rows_from(0, K), innovations = inputs.rows_from(K, C);
@@ -139,10 +140,14 @@ void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& mem
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
   product<Into::kSet>(projected, K, memory.cov, weights_transposed);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.weights), projected);
-  factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, arena);
+  const bool positive =
+      factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, limits.eps, arena);
   invert_lower(factor, whitened.inverse, arena);
   product<Into::kSubtract>(innovations, chunk.values, K, memory.mean_transposed, weights_transposed);
   product_of_triangle<true>(whitened.inputs, inputs, transposed_copy(whitened.inverse, arena));
+  const Matrix<Real> gain = whitened.inputs.rows_from(0, K);
+  const Real taken = static_cast<Real>(inner_product(gain, gain));
+  whitened.status = chunk_status(positive, whitened, taken, chunk.observed, memory.cov, chunk.weights, limits, arena);
 }
 
 // (3) of conditioning.h.
@@ -339,9 +344,9 @@ Episode<Real> load_episode(const PosteriorArgs<Real>& args, const PosteriorGrads
 }
 
 // Whiten every chunk against the memory before it. The memory before a chunk is the one before the previous chunk,
-// updated.
+// updated. Returns early if the episode is to be computed again.
 template <class Real>
-void whiten_episode(const Episode<Real>& episode, Arena& arena) {
+Status whiten_episode(const Episode<Real>& episode, const Limits<Real>& limits, Arena& arena) {
   for (int64_t n = 0; n < episode.count; ++n) {
     arena.release(episode.end);
     if (n > 0) {
@@ -352,8 +357,10 @@ void whiten_episode(const Episode<Real>& episode, Arena& arena) {
       }
       update_memory(memory, episode.whitened[n - 1], arena);
     }
-    whiten_columns(episode.whitened[n], episode.before(n), episode.chunks[n], arena);
+    whiten_columns(episode.whitened[n], episode.before(n), episode.chunks[n], limits, arena);
+    if (limits.again(episode.whitened[n].status)) return episode.whitened[n].status;
   }
+  return kGood;
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

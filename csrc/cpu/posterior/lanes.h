@@ -9,6 +9,7 @@
 // them, and with c_n = g_n·w of the patterns that wait: a = U w − Σ c_n a_n, δ = z − Rᵀw − Σ c_n δ_n.
 #pragma once
 
+#include "cpu/linalg/in_double.h"
 #include "cpu/linalg/lanes.h"
 #include "cpu/posterior/conditioning.h"
 
@@ -29,6 +30,10 @@ struct MemoryLanes {
 };
 
 constexpr int64_t kWaiting = 4;
+
+// Patterns that wait in float32 lose digits that the literal loop keeps when they take more of e than this many times
+// what they leave of it.
+constexpr int kMostTaken = 7;
 
 template <class Real>
 MemoryLanes<Real> allocate_memory_lanes(int64_t K, int64_t C, Arena& arena) {
@@ -102,8 +107,10 @@ void innovate(const MemoryLanes<Real>& memory, int64_t waiting, const LaneMatrix
                          delta = memory.innovation.row(waiting);
   lane_product(a, memory.cov, w);
   lane_residual(delta, patterns.values.row(t), memory.mean, w);
+  Vec<Real> taken = {};  // from e by the patterns that wait
   for (int64_t n = 0; n < waiting; ++n) {
     const Vec<Real> c = lane_dot(K, memory.gain.at(n), w.data);
+    taken += c * c * patterns.innovation_var.get(t - waiting + n, 0);
     lane_subtract<Real>(a, c, memory.loss.row(n));
     lane_subtract<Real>(delta, c, memory.innovation.row(n));
   }
@@ -118,8 +125,10 @@ void innovate(const MemoryLanes<Real>& memory, int64_t waiting, const LaneMatrix
   const Vec<Real> size = found > 0 ? found : -found;
   Vec<Real> rounding = {};
   for (int64_t k = 0; k < K; ++k) rounding += w.get(k) * w.get(k) * memory.variances.get(k);
-  status.expect((found >= -slack * size) & (size <= std::numeric_limits<Real>::max()), kNotPositiveDefinite);
+  status.expect((found >= -slack * (size + noise_var)) & (size <= std::numeric_limits<Real>::max()),
+                kNotPositiveDefinite);
   status.expect(explained * (noise_var / s) >= least * rounding, kLost);
+  if (kHasDouble<Real>) status.expect(taken <= kMostTaken * explained, kInexactCovariance);
 }
 
 // (2) for the patterns that wait. COUNT of them is known at compile time, so that their numbers stay in registers.

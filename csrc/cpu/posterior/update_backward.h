@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/posterior/conditioning_backward.h"
+#include "cpu/posterior/in_double.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -31,32 +32,52 @@ Prefetch plan_gradient_prefetch(const PosteriorArgs<Real>& args, const Posterior
   return prefetch;
 }
 
+// Memory `b` of a batch that ends at `end`. One that is to be computed again is left half way.
+template <class Real>
+Status update_backward_one(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t b, int64_t end,
+                           const Limits<Real>& limits) {
+  // Bring in.
+  Arena& arena = Arena::fresh();
+  const MemoryColumns<Real> grad = allocate_memory_columns<Real>(args.K, args.C, arena);
+  load_cotangents(grad, grads, b);
+  const int64_t size = smaller(kUpdateBackwardChunk, limits.chunk);
+  const Episode<Real> episode = load_episode(args, grads, b, size, false, arena);
+  Prefetch prefetch = plan_gradient_prefetch(args, grads, b, end);
+
+  // Compute, and put out what belongs to a chunk.
+  const Status status = whiten_episode(episode, limits, arena);
+  if (limits.again(status)) return status;
+  for (int64_t n = episode.count - 1; n >= 0; --n) {
+    arena.release(episode.end);
+    const ChunkColumns<Real>& chunk = episode.chunks[n];
+    const ChunkCotangents<Real> to =
+        condition_backward(grad, episode.before(n), chunk, episode.whitened[n], arena, &prefetch);
+    const int64_t first = n * episode.size;
+    store_patterns(grads.to_weights.from_row(first), b, to.weights, chunk.observed.unmasked);
+    store_patterns(grads.to_values.from_row(first), b, to.values, chunk.observed.unmasked);
+    for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = to.noise[t];
+  }
+
+  // Put out what belongs to the memory.
+  store_cotangents(grads, b, grad);
+  return status;
+}
+
 template <class Real>
 void update_posterior_backward(const PosteriorArgs<Real>& args, const PosteriorGrads<Real>& grads, int64_t begin,
                                int64_t end) {
+  const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
   for (int64_t b = begin; b < end; ++b) {
-    // Bring in.
-    Arena& arena = Arena::fresh();
-    const MemoryColumns<Real> grad = allocate_memory_columns<Real>(args.K, args.C, arena);
-    load_cotangents(grad, grads, b);
-    const Episode<Real> episode = load_episode(args, grads, b, kUpdateBackwardChunk, false, arena);
-    Prefetch prefetch = plan_gradient_prefetch(args, grads, b, end);
-
-    // Compute, and put out what belongs to a chunk.
-    whiten_episode(episode, arena);
-    for (int64_t n = episode.count - 1; n >= 0; --n) {
-      arena.release(episode.end);
-      const ChunkColumns<Real>& chunk = episode.chunks[n];
-      const ChunkCotangents<Real> to =
-          condition_backward(grad, episode.before(n), chunk, episode.whitened[n], arena, &prefetch);
-      const int64_t first = n * episode.size;
-      store_patterns(grads.to_weights.from_row(first), b, to.weights, chunk.observed.unmasked);
-      store_patterns(grads.to_values.from_row(first), b, to.values, chunk.observed.unmasked);
-      for (int64_t t = 0; t < chunk.count(); ++t) *grads.to_noise_var.at(b, first + t) = to.noise[t];
+    const Status status = update_backward_one(args, grads, b, end, limits);
+    if constexpr (kHasDouble<Real>) {
+      if (!limits.again(status)) continue;
+      Doubles doubles(b);
+      const PosteriorArgs<double> wide = in_double(args, doubles);
+      const PosteriorGrads<double> wide_grads = in_double(args, grads, doubles);
+      complete_in_double(
+          [&](const Limits<double>& least) { return update_backward_one(wide, wide_grads, 0, 1, least); });
+      doubles.put_out();
     }
-
-    // Put out what belongs to the memory.
-    store_cotangents(grads, b, grad);
   }
 }
 

@@ -10,7 +10,6 @@
 
 #include "cpu/linalg/units.h"
 #include "cpu/posterior/conditioning.h"
-#include "cpu/posterior/lanes.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -107,7 +106,7 @@ Status multiply_memory(Real* v, Real* y, const MemoryRows<Real>& memory, const R
 // (1) and (2) for one pattern, and the check of U.
 template <class Real>
 WhitenedRows<Real> whiten_one(const MemoryRows<Real>& memory, const Matrix<Real>& weights, const Matrix<Real>& values,
-                              const Observations<Real>& observed, Arena& arena) {
+                              const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena) {
   const int64_t K = memory.cov.rows, C = memory.mean.columns;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, C, 1, observed, arena);
   Real *const gain = chunk.gain.row(0), *const error = chunk.values.row(0);
@@ -117,8 +116,10 @@ WhitenedRows<Real> whiten_one(const MemoryRows<Real>& memory, const Matrix<Real>
   const Real noise = observed.noise_var[0], slack = rounding_slack(K, 1, s + noise);
   const bool positive = check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[0]}, 0);
   chunk.pivot[0] = s;
-  chunk.status = symmetric == kGood ? chunk_status(positive, chunk, memory.cov, weights, arena) : symmetric;
-  const Real reciprocal = 1 / std::sqrt(s);
+  const Real reciprocal = 1 / std::sqrt(s), taken = dot(K, gain, gain) / s;
+  chunk.status = symmetric != kGood
+                     ? symmetric
+                     : chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);
   for (int64_t c = 0; c < C; ++c) error[c] = (values.row(0)[c] + error[c]) * reciprocal;
   for (int64_t k = 0; k < K; ++k) gain[k] *= reciprocal;
   return chunk;
@@ -205,45 +206,49 @@ void clear_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first) {
     *args.innovation_var.at(b, t) = *args.kl.at(b, t) = std::numeric_limits<Real>::quiet_NaN();
 }
 
+// How far an update came: patterns before `done` are in the results, and `log_evidence` is of these.
+struct Progress {
+  Status status = kGood;
+  int64_t done = 0;
+  double log_evidence = 0;
+};
+
+// Memory `b`, a chunk at a time, until the first chunk whose status is not good.
 template <class Real>
-void update_posterior_into(const PosteriorArgs<Real>& args, int64_t begin, int64_t end) {
-  if (fits_lanes(args)) return update_posterior_lanes(args, begin, end);
-  const int64_t K = args.K, C = args.C, T = args.T, size = chunk_size<Real>(K, C), largest = smaller(size, T);
-  for (int64_t b = begin; b < end; ++b) {
-    Arena& arena = Arena::fresh();
-    const Matrix<Real> weights_work = allocate_matrix<Real>(arena, largest, K);
-    const Matrix<Real> values_work = allocate_matrix<Real>(arena, largest, C);
-    MemoryPair<Real> memories = open_memories(args, b, arena);
-    const bool one = T == 1 && memories.views;
-    Status status = one ? kGood : symmetry(memories.before.cov);
-    double log_evidence = 0;
-    const Arena::Mark chunk_start = arena.mark();
-    int64_t first = 0;
-    for (; first < T && status == kGood; first += size) {
-      arena.release(chunk_start);
-      const int64_t count = smaller(size, T - first);
-      const Observations<Real> observed = load_observations(args, b, first, count, arena);
-      const Matrix<Real> weights = weights_work.rows_from(0, count), values = values_work.rows_from(0, count);
-      load_patterns(weights, args.weights.from_row(first), b, observed.unmasked);
-      load_patterns(values, args.values.from_row(first), b, observed.unmasked);
-      const WhitenedRows<Real> chunk = one ? whiten_one(memories.before, weights, values, observed, arena)
-                                           : whiten_rows(memories.before, weights, values, observed, arena);
-      status = chunk.status;
-      if (status != kGood) break;
-      if (one)
-        apply_one(memories.after, memories.before, chunk);
-      else if (memories.views)
-        apply_many(memories.after, memories.before, chunk, arena);
-      else
-        update_memory(memories.after, memories.before, chunk);
-      store_reports(args, b, first, chunk, &log_evidence);
-      memories.before = memories.after;
-    }
-    clear_reports(args, b, first);
-    close_memories(memories, args, b);
-    args.log_evidence[b] = static_cast<Real>(log_evidence);
-    args.info[b] = status;
+Progress update_by_passes(const PosteriorArgs<Real>& args, int64_t b, const Limits<Real>& limits) {
+  const int64_t T = args.T, size = chunk_size<Real>(args.K, args.C), largest = smaller(size, T);
+  Arena& arena = Arena::fresh();
+  const Matrix<Real> weights_work = allocate_matrix<Real>(arena, largest, args.K);
+  const Matrix<Real> values_work = allocate_matrix<Real>(arena, largest, args.C);
+  MemoryPair<Real> memories = open_memories(args, b, arena);
+  const bool one = T == 1 && memories.views;
+  Progress progress{.status = one ? kGood : symmetry(memories.before.cov)};
+  const Arena::Mark chunk_start = arena.mark();
+  while (progress.done < T && progress.status == kGood) {
+    arena.release(chunk_start);
+    const int64_t first = progress.done, count = smaller(size, T - first);
+    const Observations<Real> observed = load_observations(args, b, first, count, arena);
+    const Matrix<Real> weights = weights_work.rows_from(0, count), values = values_work.rows_from(0, count);
+    load_patterns(weights, args.weights.from_row(first), b, observed.unmasked);
+    load_patterns(values, args.values.from_row(first), b, observed.unmasked);
+    const WhitenedRows<Real> chunk = one ? whiten_one(memories.before, weights, values, observed, limits, arena)
+                                         : whiten_rows(memories.before, weights, values, observed, limits, arena);
+    progress.status = chunk.status;
+    if (chunk.status != kGood) break;
+    if (one)
+      apply_one(memories.after, memories.before, chunk);
+    else if (memories.views)
+      apply_many(memories.after, memories.before, chunk, arena);
+    else
+      update_memory(memories.after, memories.before, chunk);
+    store_reports(args, b, first, chunk, &progress.log_evidence);
+    memories.before = memories.after;
+    progress.done += count;
   }
+  clear_reports(args, b, progress.done);
+  close_memories(memories, args, b);
+  args.log_evidence[b] = static_cast<Real>(progress.log_evidence);
+  return progress;
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

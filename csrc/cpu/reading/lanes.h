@@ -60,7 +60,11 @@ void read_lanes(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
     const RidgeLanes<Real> solve = load_ridge_lanes(args.ridge, args.K, args.squared_gram, group, arena);
     load_lanes(mean, args.mean, group);
     LaneStatus<Real> status;
-    status.expect(factor_ridge(solve, mean), kNotPositiveDefinite);
+    const LaneMask<Real> good = factor_ridge(solve, mean);
+    status.expect(good, kNotPositiveDefinite);
+    const PivotLanes<Real> pivots = extreme_pivots(solve);
+    status.expect(pivots.good(limits_of_solve<Real>(args.C)), kInexactSystem);
+    if (args.num_iters > 1) status.expect(2 * solve.ridge.get(0) <= pivots.largest, kInexactSystem);
     status.store(args.info, group);
     const Arena::Mark start = arena.mark();
     for (int64_t first = 0; first < args.Q; first += kQueries) {

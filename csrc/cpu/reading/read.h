@@ -4,6 +4,8 @@
 //   (1)  w_1 = A⁻¹ R z, or A⁻¹ (R Rᵀ) R z
 //   (2)  w_n+1 = w_n − λ A⁻¹ w_n, which is the same as addressing with the value read so far
 //   (3)  ẑ = Rᵀ w_n.
+// Where λ dominates A, λ A⁻¹ w_n is nearly w_n, and (2) keeps few digits of the difference. There the value read so far
+// is addressed literally: w_n+1 = A⁻¹ R (Rᵀ w_n).
 // Bytes: the memory, the queries and the results once. Operations: K² C + K³/3 a memory, 4 K C + 2 n K² a query.
 //
 // With many queries, (1) to (3) are folded into two products: w_n = (P R) z with P = H (I − λH)ⁿ⁻¹, H = A⁻¹. P is
@@ -13,6 +15,7 @@
 #include <utility>
 
 #include "cpu/linalg/codes.h"
+#include "cpu/linalg/in_double.h"
 #include "cpu/linalg/solve.h"
 #include "cpu/linalg/symmetric.h"
 #include "cpu/reading/lanes.h"
@@ -33,6 +36,7 @@ struct FactoredMemory {
   Matrix<Real> mean;              // R [K, C]
   Matrix<Real> mean_transposed;   // Rᵀ [C, K], or (P R)ᵀ
   Matrix<Real> gram;              // G [K, K], or no rows if the solve is not the squared-Gram one
+  Real* largest;                  // of the diagonal of A; −1 if the queries have been answered in double
 };
 
 // Lay a factored memory out in pieces of memory; `allocate(count)` returns the next.
@@ -47,7 +51,8 @@ FactoredMemory<Real> lay_out(const ReadingArgs<Real>& args, const Allocate& allo
           .lower_transposed = matrix(K, K),
           .mean = matrix(K, C),
           .mean_transposed = matrix(C, K),
-          .gram = matrix(args.squared_gram ? K : 0, K)};
+          .gram = matrix(args.squared_gram ? K : 0, K),
+          .largest = allocate(kBlock)};
 }
 
 template <class Real>
@@ -71,15 +76,36 @@ int64_t factor_size(const ReadingArgs<Real>& args) {
 }
 
 template <class Real>
-void factor_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
+Status factor_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory,
+                     const Limits<Real>& limits, Arena& arena) {
   load_matrix(memory.mean, args.mean, b);
   transpose(memory.mean_transposed, memory.mean);
   const Matrix<Real>& gram = args.squared_gram ? memory.gram : memory.factor.lower;
   product_lower<Into::kSet>(gram, args.C, operand(memory.mean), memory.mean_transposed);
   if (args.squared_gram) mirror(gram);
   regularise(memory.factor.lower, gram, *args.ridge.at(b), args.squared_gram);
-  args.info[b] = cholesky(memory.factor, arena) ? kGood : kNotPositiveDefinite;
+  *memory.largest = largest_diagonal(memory.factor.lower);
+  const bool good = cholesky(memory.factor, arena);
   transpose(memory.lower_transposed, memory.factor.lower);
+  if (!good) return kNotPositiveDefinite;
+  return well_conditioned(memory.factor, *memory.largest, limits) ? kGood : kInexactSystem;
+}
+
+// Whether λ dominates the system of memory `b`.
+template <class Real>
+bool is_dominated(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory) {
+  return 2 * *args.ridge.at(b) > *memory.largest;
+}
+
+// y ← w G, or w G² for the squared-Gram solve, for the rows of a tile. `codes` [t, C] and `work` are overwritten.
+template <class Real>
+void multiply_gram(const Matrix<Real>& y, const Matrix<Real>& w, const FactoredMemory<Real>& memory,
+                   const Matrix<Real>& codes, const Matrix<Real>& work) {
+  const int64_t K = w.columns, C = codes.columns;
+  const bool squared = memory.gram.rows > 0;
+  product<Into::kSet>(codes, K, operand(w), memory.mean);
+  product<Into::kSet>(squared ? work : y, C, operand(codes), memory.mean_transposed);
+  if (squared) product<Into::kSet>(y, K, operand(work), memory.gram);
 }
 
 // memory.mean_transposed ← (P R)ᵀ
@@ -97,13 +123,19 @@ void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& 
 
   // P by repeated squaring.
   const Factor<double> factor = allocate_factor<double>(arena, K);
-  product_lower<Into::kSet>(factor.lower, C, operand(mean), mean_transposed);
-  regularise(factor.lower, factor.lower, ridge, false);
+  product_lower<Into::kSet>(scratch, C, operand(mean), mean_transposed);
+  regularise(factor.lower, scratch, ridge, false);
   cholesky(factor, arena);
   invert_cholesky(factor, power, arena);
-  for (int64_t i = 0; i < K; ++i) {
-    for (int64_t j = 0; j < K; ++j) step.row(i)[j] = -ridge * power.row(i)[j];
-    step.row(i)[i] += 1;
+  if (is_dominated(args, b, memory)) {
+    mirror(scratch);
+    product_lower<Into::kSet>(step, K, operand(power), scratch);
+    mirror(step);
+  } else {
+    for (int64_t i = 0; i < K; ++i) {
+      for (int64_t j = 0; j < K; ++j) step.row(i)[j] = -ridge * power.row(i)[j];
+      step.row(i)[i] += 1;
+    }
   }
   for (int64_t exponent = args.num_iters - 1; exponent > 0; exponent /= 2) {
     if (exponent & 1) product_commuting(power, step, scratch);
@@ -118,9 +150,11 @@ void fold(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& 
 
 // Factor a memory for reads, and fold it if that pays.
 template <class Real>
-void prepare_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
-  factor_memory(args, b, memory, arena);
-  if (folds(args)) fold(args, b, memory, arena);
+Status prepare_memory(const ReadingArgs<Real>& args, int64_t b, const FactoredMemory<Real>& memory,
+                      const Limits<Real>& limits, Arena& arena) {
+  const Status status = factor_memory(args, b, memory, limits, arena);
+  if (folds(args) && !limits.again(status)) fold(args, b, memory, arena);
+  return status;
 }
 
 // w ← w − λ y, for the rows of a tile.
@@ -154,6 +188,19 @@ void iterate(const ReadingArgs<Real>& args, int64_t b, const Factor<Real>& facto
   }
 }
 
+// The same where λ dominates.
+template <class Real>
+void iterate_literally(const ReadingArgs<Real>& args, const FactoredMemory<Real>& memory, const Matrix<Real>& weights,
+                       const Matrix<Real>& next, const Matrix<Real>& work, Arena& arena) {
+  const Matrix<Real> codes = allocate_matrix<Real>(arena, weights.rows, args.C),
+                     spare = allocate_matrix<Real>(arena, weights.rows, args.K);
+  for (int64_t n = 1; n < args.num_iters; ++n) {
+    multiply_gram(next, weights, memory, codes, spare);
+    copy_rows(weights, next);
+    solve_cholesky(memory.factor, memory.lower_transposed, weights, work);
+  }
+}
+
 // Answer queries [first, first + kQueryTile) of memory b. Queries are rows.
 template <class Real>
 void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const FactoredMemory<Real>& memory,
@@ -171,7 +218,10 @@ void read_tile(const ReadingArgs<Real>& args, int64_t b, int64_t first, const Fa
   if (!folds(args)) {
     const Matrix<Real> work = allocate_matrix<Real>(arena, count, kBlock);
     solve_cholesky(memory.factor, memory.lower_transposed, weights, work);
-    iterate(args, b, memory.factor, memory.lower_transposed, weights, next, work);
+    if (args.num_iters > 1 && is_dominated(args, b, memory))
+      iterate_literally(args, memory, weights, next, work, arena);
+    else
+      iterate(args, b, memory.factor, memory.lower_transposed, weights, next, work);
   }
 
   // Decode, by (3).
@@ -224,23 +274,64 @@ void read_queries(const ReadingArgs<Real>& args, int64_t b, int64_t begin, int64
   }
 }
 
-// Each memory is factored and read while it is in the cache.
+// Each memory is factored and read while it is in the cache. One that is to be computed again is not read.
+template <class Real>
+Status read_one(const ReadingArgs<Real>& args, int64_t b, const Limits<Real>& limits) {
+  Arena& arena = Arena::fresh();
+  const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
+  const Status status = prepare_memory(args, b, memory, limits, arena);
+  if (!limits.again(status)) read_queries(args, b, 0, args.Q, memory, arena);
+  return status;
+}
+
+inline ReadingArgs<double> in_double(const ReadingArgs<float>& args, Doubles& doubles) {
+  return {.K = args.K,
+          .C = args.C,
+          .Q = args.Q,
+          .mean = doubles.argument(args.mean, args.K, args.C),
+          .queries = doubles.codes(args.queries, args.queries_type, args.Q, args.C),
+          .ridge = doubles.argument(args.ridge, 1, 1),
+          .num_iters = args.num_iters,
+          .squared_gram = args.squared_gram,
+          .values = doubles.codes_result(args.values, args.values_type, args.Q, args.C),
+          .weights = doubles.result(args.weights, args.Q, args.K)};
+}
+
+inline Status read_in_double(const ReadingArgs<float>& args, int64_t b) {
+  Doubles doubles(b);
+  const Status status = read_one(in_double(args, doubles), 0, limits_for_float32());
+  return doubles.put_out() && status != kInexactSystem ? status : kNotPositiveDefinite;
+}
+
+// A memory whose status says so is read again.
+template <class Real>
+void read_again(const ReadingArgs<Real>& args, int64_t b, const Limits<Real>& limits) {
+  if constexpr (kHasDouble<Real>)
+    if (limits.again(static_cast<Status>(args.info[b]))) args.info[b] = read_in_double(args, b);
+}
+
 template <class Real>
 void read_memories(const ReadingArgs<Real>& args, int64_t begin, int64_t end) {
-  if (fits_lanes(args)) return read_lanes(args, begin, end);
+  const Limits<Real> limits = limits_of_solve<Real>(args.C);
+  const bool lanes = fits_lanes(args);
+  if (lanes) read_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
-    Arena& arena = Arena::fresh();
-    const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
-    prepare_memory(args, b, memory, arena);
-    read_queries(args, b, 0, args.Q, memory, arena);
+    if (!lanes || args.info[b] == kInexactSystem) args.info[b] = read_one(args, b, limits);
+    read_again(args, b, limits);
   }
 }
 
 // The same in two steps, for fewer memories than threads: factors first, then tiles of queries.
 template <class Real>
 void factor_memories(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    prepare_memory(args, b, lay_out(args, factors + b * factor_size(args)), Arena::fresh());
+  const Limits<Real> limits = limits_of_solve<Real>(args.C);
+  for (int64_t b = begin; b < end; ++b) {
+    const FactoredMemory<Real> memory = lay_out(args, factors + b * factor_size(args));
+    const Status status = prepare_memory(args, b, memory, limits, Arena::fresh());
+    args.info[b] = status;
+    read_again(args, b, limits);
+    if (limits.again(status)) *memory.largest = -1;
+  }
 }
 
 template <class Real>
@@ -250,7 +341,7 @@ void read_tiles(const ReadingArgs<Real>& args, Real* factors, int64_t begin, int
     const int64_t b = i / tiles, stop = smaller(end, (b + 1) * tiles);
     const FactoredMemory<Real> memory = lay_out(args, factors + b * factor_size(args));
     const int64_t last = smaller((stop - b * tiles) * kQueryTile, args.Q);
-    read_queries(args, b, (i - b * tiles) * kQueryTile, last, memory, Arena::fresh());
+    if (*memory.largest >= 0) read_queries(args, b, (i - b * tiles) * kQueryTile, last, memory, Arena::fresh());
     i = stop;
   }
 }

@@ -8,8 +8,10 @@
 //   (4)  through x = R z:                R̄ += x̄ zᵀ,  z̄ = Rᵀ x̄;  through x = G R z also Ḡ += x̄ (R z)ᵀ, and x̄ ← G x̄
 //   (5)  through A once a memory:        Ḡ = Ā, or Ḡ += Ā G + G Ā for A = G² + λI;  R̄ += (Ḡ + Ḡᵀ) R.
 // With few queries Ā = Xᵀ Y is of low rank and never formed: R̄ += Xᵀ (Y R) + Yᵀ (X R), with u and −x̄ in the rows of X,
-// and y and w_1 in those of Y. λ̄ contains the trace of Ā. In (2) that is u·y_i, which w̄·y_i counts because it comes
-// after w̄ ← w̄ − u.
+// and y and w_1 in those of Y.
+// Where (2) of read.h is replaced, w̄ − u is computed as G A⁻¹ w̄, or with G².
+//
+// λ̄ contains the trace of Ā. In (2) that is u·y_i, which w̄·y_i counts because it comes after w̄ ← w̄ − u.
 //
 // A memory without a factor has no gradient: its cotangents are NaN.
 #pragma once
@@ -57,6 +59,9 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   const auto solution = [&](int64_t i) { return solutions.rows_from(i * count, count); };
   const auto solve = [&](const Matrix<Real>& x) { solve_cholesky(memory.factor, memory.lower_transposed, x, work); };
 
+  const bool literally = args.num_iters > 1 && is_dominated(args, b, memory);
+  const Matrix<Real> next = allocate(K), codes = allocate(C), spare = allocate(K);
+
   // Read again.
   const Matrix<Real> target = args.squared_gram ? allocate(K) : solution(0);
   load_codes(queries, args.queries, args.queries_type, b, first);
@@ -68,7 +73,13 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
     const Matrix<Real> y = solution(n);
     copy_rows(y, weights);
     solve(y);
-    subtract_scaled(weights, ridge, y);
+    if (literally) {
+      multiply_gram(next, weights, memory, codes, spare);
+      copy_rows(weights, next);
+      solve(weights);
+    } else {
+      subtract_scaled(weights, ridge, y);
+    }
   }
 
   // Through the decoding, by (1).
@@ -88,10 +99,14 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
     const Matrix<Real> u = left.rows_from(n * count, count);
     copy_rows(u, cotangent);
     solve(u);
+    if (n > 0 && literally) multiply_gram(cotangent, u, memory, codes, spare);
     for (int64_t q = 0; q < count; ++q)
       for (int64_t k = 0; k < K; ++k) {
         u.row(q)[k] *= n > 0 ? ridge : -1;
-        cotangent.row(q)[k] = n > 0 ? cotangent.row(q)[k] - u.row(q)[k] : -u.row(q)[k];
+        if (n == 0)
+          cotangent.row(q)[k] = -u.row(q)[k];
+        else if (!literally)
+          cotangent.row(q)[k] -= u.row(q)[k];
       }
     gradient.ridge -= inner_product(cotangent, solution(n));
   }
@@ -111,46 +126,69 @@ void read_tile_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>&
   store_codes(grads.to_queries, args.queries_type, b, first, queries);
 }
 
-// The backward of a read, where prepare(b, memory, arena) makes or loads the factor of a memory.
+// The backward of a read of memory `b`, where prepare(memory, arena) makes or loads its factor and returns a status. A
+// memory that is to be computed again is left half way.
 template <class Real, class Prepare>
-void read_backward_of(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end,
-                      const Prepare& prepare) {
+Status read_backward_one(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t b,
+                         const Limits<Real>& limits, const Prepare& prepare) {
   const int64_t K = args.K;
-  for (int64_t b = begin; b < end; ++b) {
-    Arena& arena = Arena::fresh();
-    const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
-    prepare(b, memory, arena);
-    ReadingGradient<Real> gradient{.mean = allocate_matrix<Real>(arena, K, args.C),
-                                   .solved = allocate_matrix<Real>(arena, has_low_rank(args) ? 0 : K, K),
-                                   .target = allocate_matrix<Real>(arena, args.squared_gram ? K : 0, K)};
-    for (const Matrix<Real>& m : {gradient.mean, gradient.solved, gradient.target}) fill_zero(m);
-    const Arena::Mark tile_start = arena.mark();
-    for (int64_t first = 0; first < args.Q; first += kQueryTile) {
-      arena.release(tile_start);
-      read_tile_backward(args, grads, b, first, memory, gradient, arena);
-    }
-
-    // Through the Gram matrix, by (5).
-    if (!has_low_rank(args)) {
-      add_transpose(gradient.solved);
-      if (args.squared_gram) {
-        product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);
-        add_transpose(gradient.target);
-      }
-      const Matrix<Real>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
-      product<Into::kAdd>(gradient.mean, K, operand(gram_gradient), memory.mean);
-    }
-    store_matrix(grads.to_mean, b, gradient.mean);
-    grads.to_ridge[b] = static_cast<Real>(gradient.ridge);
+  Arena& arena = Arena::fresh();
+  const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
+  const Status status = prepare(memory, arena);
+  if (limits.again(status)) return status;
+  if (status != kGood) poison_factor(memory.factor);
+  ReadingGradient<Real> gradient{.mean = allocate_matrix<Real>(arena, K, args.C),
+                                 .solved = allocate_matrix<Real>(arena, has_low_rank(args) ? 0 : K, K),
+                                 .target = allocate_matrix<Real>(arena, args.squared_gram ? K : 0, K)};
+  for (const Matrix<Real>& m : {gradient.mean, gradient.solved, gradient.target}) fill_zero(m);
+  const Arena::Mark tile_start = arena.mark();
+  for (int64_t first = 0; first < args.Q; first += kQueryTile) {
+    arena.release(tile_start);
+    read_tile_backward(args, grads, b, first, memory, gradient, arena);
   }
+
+  // Through the Gram matrix, by (5).
+  if (!has_low_rank(args)) {
+    add_transpose(gradient.solved);
+    if (args.squared_gram) {
+      product<Into::kAdd>(gradient.target, K, operand(gradient.solved), memory.gram);
+      add_transpose(gradient.target);
+    }
+    const Matrix<Real>& gram_gradient = args.squared_gram ? gradient.target : gradient.solved;
+    product<Into::kAdd>(gradient.mean, K, operand(gram_gradient), memory.mean);
+  }
+  store_matrix(grads.to_mean, b, gradient.mean);
+  grads.to_ridge[b] = static_cast<Real>(gradient.ridge);
+  return status;
+}
+
+// The same with a factor of its own.
+template <class Real>
+Status read_backward_one(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t b,
+                         const Limits<Real>& limits) {
+  return read_backward_one(args, grads, b, limits, [&](const FactoredMemory<Real>& memory, Arena& arena) {
+    return factor_memory(args, b, memory, limits, arena);
+  });
 }
 
 template <class Real>
 void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
-  read_backward_of(args, grads, begin, end, [&](int64_t b, const FactoredMemory<Real>& memory, Arena& arena) {
-    factor_memory(args, b, memory, arena);
-    if (args.info[b] != kGood) poison_factor(memory.factor);
-  });
+  const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
+  for (int64_t b = begin; b < end; ++b) {
+    const Status status = read_backward_one(args, grads, b, limits);
+    if constexpr (kHasDouble<Real>) {
+      if (!limits.again(status)) continue;
+      Doubles doubles(b);
+      const ReadingGrads<double> wide{
+          .values = doubles.argument(grads.values, args.Q, args.C),
+          .weights = doubles.argument(grads.weights, args.Q, args.K),
+          .to_mean = doubles.result(grads.to_mean, args.K, args.C),
+          .to_queries = doubles.codes_result(grads.to_queries, args.queries_type, args.Q, args.C),
+          .to_ridge = doubles.result(grads.to_ridge)};
+      read_backward_one(in_double(args, doubles), wide, 0, limits_of<double>(args.K, args.C));
+      doubles.put_out();
+    }
+  }
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -31,7 +31,7 @@ void factor_addressing(const ReadingArgs<Real>& args, const AddressingFactors<Re
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
     const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
-    factor_memory(args, b, memory, arena);
+    args.info[b] = factor_memory(args, b, memory, no_limits<Real>(), arena);
     share_rows(memory.factor.lower, [&](int64_t i) {
       Real* const row = factors.lower.at(b, i);
       for (int64_t j = 0; j < args.K; ++j) row[j] = j <= i ? memory.factor.lower.row(i)[j] : 0;
@@ -165,12 +165,15 @@ void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const 
 template <class Real>
 void read_factored_backward(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors,
                             const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
-  read_backward_of(args, grads, begin, end, [&](int64_t b, const FactoredMemory<Real>& memory, Arena&) {
-    load_matrix(memory.mean, args.mean, b);
-    transpose(memory.mean_transposed, memory.mean);
-    load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
-    if (args.squared_gram) load_matrix(memory.gram, factors.gram, b);
-  });
+  for (int64_t b = begin; b < end; ++b)
+    read_backward_one(args, grads, b, no_limits<Real>(), [&](const FactoredMemory<Real>& memory, Arena&) {
+      load_matrix(memory.mean, args.mean, b);
+      transpose(memory.mean_transposed, memory.mean);
+      load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
+      if (args.squared_gram) load_matrix(memory.gram, factors.gram, b);
+      *memory.largest = std::numeric_limits<Real>::infinity();  // these reads iterate by (2) of read.h
+      return kGood;
+    });
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

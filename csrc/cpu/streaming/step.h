@@ -92,7 +92,8 @@ Status compute_change(const StreamMemory<Real>& memory, Change<Real>& change, Re
   const Real reciprocal = 1 / s;
   for (int64_t i = 0; i < padded; ++i) change.c[i] = change.a[i] * reciprocal;
   for (int64_t i = 0; i < memory.size(); ++i) work.squares[i] = memory.cov.row(i)[i];
-  return holds_variance(memory.size(), change.w, work.squares, change.explained, noise_var, s) ? kGood : kLost;
+  const Real scale = weighted_norm(memory.size(), change.w, work.squares);
+  return change.explained * (noise_var * reciprocal) * no_limits<Real>().variance >= scale ? kGood : kLost;
 }
 
 // (3): p and h. Returns false if rounding leaves no positive definite H'.

@@ -26,6 +26,7 @@ void clear_masked_row(const LaneMatrix<Real>& w, const PosteriorArgs<Real>& args
 template <class Real>
 void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
+  const Limits<Real> limits = limits_of_solve<Real>(shared.C);
   each_group<Real>(begin, end, [&](const Group& group) {
     Arena& arena = Arena::fresh();
     const MemoryLanes<Real> memory = allocate_memory_lanes<Real>(shared.K, shared.C, arena);
@@ -40,11 +41,12 @@ void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
       for (int64_t n = 0; n < args.num_opt_iters; ++n) {
         if (n > 0) add_innovation_to(mean_after, memory);
         const LaneMatrix<Real>& mean = n > 0 ? mean_after : memory.mean;
-        LaneMask<Real> good = factor_ridge(solve, mean);
+        const LaneMask<Real> good = factor_ridge(solve, mean);
         solve_ridge(w, solve, mean, z);
         clear_masked_row(w, shared, t, group);
         LaneStatus<Real> before = status;
         status.expect(good, kNotPositiveDefinite);
+        status.expect(extreme_pivots(solve).good(limits), kInexactSystem);
         innovate(memory, 0, w, patterns, t, n + 1 < args.num_opt_iters ? before : status);
       }
       add_innovations<1>(memory);

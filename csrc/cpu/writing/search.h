@@ -44,14 +44,24 @@ struct SearchSettings {
   Real ridge;  // λ
   int64_t num_opt_iters;
   bool squared_gram;
+  Limits<Real> limits;
 
   // One solve of (1) a pattern, so that (6) can replace all but the first factorisation.
   bool factors_once() const { return num_opt_iters == 1 && !squared_gram; }
 };
 
 template <class Real>
-SearchSettings<Real> load_settings(const WritingArgs<Real>& args, int64_t b) {
-  return {*args.ridge.at(b), args.num_opt_iters, args.squared_gram};
+SearchSettings<Real> load_settings(const WritingArgs<Real>& args, int64_t b, const Limits<Real>& limits) {
+  return {*args.ridge.at(b), args.num_opt_iters, args.squared_gram, limits};
+}
+
+// Whether a pattern changes A, of this trace, by more than the digits of d = ‖δ‖² allow, whose rounding is that of the
+// `energy` ‖z‖².
+template <class Real>
+bool changes_too_much(Real energy, Real c_squared, Real d, Real trace, const Limits<Real>& limits) {
+  constexpr Real kNone = std::numeric_limits<Real>::infinity();
+  const bool grows = limits.growth < kNone && energy * c_squared > trace * limits.growth;
+  return grows || (limits.explained < kNone && energy > d * limits.explained);
 }
 
 // What a search leaves for conditioning and for its backward. Rows are patterns; those of masked patterns are zero.
@@ -118,23 +128,28 @@ void update_inverse(LowRankDifference<Real>& inverse, const SystemChange<Real>& 
 
 // Factor A = G + λI, which replaces G, and invert it.
 template <class Real>
-bool invert_system(const Matrix<Real>& inverse, const Matrix<Real>& gram, Real ridge, Arena& arena) {
+Status invert_system(const Matrix<Real>& inverse, const Matrix<Real>& gram, const SearchSettings<Real>& settings,
+                     Arena& arena) {
   const Factor<Real> factor = allocate_factor<Real>(arena, gram.rows);
-  for (int64_t i = 0; i < gram.rows; ++i) gram.row(i)[i] += ridge;
+  for (int64_t i = 0; i < gram.rows; ++i) gram.row(i)[i] += settings.ridge;
   copy_rows(factor.lower, gram);
-  if (!cholesky(factor, arena)) return false;
+  if (!cholesky(factor, arena)) return kNotPositiveDefinite;
+  if (!well_conditioned(factor, largest_diagonal(gram), settings.limits)) return kInexactSystem;
   invert_cholesky(factor, inverse, arena);
   clear_padding(inverse);
-  return true;
+  return kGood;
 }
 
 // Find the weights [t, K] of a chunk with one factorisation. Rows of masked patterns stay as they are.
 template <class Real>
 Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, const Observations<Real>& observed,
-                    Real ridge, Search<Real>& search, Arena& arena) {
+                    const SearchSettings<Real>& settings, Search<Real>& search, Arena& arena) {
   const int64_t K = space.size(), padded = round_up(K, kLanes<Real>), count = space.count();
   const Matrix<Real>& inverse = search.inverse.base;
-  if (!invert_system(inverse, space.gram, ridge, arena)) return kNotPositiveDefinite;
+  const Status inverted = invert_system(inverse, space.gram, settings, arena);
+  if (inverted != kGood) return inverted;
+  const Real ridge = settings.ridge, size = trace(space.gram);
+  bool inexact = false;
   LowRankDifference<Real> system = allocate_difference<Real>(space.gram, K, 2 * count, arena);  // A
   const Matrix<Real> solved = allocate_matrix<Real>(arena, count, K);  // A⁻¹ x of every pattern, with the first A
   product<Into::kSet>(solved, K, operand(space.cross), inverse);
@@ -166,6 +181,7 @@ Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, c
     for (int64_t i = 0; i < padded; ++i) c[i] = a[i] * reciprocal;
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
     search.d[t] = d;
+    inexact |= changes_too_much(space.inner.row(t)[t], dot(padded, c, c), d, size, settings.limits);
 
     // (4), (5) and (6): X, H and A follow.
     product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
@@ -179,7 +195,7 @@ Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, c
     system.subtract(c, e);
     system.subtract(w, f);
   }
-  return kGood;
+  return inexact && count > 1 ? kInexactSystem : kGood;  // the change of the last pattern is not used
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

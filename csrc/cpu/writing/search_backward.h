@@ -27,17 +27,22 @@ struct SearchCotangents {
   Matrix<Real> cov;      // Ū [K, K], symmetric
   Real* noise;           // [t], added to
   Real ridge = 0;        // λ̄
+  Status status = kGood;
 };
 
 // Go through the search again, with the weights of the chunk and its whitened patterns. `space` is left as after the
-// chunk.
+// chunk, and `status` says whether its digits suffice.
 template <class Real>
 Search<Real> replay_search(const GramSpace<Real>& space, const ChunkColumns<Real>& chunk,
-                           const WhitenedColumns<Real>& whitened, Real ridge, Arena& arena) {
+                           const WhitenedColumns<Real>& whitened, const SearchSettings<Real>& settings, Status& status,
+                           Arena& arena) {
   const int64_t K = space.size(), padded = round_up(K, kLanes<Real>), count = space.count();
   Search<Real> search = allocate_search(space, arena);
   const Matrix<Real>& inverse = search.inverse.base;
-  if (!invert_system(inverse, space.gram, ridge, arena)) fill_nan(inverse);  // no gradient without a factor
+  const Real ridge = settings.ridge;
+  status = invert_system(inverse, space.gram, settings, arena);
+  if (status != kGood) fill_nan(inverse);  // no gradient without a factor
+  const Real size = trace(space.gram);
   transpose(search.cov.right.rows_from(0, count), whitened.inputs.rows_from(0, K));
   const Matrix<Real> vectors = allocate_zero<Real>(arena, 4, K);
   Real *p = vectors.row(0), *q = vectors.row(1), *e = vectors.row(2), *f = vectors.row(3);
@@ -53,6 +58,9 @@ Search<Real> replay_search(const GramSpace<Real>& space, const ChunkColumns<Real
     const Real d = space.inner.row(t)[t] - dot(padded, w, x) - ridge * dot(padded, w, w);
     search.explained[t] = whitened.explained[t];
     search.d[t] = d;
+    if (status == kGood && count > 1 &&
+        changes_too_much(space.inner.row(t)[t], dot(padded, c, c), d, size, settings.limits))
+      status = kInexactSystem;
     product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t));
     search.inverse.subtract_terms({p, q}, padded, {c, w});

@@ -80,7 +80,7 @@ struct RefactoringSolver {
         target(allocate_zero<Real>(arena, 2, K)) {}
 
   // Factor the matrix of the next solve of pattern t. Its G, by (1), is left in `gram`, its x in row 0 of `target`.
-  bool factor_system(int64_t t, const Solution<Real>* before, Arena& arena) const {
+  Status factor_system(int64_t t, const Solution<Real>* before, Arena& arena) const {
     copy_rows(gram, space.gram);
     __builtin_memcpy(target.data, space.cross.row(t), static_cast<size_t>(padded) * sizeof(Real));
     if (before) {
@@ -88,9 +88,11 @@ struct RefactoringSolver {
       for (int64_t i = 0; i < padded; ++i) target.data[i] += before->delta_dot_z * before->c[i];
     }
     regularise(factor.lower, gram, settings.ridge, settings.squared_gram);
+    const Real largest = largest_diagonal(factor.lower);
     const bool good = cholesky(factor, arena);
     transpose(lower_transposed, factor.lower);
-    return good;
+    if (!good) return kNotPositiveDefinite;
+    return well_conditioned(factor, largest, settings.limits) ? kGood : kInexactSystem;
   }
 
   // y ← (G + λI)⁻¹ y, or (G² + λI)⁻¹ y.
@@ -99,16 +101,25 @@ struct RefactoringSolver {
     for (int64_t i = K; i < target.ld; ++i) y[i] = 0;
   }
 
-  // Find the weights of pattern t and the change they make. False if the matrix is not positive definite.
-  bool find(Solution<Real>& solution, int64_t t, Real noise_var, const Solution<Real>* before, Arena& arena) const {
-    const bool good = factor_system(t, before, arena);
+  // Find the weights of pattern t and the change they make.
+  Status find(Solution<Real>& solution, int64_t t, Real noise_var, const Solution<Real>* before, Arena& arena) const {
+    const Status status = factor_system(t, before, arena);
     if (settings.squared_gram)
       product_symmetric(solution.w, gram, padded, target.data);
     else
       __builtin_memcpy(solution.w, target.data, static_cast<size_t>(padded) * sizeof(Real));
     solve(solution.w);
     compute_change(solution, space, t, noise_var);
-    return good;
+    return status == kGood && changes_too_much_of(solution, t) ? kInexactSystem : status;
+  }
+
+  // Whether the change loses digits of the system before it or after it, if another solve follows.
+  bool changes_too_much_of(const Solution<Real>& solution, int64_t t) const {
+    if (settings.num_opt_iters == 1 && space.count() == 1) return false;
+    const Real energy = space.inner.row(t)[t], c_squared = dot(padded, solution.c, solution.c);
+    Real size = trace(space.gram) + static_cast<Real>(K) * settings.ridge;
+    if (space.count() == 1) size += solution.d * c_squared;  // a chunk of one pattern does not come back to G
+    return changes_too_much(energy, c_squared, solution.d, size, settings.limits);
   }
 };
 
@@ -126,7 +137,9 @@ Status find_weights_refactored(const Matrix<Real>& weights, const GramSpace<Real
     for (int64_t n = 0; n < settings.num_opt_iters; ++n) {
       arena.release(solve_start);
       std::swap(now, before);
-      if (!solver.find(now, t, observed.noise_var[t], n > 0 ? &before : nullptr, arena)) status = kNotPositiveDefinite;
+      const Status found = solver.find(now, t, observed.noise_var[t], n > 0 ? &before : nullptr, arena);
+      if (status == kGood) status = found;
+      if (settings.limits.again(status)) return status;
     }
     __builtin_memcpy(weights.row(t), now.w, static_cast<size_t>(solver.K) * sizeof(Real));
     write_solution(space, now, Real(1));

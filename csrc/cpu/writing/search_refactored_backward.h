@@ -34,7 +34,7 @@ struct WrittenChanges {
   }
 };
 
-// Write the patterns of a chunk again, with its weights. `space` is left as after the chunk.
+// Write the patterns of a chunk again, with its weights. `space` is left as before the last pattern.
 template <class Real>
 WrittenChanges<Real> replay_changes(const GramSpace<Real>& space, const ChunkColumns<Real>& chunk, Arena& arena) {
   const int64_t K = space.size(), count = space.count();
@@ -49,6 +49,7 @@ WrittenChanges<Real> replay_changes(const GramSpace<Real>& space, const ChunkCol
     solution.r = changes.r.row(t);
     compute_change(solution, space, t, chunk.observed.noise_var[t]);
     changes.d[t] = solution.d;
+    if (t + 1 == count) break;
     write_solution(space, solution, Real(1));
     update_cross(space, t, solution.w, solution.c, changes.delta_dot_z.row(t));
   }
@@ -150,14 +151,17 @@ void find_weights_refactored_backward(SearchCotangents<Real>& grads, const GramS
   for (int64_t t = space.count() - 1; t >= 0; --t) {
     if (!chunk.observed.unmasked[t]) continue;
     const Real noise_var = chunk.observed.noise_var[t];
-    write_solution(space, changes.of(t, chunk.weights), Real(-1));
+    if (t + 1 < space.count()) write_solution(space, changes.of(t, chunk.weights), Real(-1));
     for (int64_t n = 0; n < solves - 1; ++n) {
       arena.release(solve_start);
-      solver.find(solutions[n], t, noise_var, before(n), arena);
+      const Status found = solver.find(solutions[n], t, noise_var, before(n), arena);
+      if (grads.status == kGood) grads.status = found;
     }
     Solution<Real>& last = solutions[solves - 1];
     last.w = chunk.weights.row(t);
     compute_change(last, space, t, noise_var);
+    if (grads.status == kGood && solver.changes_too_much_of(last, t)) grads.status = kInexactSystem;
+    if (settings.limits.again(grads.status)) return;
 
     // Through what the last solution wrote.
     fill_zero(vectors);
@@ -173,7 +177,9 @@ void find_weights_refactored_backward(SearchCotangents<Real>& grads, const GramS
     for (int64_t n = solves - 1; n >= 0; --n) {
       arena.release(solve_start);
       compute_change_backward(grads, grad, space, t, solutions[n], arena);
-      if (!solver.factor_system(t, before(n), arena)) poison_factor(solver.factor);
+      const Status factored = solver.factor_system(t, before(n), arena);
+      if (factored == kNotPositiveDefinite) poison_factor(solver.factor);
+      if (grads.status == kGood) grads.status = factored;
       solve_backward(grad_gram, solved_grad_x, grads.ridge, solver, solutions[n], grad.w, arena);
       for (int64_t k = 0; k < K; ++k) add_scaled(padded, grads.gram.row(k), Real(1), grad_gram.row(k));
       add_scaled(padded, grads.cross.row(t), Real(1), solved_grad_x);

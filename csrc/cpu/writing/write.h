@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
+#include "cpu/posterior/in_double.h"
 #include "cpu/writing/lanes.h"
 #include "cpu/writing/search.h"
 #include "cpu/writing/search_refactored.h"
@@ -48,7 +49,7 @@ GramSpace<Real> compute_gram_space(const MemoryRows<Real>& memory, const Matrix<
 template <class Real>
 WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Search<Real>& search, int64_t from,
                                       const Matrix<Real>& weights, const Matrix<Real>& values,
-                                      const Observations<Real>& observed, Arena& arena) {
+                                      const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena) {
   const int64_t K = memory.cov.rows, count = weights.rows;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
@@ -56,7 +57,7 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
   bool positive = true;
   for (int64_t t = 0; t < count; ++t) {
     Real s = search.explained[from + t];  // before σ² is added
-    const Real noise = observed.noise_var[t], slack = rounding_slack(K, count, s + noise);
+    const Real noise = observed.noise_var[t], slack = rounding_slack(K, count, s + noise, limits.eps);
     positive &= check_pivot(s, AddedDiagonal<Real>{&noise, &slack, &chunk.explained[t]}, 0);
     chunk.pivot[t] = s;
     std_dev[t] = std::sqrt(s);
@@ -67,67 +68,102 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
     lower[t] = std_dev[t];
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
-  chunk.status = chunk_status(positive, chunk, memory.cov, weights, arena);
+  const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
+  chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);
   invert_blocks(factor);
   whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
 }
 
-// Find the weights of the chunk below the mean in `stacked`, from pattern `first` on, and condition on it.
+// Patterns of memory `b` from `first` on.
+struct WrittenChunk {
+  int64_t b, first;
+};
+
+// Find the weights of the chunk below the mean in `stacked`, and condition on it.
 template <class Real>
-Status write_chunk(const WritingArgs<Real>& args, int64_t b, int64_t first, const MemoryRows<Real>& memory,
-                   const Matrix<Real>& stacked, const Matrix<Real>& weights, const Observations<Real>& observed,
-                   Arena& arena) {
+Status write_chunk(const WritingArgs<Real>& args, const SearchSettings<Real>& settings, const WrittenChunk& at,
+                   const MemoryRows<Real>& memory, const Matrix<Real>& stacked, const Matrix<Real>& weights,
+                   const Observations<Real>& observed, Arena& arena) {
   const int64_t K = memory.cov.rows, count = weights.rows;
-  const SearchSettings<Real> settings = load_settings(args, b);
   const bool once = settings.factors_once();
   const GramSpace<Real> space = compute_gram_space(memory, stacked, !once, arena);
   fill_zero(weights);
   Search<Real> search = once ? allocate_search(space, arena) : Search<Real>{};
-  Status status = once ? find_weights(weights, space, observed, settings.ridge, search, arena)
+  Status status = once ? find_weights(weights, space, observed, settings, search, arena)
                        : find_weights_refactored(weights, space, observed, settings, arena);
+  if (settings.limits.again(status)) return status;
   const Arena::Mark searched = arena.mark();
   const int64_t size = chunk_size<Real>(K, stacked.columns);
   for (int64_t t = 0; t < count; t += size) {
     arena.release(searched);
     const int64_t part = smaller(size, count - t);
     const Matrix<Real> found = weights.rows_from(t, part), values = stacked.rows_from(K + t, part);
-    const WhitenedRows<Real> chunk = once
-                                         ? whiten_from_search(memory, search, t, found, values, observed.from(t), arena)
-                                         : whiten_rows(memory, found, values, observed.from(t), arena);
-    update_memory(memory, memory, chunk);
-    store_reports<Real>(args.posterior, b, first + t, chunk, nullptr);
+    const Observations<Real> of = observed.from(t);
+    const WhitenedRows<Real> chunk =
+        once ? whiten_from_search(memory, search, t, found, values, of, settings.limits, arena)
+             : whiten_rows(memory, found, values, of, settings.limits, arena);
     if (status == kGood) status = chunk.status;
+    if (settings.limits.again(status)) return status;
+    update_memory(memory, memory, chunk);
+    store_reports<Real>(args.posterior, at.b, at.first + t, chunk, nullptr);
   }
   return status;
 }
 
+// Memory `b`. One that is to be computed again is left half way.
+template <class Real>
+Status write_one(const WritingArgs<Real>& args, int64_t b, const Limits<Real>& limits) {
+  const PosteriorArgs<Real>& shared = args.posterior;
+  const SearchSettings<Real> settings = load_settings(args, b, limits);
+  const int64_t K = shared.K, T = shared.T;
+  const int64_t size = smaller(search_chunk(K), limits.chunk), largest = smaller(size, T);
+  Arena& arena = Arena::fresh();
+  const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + largest, shared.C);
+  const Matrix<Real> all_weights = allocate_matrix<Real>(arena, largest, K);
+  const MemoryRows<Real> memory{stacked.rows_from(0, K), allocate_matrix<Real>(arena, K, K)};
+  Status status = load_memory(memory, shared, b);
+  const Arena::Mark chunk_start = arena.mark();
+  for (int64_t first = 0; first < T; first += size) {
+    arena.release(chunk_start);
+    const int64_t count = smaller(size, T - first);
+    const Matrix<Real> weights = all_weights.rows_from(0, count);
+    const Observations<Real> observed = load_observations(shared, b, first, count, arena);
+    load_patterns(stacked.rows_from(K, count), shared.values.from_row(first), b, observed.unmasked);
+    const Status written =
+        write_chunk(args, settings, {b, first}, memory, stacked.rows_from(0, K + count), weights, observed, arena);
+    if (status == kGood) status = written;
+    if (settings.limits.again(status)) return status;
+    store_matrix(args.new_weights.from_row(first), b, weights);
+  }
+  if (status != kGood && shared.keeps_refused) load_memory(memory, shared, b);
+  store_memory(memory, shared, b);
+  return status;
+}
+
+inline WritingArgs<double> in_double(const WritingArgs<float>& args, Doubles& doubles) {
+  return {.posterior = in_double(args.posterior, doubles),
+          .ridge = doubles.argument(args.ridge, 1, 1),
+          .num_opt_iters = args.num_opt_iters,
+          .squared_gram = args.squared_gram,
+          .new_weights = doubles.result(args.new_weights, args.posterior.T, args.posterior.K)};
+}
+
 template <class Real>
 void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
-  if (fits_lanes(args)) return write_lanes(args, begin, end);
   const PosteriorArgs<Real>& shared = args.posterior;
-  const int64_t K = shared.K, T = shared.T, size = search_chunk(K), largest = smaller(size, T);
+  const Limits<Real> limits = limits_of<Real>(shared.K, shared.C);
+  const bool lanes = fits_lanes(args);
+  if (lanes) write_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
-    Arena& arena = Arena::fresh();
-    const Matrix<Real> stacked = allocate_matrix<Real>(arena, K + largest, shared.C);
-    const Matrix<Real> all_weights = allocate_matrix<Real>(arena, largest, K);
-    const MemoryRows<Real> memory{stacked.rows_from(0, K), allocate_matrix<Real>(arena, K, K)};
-    Status status = load_memory(memory, shared, b);
-    const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0; first < T; first += size) {
-      arena.release(chunk_start);
-      const int64_t count = smaller(size, T - first);
-      const Matrix<Real> weights = all_weights.rows_from(0, count);
-      const Observations<Real> observed = load_observations(shared, b, first, count, arena);
-      load_patterns(stacked.rows_from(K, count), shared.values.from_row(first), b, observed.unmasked);
-      const Status written =
-          write_chunk(args, b, first, memory, stacked.rows_from(0, K + count), weights, observed, arena);
-      store_matrix(args.new_weights.from_row(first), b, weights);
-      if (status == kGood) status = written;
+    if (!lanes) shared.info[b] = write_one(args, b, limits);
+    if constexpr (kHasDouble<Real>) {
+      if (!limits.again(static_cast<Status>(shared.info[b]))) continue;
+      Doubles doubles(b);
+      const WritingArgs<double> wide = in_double(args, doubles);
+      const auto write = [&](const Limits<double>& least) { return write_one(wide, 0, least); };
+      put_out(shared, b, wide.posterior, compute_in_double(write), doubles);
     }
-    if (status != kGood && shared.keeps_refused) load_memory(memory, shared, b);
-    store_memory(memory, shared, b);
-    shared.info[b] = status;
   }
 }
 
