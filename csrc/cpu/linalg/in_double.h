@@ -51,7 +51,9 @@ Limits<Real> limits_of(int64_t K, int64_t C) {
   constexpr Real kVariance = 1 / (kLeastDigits * std::numeric_limits<Real>::epsilon());
   if constexpr (!kHasDouble<Real>) return {kNone, kVariance, kNone, kNone, kNone};
   const Real codes = static_cast<Real>(C + 1);
-  return {.chunk_variance = K < 4 ? Real(2) : Real(4),
+  return {.chunk_variance = K < 4    ? Real(2)
+                            : K < 16 ? Real(4)
+                                     : Real(8),
           .variance = kVariance,
           .condition = 32 * codes,
           .growth = 2,
