@@ -58,7 +58,9 @@ template <class Real>
 Limits<Real> limits_of(int64_t K, int64_t C) {
   if constexpr (!kHasDouble<Real>) return no_limits<Real>();
   const Real codes = static_cast<Real>(C + 1);
-  return {.chunk_variance = K < 4 ? Real(2) : Real(4),
+  return {.chunk_variance = K < 4    ? Real(2)
+                            : K < 16 ? Real(4)
+                                     : Real(8),
           .variance = no_limits<Real>().variance,
           .condition = 32 * codes,
           .growth = 2,
