@@ -3,6 +3,7 @@
 from fastkm._runtime.dispatch import explain_backend
 from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.addressing import solve_addressing
+from fastkm.filtering import FilterResult, filter_posterior
 from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights, logdet
 from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
@@ -15,6 +16,7 @@ __version__ = "0.1.0"  # read by pyproject.toml; the installed version also name
 __all__ = [
     "AttractorResult",
     "BackendUnavailableError",
+    "FilterResult",
     "KanervaMemory",
     "KroneckerCovariance",
     "MatrixNormal",
@@ -24,6 +26,7 @@ __all__ = [
     "WriteResult",
     "attractor_read",
     "explain_backend",
+    "filter_posterior",
     "kl_memory",
     "kl_weights",
     "load_memory_state",

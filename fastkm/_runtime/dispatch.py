@@ -41,6 +41,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "filter_posterior": {"reference": REFERENCE},
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

@@ -6,3 +6,6 @@ SQUARED_GRAM = {"ridge": False, "deepmind": True}
 # How a GPU rounds products with codes. The integer is the precision code of the operators.
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 PRECISION_CODES = {name: code for code, name in enumerate(PRECISIONS)}
+
+# Whether a step of a filter reads before it writes.
+READ_BEFORE = {"after": False, "before": True}

@@ -30,7 +30,7 @@ INCLUDES = {
 SYSTEM = {"cuda/linalg": {"simt.h"}}  # the simulator that stands in for the CUDA runtime in tests
 
 # Room of fastkm/ -> the rooms it may import beside itself.
-FAMILIES = {"posterior", "addressing", "reading", "writing", "matrix_normal"}
+FAMILIES = {"posterior", "filtering", "addressing", "reading", "writing", "matrix_normal"}
 FLOOR = {"state", "_runtime", "_linalg", "_files"}
 IMPORTS = {
     "_files": set(),
@@ -39,6 +39,7 @@ IMPORTS = {
     "_linalg": FLOOR,
     "addressing": FLOOR,
     "posterior": FLOOR,
+    "filtering": FLOOR,
     "matrix_normal": FLOOR,
     "reading": FLOOR,
     "writing": FLOOR,
