@@ -90,6 +90,23 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   grads.to_noise_var = make.numbers(patterns);
   kernels.update_posterior_backward(update, grads, 0, B);
 
+  FilteringArgs<Real> filter{};
+  filter.posterior = update, filter.queries = read_only(make.matrices(patterns, K));
+  filter.prior_var = read_only(make.numbers(1, 0, 1));
+  filter.read_values = make.matrices(patterns, C), filter.variance = make.numbers(patterns);
+  FilteringGrads<Real> filter_grads{};
+  filter_grads.posterior = grads, filter_grads.read_values = read_only(make.matrices(patterns, C));
+  filter_grads.variance = read_only(make.numbers(patterns)), filter_grads.to_queries = make.matrices(patterns, K);
+  filter_grads.to_prior_var = make.numbers(1);
+  const Batch<const Real> factors = read_only(make.numbers(patterns, 0, Real(0.9)));
+  for (const int law : {0, 1, 2}) {
+    filter.retention = law == 1 ? factors : Batch<const Real>{};
+    filter.forgetting = law == 2 ? factors : Batch<const Real>{};
+    filter_grads.to_retention = filter_grads.to_forgetting = law ? make.numbers(patterns) : Batch<Real>{};
+    kernels.filter_posterior(filter, 0, B);
+    kernels.filter_posterior_backward(filter, filter_grads, 0, B);
+  }
+
   WritingArgs<Real> write{};
   write.posterior = update, write.ridge = read_only(make.numbers(1, 0, 1));
   write.new_weights = make.matrices(patterns, K);

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 
 from fastkm.addressing.api import SOLVE_ADDRESSING
+from fastkm.filtering.api import FILTER_POSTERIOR
 from fastkm.matrix_normal.api import KL_MEMORY, LOGDET
 from fastkm.posterior.api import UPDATE_POSTERIOR
 from fastkm.reading.api import READ
 from fastkm.writing.api import WRITE
 
-KERNELS = {
-    operation.name: operation for operation in (SOLVE_ADDRESSING, UPDATE_POSTERIOR, WRITE, READ, KL_MEMORY, LOGDET)
-}
+DECLARED = (SOLVE_ADDRESSING, UPDATE_POSTERIOR, FILTER_POSTERIOR, WRITE, READ, KL_MEMORY, LOGDET)
+KERNELS = {operation.name: operation for operation in DECLARED}
 
 
 def replace_kernel(monkeypatch, operation: str, backend: str, wrap: Callable[[Callable], Callable]) -> None:

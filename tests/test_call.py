@@ -12,7 +12,6 @@ from planted import KERNELS
 import fastkm
 from fastkm import MemoryState
 from fastkm._runtime import dispatch, schema
-from fastkm.filtering.api import FILTER_POSTERIOR
 from fastkm.matrix_normal.api import KL_MEMORY_DEEPMIND
 from fastkm.reading.api import ATTRACTOR_READ
 
@@ -87,7 +86,7 @@ def test_an_error_of_the_operator_surfaces_unchanged(operation, error, backend, 
 
 
 @NATIVE_MISSING
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "kl_memory", "logdet"])
+@pytest.mark.parametrize("operation", ["update_posterior", "filter_posterior", "write", "kl_memory", "logdet"])
 def test_a_bad_status_is_computed_once(operation, given, computed):
     cov = given.state.cov.detach().clone()
     cov[1] = -cov[1]
@@ -234,7 +233,7 @@ def test_a_number_first_given_in_inference_mode_can_be_saved_for_backward():
 
 
 def test_every_operation_of_the_table_is_declared_once_with_the_same_backends():
-    declared = [*KERNELS.values(), FILTER_POSTERIOR, ATTRACTOR_READ, KL_MEMORY_DEEPMIND]
+    declared = [*KERNELS.values(), ATTRACTOR_READ, KL_MEMORY_DEEPMIND]
     assert sorted(operation.name for operation in declared) == sorted(dispatch.CAPABILITIES)
     for operation in declared:
         assert operation.kernels.keys() == dispatch.CAPABILITIES[operation.name].keys(), operation.name

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import EMPTY_SHAPES, SHAPES, assert_close, assert_result, problem, runs_on_cpu
+from oracle import EMPTY_SHAPES, SHAPES, assert_close, assert_result, problem
 
 import fastkm
 from fastkm import MemoryState, filter_posterior, update_posterior
@@ -16,19 +16,14 @@ from fastkm._runtime import schema
 from fastkm.filtering.reference import CHUNK, filter_sequential
 
 FLOAT64 = torch.float64
-BACKENDS = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(name == "native" and schema.unavailable is not None, reason="not built")
-    )
-    for name in ("reference", "native")
-    if runs_on_cpu("filter_posterior", name)
-]
+NATIVE_MISSING = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+BACKENDS = ["reference", pytest.param("native", marks=NATIVE_MISSING)]
 LAWS = ("none", "retention", "forgetting")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_law = pytest.mark.parametrize("law", LAWS)
 every_read = pytest.mark.parametrize("read", ["after", "before"])
 # B, T, Q, K, C: beside those of every family, T beside the sizes of chunks, and a square memory of whole vectors.
-LONG_SHAPES = [(2, 31, 1, 6, 5), (2, 65, 1, 16, 16), (1, 200, 1, 7, 3)]
+LONG_SHAPES = [(16, 31, 1, 6, 5), (16, 65, 1, 16, 16), (16, 200, 1, 7, 3)]
 
 
 def queries_of(p):
@@ -69,7 +64,9 @@ def part_of(p, first, last):
 def test_filter_equals_the_steps(shape, masked, law, read, backend, dtype):
     p = problem(*shape, dtype, masked=masked)
     expected = truth(p, law=law, before=read == "before")
-    oracle.judge(functools.partial(run, law=law, read=read), p, expected, backend)
+    # Rounding grows with what a chunk forgets: here by 1.5 in a kernel's, and by 1.2 in the reference's, which is shorter.
+    times = dict.fromkeys(expected, 4) if law == "forgetting" else {}
+    oracle.judge(functools.partial(run, law=law, read=read), p, expected, backend, times=times)
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 1, 5, 7), (2, 20, 1, 6, 3), (1, 40, 1, 33, 12)], ids=str)
@@ -349,6 +346,133 @@ def test_the_reference_has_the_gradient_of_the_steps(law, read):
         assert oracle.error(x, y) <= 1e-11 * oracle.largest(y), name
 
 
+# ---- gradients of the kernels --------------------------------------------------------------------------------------
+
+
+def gradients(p, backend, *, law, read="after", outputs=None, **changed):
+    """By every tensor, of the outputs named ``outputs``; ``cov`` made symmetric, as only that is defined."""
+    named = {"mean": p.state.mean, "cov": p.state.cov, "weights": p.weights, "values": p.values}
+    named |= {"queries": queries_of(p), "noise_var": p.noise_var, **decay_of(law, p), **changed}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in named.items()}
+    decay = {name: leaves.get(name) for name in ("retention", "forgetting")}
+    decay |= {"prior_var": leaves["prior_var"]} if "prior_var" in leaves else {}
+    inputs = [leaves[name] for name in ("weights", "values", "queries", "noise_var")]
+    state = MemoryState(leaves["mean"], leaves["cov"])
+    made = oracle.flat(filter_posterior(state, *inputs, **decay, mask=p.mask, read=read, backend=backend))
+    used = [x for name, x in made.items() if outputs is None or name in outputs]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, generator=generator, dtype=FLOAT64).to(x.dtype) for x in used]
+    found = torch.autograd.grad(used, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
+    found = dict(zip(leaves, found, strict=True))
+    found["cov"] = found["cov"] + found["cov"].mT
+    return found
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    for name, truth in expected.items():
+        wrong = oracle.error(found[name], truth)
+        assert wrong <= tolerance * oracle.largest(truth), f"{name}: error {wrong:.3g} of {oracle.largest(truth):.3g}"
+
+
+OUTPUTS = ("mean", "cov", "values", "variance", "innovation_var", "log_evidence")
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 9, 1, 4, 7), (2, 33, 1, 31, 20), (2, 70, 1, 17, 9)], ids=str)
+@every_read
+@every_law
+def test_the_kernel_has_the_gradient_of_the_reference(law, read, shape, masked):
+    p = problem(*shape, masked=masked)
+    expected = gradients(p, "reference", law=law, read=read)
+    assert_same(gradients(p, "native", law=law, read=read), expected)
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("output", OUTPUTS)
+@every_law
+def test_the_gradient_of_each_output_alone(law, output):
+    p = problem(2, 37, 1, 6, 5, masked=True)
+    expected = gradients(p, "reference", law=law, outputs=[output])
+    found = gradients(p, "native", law=law, outputs=[output])
+    largest = max(map(oracle.largest, expected.values()))
+    for name, truth in expected.items():  # the variances do not depend on the values: their gradient is zero
+        assert oracle.error(found[name], truth) <= 1e-10 * max(oracle.largest(truth), 1e-6 * largest), name
+
+
+@NATIVE_MISSING
+@every_read
+@every_law
+def test_finite_differences(law, read):
+    p = problem(2, 3, 1, 3, 2)
+    decay = decay_of(law, p)
+    inputs = (p.state.mean, p.state.cov, p.weights, p.values, queries_of(p), p.noise_var, *decay.values())
+    leaves = [x.clone().requires_grad_() for x in inputs]
+
+    def outputs(mean, root, *rest):
+        cov = root @ root.mT + torch.eye(3, dtype=FLOAT64)
+        factors = dict(zip(decay, rest[4:], strict=True))
+        made = filter_posterior(MemoryState(mean, cov), *rest[:4], **factors, read=read, backend="native")
+        return tuple(oracle.flat(made).values())
+
+    assert torch.autograd.gradcheck(outputs, leaves)
+
+
+@NATIVE_MISSING
+@every_law
+def test_gradients_go_through_a_cut(law):
+    """Filtering 70 steps is filtering 33 and then 37, and so are the gradients."""
+    p = problem(2, 70, 1, 5, 6)
+    found = []
+    for cuts in ([0, 70], [0, 33, 70]):
+        decay = decay_of(law, p)
+        leaves = [x.clone().requires_grad_() for x in (*p.state, p.weights, p.values, p.noise_var, *decay.values())]
+        state, total = MemoryState(*leaves[:2]), 0
+        for first, last in itertools.pairwise(cuts):
+            now = slice(first, last)
+            factors = {n: x if n == "prior_var" else x[:, now] for n, x in zip(decay, leaves[5:], strict=True)}
+            rows = (leaves[2][:, now], leaves[3][:, now], leaves[2][:, now], leaves[4][:, now])
+            made = filter_posterior(state, *rows, **factors, read="before", backend="native")
+            state = made.state
+            total = total + made.values.square().sum() + made.variance.sum() - made.log_evidence.sum()
+        (total + state.mean.square().sum() + state.cov.square().sum()).backward()
+        found.append({str(i): x.grad + x.grad.mT if i == 1 else x.grad for i, x in enumerate(leaves)})
+    assert_same(*found)
+
+
+@NATIVE_MISSING
+@every_law
+def test_what_a_masked_step_writes_gets_no_gradient(law):
+    p = problem(3, 41, 1, 5, 4, masked=True)
+    off = ~p.mask.unsqueeze(-1)
+    queries = queries_of(p)
+    dirty = p._replace(values=p.values.masked_fill(off, torch.nan), weights=p.weights.masked_fill(off, torch.nan))
+    clean, found = (gradients(x, "native", law=law, queries=queries) for x in (p, dirty))
+    for name in ("weights", "values"):
+        assert (found[name].masked_select(off) == 0).all()
+    for name, expected in clean.items():
+        assert torch.equal(found[name], expected), name
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@every_law
+def test_the_same_bits_in_any_batch_with_any_threads(law, threads, dtype):
+    """Some memories are smaller than a shared product, and one is larger."""
+    for shape in ((5, 37, 1, 9, 6), (2, 40, 1, 160, 130)):
+        p = problem(*shape, dtype, masked=True)
+        torch.set_num_threads(1)
+        once, slopes = run(p, "native", law=law), gradients(p, "native", law=law)
+        torch.set_num_threads(threads)
+        assert oracle.equal(run(p, "native", law=law), once)
+        again = gradients(p, "native", law=law)
+        assert all(torch.equal(again[name], x) for name, x in slopes.items())
+        alone = oracle.map_tensors(p, lambda x: x[1:2])
+        decay = {name: x[1:2] for name, x in decay_of(law, p).items()}
+        for name, x in oracle.flat(run(alone, "native", **decay)).items():
+            assert torch.equal(x[0], oracle.flat(once)[name][1]), name
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -444,6 +568,6 @@ def test_too_little_noise_is_refused_in_words(backend, dtype):
 
 def test_the_default_backend_is_the_first_that_can_run():
     p = problem(2, 3, 0, 4, 5)
-    chosen = next(name for name in ("native", "reference") if runs_on_cpu("filter_posterior", name))
+    chosen = "reference" if schema.unavailable is not None else "native"
     assert oracle.equal(run(p, None), run(p, chosen))
     assert fastkm.filter_posterior is filter_posterior

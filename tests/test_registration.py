@@ -69,6 +69,7 @@ def test_fakes_agree_with_what_is_returned(operator, shape, layout, dtype):
 def test_fakes_agree_with_the_reference(operator, dtype):
     """The fakes need no extension."""
     from fastkm.addressing.reference import solve_addressing
+    from fastkm.filtering.reference import filter_block
     from fastkm.matrix_normal.reference import kl_memory, logdet
     from fastkm.posterior.reference import update_block
     from fastkm.reading.reference import read
@@ -77,6 +78,7 @@ def test_fakes_agree_with_the_reference(operator, dtype):
     reference = {
         "solve_addressing": solve_addressing,
         "update_posterior": update_block,
+        "filter_posterior": filter_block,
         "write": write_sequential,
         "read": read,
         "kl_memory": kl_memory,

@@ -34,6 +34,7 @@ class Capability(NamedTuple):
 REFERENCE = Capability()
 NATIVE = Capability({"cpu": DTYPES, "cuda": FLOAT32})
 TRITON = Capability({"cuda": FLOAT32})
+ON_CPU = Capability({"cpu": DTYPES})
 ON_GPU = Capability({"cuda": FLOAT32}, gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
@@ -41,7 +42,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "solve_addressing": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "filter_posterior": {"reference": REFERENCE},
+    "filter_posterior": {"reference": REFERENCE, "native": ON_CPU},
     "read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": ON_GPU, "triton": ON_GPU},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

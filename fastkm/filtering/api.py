@@ -9,7 +9,7 @@ from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.options import PRECISION_CODES, READ_BEFORE
 from fastkm._runtime.results import result
-from fastkm.filtering import reference
+from fastkm.filtering import native, reference
 from fastkm.state import MemoryState
 
 __all__ = ["FilterResult", "filter_posterior"]
@@ -28,6 +28,7 @@ FILTER_POSTERIOR = Operation(
     arguments.Mask("mask", "BT"),
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.filter_block,
+    native=native.filter_posterior,
     factored="state.cov",
 )
 

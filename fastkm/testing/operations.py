@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastkm
-from fastkm._runtime import counts
+from fastkm._runtime import counts, dispatch
 from fastkm._runtime.counts import Flops
 from fastkm.matrix_normal import logdet, reference
 from fastkm.posterior.reference import update_sequential
@@ -85,6 +85,15 @@ def update_arguments(o: Operands) -> tuple:
 
 def update_backward_arguments(o: Operands) -> tuple:
     return *update_arguments(o), o.mean, o.cov, o.noise_var, o.noise_var, o.ridge
+
+
+def filter_arguments(o: Operands) -> tuple:
+    factors = (o.noise_var / (1 + o.noise_var), o.ridge.expand(o.mean.shape[:1]), None)
+    return (*o[:2], o.weights, o.values, o.weights, o.noise_var, *factors, False, o.mask, o.precision)
+
+
+def filter_backward_arguments(o: Operands) -> tuple:
+    return *filter_arguments(o), o.mean, o.cov, o.values, o.noise_var, o.noise_var, o.ridge.expand(o.mean.shape[:1])
 
 
 def write_arguments(o: Operands) -> tuple:
@@ -174,6 +183,8 @@ ENTRIES = (
         "patterns",
         loop=definitions.filter_one_by_one,
         inputs=Inputs("prior", ("weights", "values", "noise_var", "ridge")),
+        operator=Operator("filter_posterior", filter_arguments, counts.filter_posterior),
+        backward=Operator("filter_posterior_backward", filter_backward_arguments, counts.filter_posterior_backward),
     ),
     Operation(
         "read",
@@ -252,6 +263,15 @@ KERNEL_OPERATIONS = tuple(op.name for op in ENTRIES if op.operator)  # those wit
 OPERATORS = {
     operator.name: operator for op in ENTRIES for operator in (op.operator, op.backward, *op.parts) if operator
 }
+# Those that GPUs have kernels for.
+GPU_OPERATIONS = tuple(name for name in KERNEL_OPERATIONS if "triton" in dispatch.CAPABILITIES[name])
+GPU_OPERATORS = tuple(
+    operator.name
+    for op in ENTRIES
+    if op.name in GPU_OPERATIONS
+    for operator in (op.operator, op.backward, *op.parts)
+    if operator
+)
 
 
 # ---- cases ---------------------------------------------------------------------------------------------------------
