@@ -64,7 +64,7 @@ def part_of(p, first, last):
 def test_filter_equals_the_steps(shape, masked, law, read, backend, dtype):
     p = problem(*shape, dtype, masked=masked)
     expected = truth(p, law=law, before=read == "before")
-    # Rounding grows with what a chunk forgets: here by 1.5 in a kernel's, and by 1.2 in the reference's, which is shorter.
+    # Rounding grows with what a chunk forgets: by 1.5 in a kernel's, by 1.2 in the reference's, which is shorter.
     times = dict.fromkeys(expected, 4) if law == "forgetting" else {}
     oracle.judge(functools.partial(run, law=law, read=read), p, expected, backend, times=times)
 

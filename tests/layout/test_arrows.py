@@ -44,7 +44,8 @@ IMPORTS = {
     "matrix_normal": FLOOR,
     "reading": FLOOR,
     "writing": FLOOR,
-    "nn": FLOOR | FAMILIES,
+    "ops": FLOOR | FAMILIES,  # families in the layouts of other libraries
+    "nn": FLOOR | FAMILIES | {"ops"},
     "models": FLOOR | FAMILIES | {"nn"},
     "__init__": FLOOR | FAMILIES | {"nn"},
     "testing": FLOOR | FAMILIES | {"nn", "models", "__init__"},
