@@ -1,7 +1,8 @@
 """The price of exactness on a CPU: the filter beside its loop, its block form, the delta rule and softmax attention.
 
 ``python -m benchmarks.filtering`` prints one table, forward, and forward with backward; ``--peak`` the memory of one
-training step instead. Candidates that compute the filter are verified against it in float32 before they are timed.
+training step and ``--drift`` the error of float32 over T instead. Candidates that compute the filter are verified
+against it in float32 before they are timed.
 """
 
 import argparse
@@ -179,6 +180,27 @@ def rows_of(shape: tuple[int, int, int], seconds: float, compiles: bool) -> list
 HEADERS = ("heads × T × K", "", "candidate", "ms", "quartiles", "of the filter's", "of the product's rate")
 
 
+# ---- drift: the error of float32 over T ------------------------------------------------------------------------------
+
+
+def drift_rows(lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)) -> list[tuple[str, ...]]:
+    """The largest error of the last 256 reads, their variances and the state, relative to the largest entry."""
+    rows = []
+    for law in ({}, {"retention": 0.99}, {"forgetting": 0.99}):
+        inputs = draw(4, lengths[-1], 32)
+        for T in lengths:
+            part = [x[:, :T] for x in inputs[:3]]
+            found = []
+            for dtype in (torch.float32, torch.float64):
+                k, v, q = (x.to(dtype) for x in part)
+                state = MemoryState(*(x.to(dtype) for x in prior(*part[:2])))
+                made = filter_posterior(state, k, v, q, NOISE, **law, backend="native")
+                found.append((made.values[:, -256:], made.variance[:, -256:], *made.state))
+            errors = ((x - y).abs().max() / y.abs().max() for x, y in zip(*found, strict=True))
+            rows.append((" ".join(f"{name} {x}" for name, x in law.items()), f"{T:,}", *(f"{x:.1e}" for x in errors)))
+    return rows
+
+
 # ---- memory of a training step, each in a process of its own --------------------------------------------------------
 
 
@@ -208,12 +230,16 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "T", "K"))
     parser.add_argument("--compile", action="store_true", help="the block form compiled too: minutes a shape")
     parser.add_argument("--peak", action="store_true", help="the memory of a training step instead")
+    parser.add_argument("--drift", action="store_true", help="the error of float32 over T instead")
     parser.add_argument("--peak-of", choices=CANDIDATES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shapes = [tuple(shape) for shape in options.shape or SHAPES]
     threads = pin(options.threads)
     if options.peak_of:
         return print_peak(options.peak_of, shapes[0])
+    if options.drift:
+        print(markdown_table(("decay", "T", "values", "variance", "mean", "cov"), drift_rows()))
+        return None
     if options.peak:
         print(markdown_table(("heads × T × K", "candidate", "MB at the peak"), peak_rows(shapes[0])))
         return None
