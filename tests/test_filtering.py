@@ -22,8 +22,8 @@ LAWS = ("none", "retention", "forgetting")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_law = pytest.mark.parametrize("law", LAWS)
 every_read = pytest.mark.parametrize("read", ["after", "before"])
-# B, T, Q, K, C: beside those of every family, T beside the sizes of chunks, and a square memory of whole vectors.
-LONG_SHAPES = [(16, 31, 1, 6, 5), (16, 65, 1, 16, 16), (16, 200, 1, 7, 3)]
+# B, T, Q, K, C: beside those of every family, T beside the sizes of chunks, and whole vectors, for one step too.
+LONG_SHAPES = [(16, 31, 1, 6, 5), (16, 65, 1, 16, 16), (16, 200, 1, 7, 3), (16, 1, 1, 32, 16)]
 
 
 def queries_of(p):
@@ -96,13 +96,14 @@ def test_filter_of_any_shape_and_layout(sizes, law, masked, layout, seed, backen
         assert run(p, backend, law=law).values.shape == (0, T, C)
 
 
+@pytest.mark.parametrize("sizes", [(9, 6), (16, 32)], ids=["in part", "whole vectors"])
 @every_read
 @every_law
 @every_backend
-def test_a_sequence_may_be_cut_anywhere(law, read, backend, dtype):
+def test_a_sequence_may_be_cut_anywhere(law, read, sizes, backend, dtype):
     """T = 1 is the step of decoding: a state that went through files and calls goes on as if nothing had been cut."""
     T = 2 * CHUNK + 5
-    p = problem(2, T, 0, 9, 6, dtype, masked=True)
+    p = problem(2, T, 0, *sizes, dtype, masked=True)
     queries, decay = queries_of(p), decay_of(law, p)
     whole = run(p, backend, law=law, read=read)
     for cuts in ([0, 1, T], [0, CHUNK - 1, CHUNK + 2, T], [0, T, T], list(range(T + 1))):

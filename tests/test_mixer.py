@@ -281,6 +281,12 @@ def test_what_it_starts_with():
         KanervaMixer(D, 4, 8, expand_v=1.3)
 
 
+def test_it_is_made_without_memory():
+    with torch.device("meta"):
+        layer = KanervaMixer(D, 2, 4)
+    assert layer(torch.empty(2, 3, D, device="meta"))[0].shape == (2, 3, D)
+
+
 def train_on_one_of_two(rank, file, found):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """A layer for language models: an exact Kalman filter of keys and values in every head."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +89,10 @@ class KanervaMixer(nn.Module):
             module.reset_parameters()  # type: ignore[operator]
         with torch.no_grad():
             self.log_prior_var.zero_()
-            self.noise_proj.bias.fill_(_inverse_softplus(torch.tensor(0.1 - LEAST_NOISE)).item())
+            self.noise_proj.bias.fill_(math.log(math.expm1(0.1 - LEAST_NOISE)))
             if self.decay_proj is not None:
-                rates = torch.logspace(-1, -3, self.num_heads)
-                self.decay_proj.bias.copy_(-_inverse_softplus(rates))
+                rates = torch.logspace(-1, -3, self.num_heads)  # −ln α
+                self.decay_proj.bias.copy_(-rates.expm1().log())
 
     def forward(
         self,
@@ -227,7 +228,3 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 def _softplus(x: Tensor) -> Tensor:
     """The backward of torch's own returns other strides than its fake, which no compiled graph survives."""
     return torch.logaddexp(x, x.new_zeros(()))
-
-
-def _inverse_softplus(x: Tensor) -> Tensor:
-    return x + torch.log(-torch.expm1(-x))

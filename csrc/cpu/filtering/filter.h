@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/filtering/chunk.h"
+#include "cpu/filtering/step.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -55,7 +56,13 @@ void filter_posterior(const FilteringArgs<Real>& args, int64_t begin, int64_t en
     Status status = symmetry(memory.cov);
     double log_evidence = 0;
     const Arena::Mark chunk_start = arena.mark();
-    for (int64_t first = 0, count; first < T; first += count) {
+    int64_t first = 0;
+    if (is_step_of_whole_vectors(args)) {
+      const Status now = filter_step(args, b, result, memory, log_evidence, arena);
+      memory = result, first = 1;
+      if (status == kGood) status = now;
+    }
+    for (int64_t count; first < T; first += count) {
       arena.release(chunk_start);
       count = filter_chunk_size(args, b, first);
       const Steps<Real> steps = load_steps(args, b, first, count, false, arena);
