@@ -151,7 +151,8 @@ int main(int count, char** arguments) {
   // K, C, patterns and queries around whole vectors, chunks and tiles; queries few, and so many that reads fold.
   const int64_t shapes[][4] = {{1, 1, 1, 1},      {3, 5, 2, 7},       {8, 8, 16, 100},    {9, 40, 17, 5},
                                {15, 17, 33, 200}, {16, 16, 16, 80},   {17, 31, 40, 130},  {32, 100, 32, 600},
-                               {50, 70, 37, 9},   {128, 128, 33, 20}, {130, 144, 35, 17}, {7, 256, 5, 1100}};
+                               {50, 70, 37, 9},   {128, 128, 33, 20}, {130, 144, 35, 17}, {7, 256, 5, 1100},
+                               {32, 16, 1, 4}};
   for (const auto& [K, C, patterns, queries] : shapes)
     for (const bool masked : {false, true}) {
       run<float>(K, C, patterns, queries, masked, short_codes);

@@ -40,11 +40,23 @@ def test_the_gated_delta_rule_is_the_filter_of_one_step():
     torch.testing.assert_close(gated_delta_rule(k, v, k, 1.0, 1 / 1.1)[1], exact(k, v, k, 0.1)[2].mean)
 
 
+def test_least_squares_averages_what_the_delta_rule_overwrites():
+    from examples.sequences import rewriting
+
+    k, v, *other = rewriting.draw(8, 8, 0)
+    averaged = rewriting.shares(rewriting.filtered(k, v, 1e-2), k, *other)
+    kept = rewriting.shares(rewriting.filtered(k, v, 1e-2, retention=0.9), k, *other)
+    assert averaged[0] < 0.8
+    assert kept[0] > averaged[0]
+    assert averaged[1] == 1
+
+
 def test_the_page_holds_what_was_found(tmp_path, monkeypatch):
-    from examples.sequences import recall
+    from examples.sequences import recall, rewriting
     from examples.sequences.__main__ import write
 
     monkeypatch.setattr(recall, "PAIRS", (16, 32))
+    monkeypatch.setattr(rewriting, "PAIRS", (8,))
     page = write(50, 2, tmp_path)
     assert (tmp_path / "results" / "sequences.md").read_text(encoding="utf-8") == page
     for picture in ("regression", "recall"):

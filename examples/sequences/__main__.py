@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from examples.sequences import recall, regression
+from examples.sequences import recall, regression, rewriting
 from fastkm.cli.console import markdown_table
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -51,6 +51,14 @@ Zoology.
 :alt: share recalled by every layer, by pairs per row of the memory
 :width: 90%
 ```
+
+## Keys that get a second value, untrained
+
+The forgetting task of Zoology with the same embeddings: after all pairs, the first half of the keys is written again
+with other values, and the last value counts. Percent recalled of rewritten / untouched keys. Every layer has the
+scalars ($\\sigma^2$ and its decay, or $\\beta$ and its gate) that are best on other sequences, for each column.
+
+{rewriting}
 """
 
 
@@ -58,6 +66,7 @@ def write(sequences: int, seeds: int, folder: Path) -> str:
     """Run everything, write the page and its pictures under ``folder``, and return the page."""
     forecast, few = regression.main(sequences, seeds), max(1, sequences // 50)
     plain, hard = (recall.main(few, seeds, shared) for shared in (0.0, recall.SHARED))
+    twice = rewriting.main(few, seeds)
     covered = forecast.covered.mean(2)  # [seeds, levels]
     pairs = ("layer", *(f"{n} pairs, {n / recall.K:g} K" for n in recall.PAIRS))
     page = PAGE.format(
@@ -84,6 +93,7 @@ def write(sequences: int, seeds: int, folder: Path) -> str:
         ridge=recall.NOISE_VAR,
         plain=markdown_table(pairs, recall.rows(plain)),
         hard=markdown_table(pairs, recall.rows(hard)),
+        rewriting=markdown_table(("layer", *(f"{n} pairs" for n in rewriting.PAIRS)), rewriting.rows(twice)),
     )
     (folder / "results").mkdir(parents=True, exist_ok=True)
     (folder / "images").mkdir(exist_ok=True)
