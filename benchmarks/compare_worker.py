@@ -22,6 +22,7 @@ from fastkm.matrix_normal import logdet
 
 GRADIENT_INPUTS = {
     "update_posterior": ("prior", "weights", "values", "noise_var"),
+    "filter_posterior": ("prior", "weights", "values", "noise_var", "ridge"),
     "write": ("prior", "values", "noise_var", "ridge"),
     "read": ("written", "queries", "ridge"),
     "read_factored": ("written", "queries", "ridge"),
@@ -31,6 +32,10 @@ GRADIENT_INPUTS = {
 def forward(operation: str, e: dict) -> object:
     if operation == "update_posterior":
         return fastkm.update_posterior(e["prior"], e["weights"], e["values"], e["noise_var"], backend="native")
+    if operation == "filter_posterior":
+        decay = {"retention": torch.exp(-0.05 * e["noise_var"]), "prior_var": e["ridge"]}
+        rows = e["weights"], e["values"], e["weights"].flip(1)
+        return fastkm.filter_posterior(e["prior"], *rows, e["noise_var"], **decay, backend="native")
     if operation == "write":
         return fastkm.write(e["prior"], e["values"], e["noise_var"], e["ridge"], backend="native")
     if operation == "read":

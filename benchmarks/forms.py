@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.filter_forms import filter_chunks
 from fastkm.addressing.reference import solve_addressing
 from fastkm.posterior.reference import information, update_sequential
-from fastkm.testing.definitions import Result, update_one_by_one, write_literal
+from fastkm.testing.definitions import Result, filter_one_by_one, update_one_by_one, write_literal
 from fastkm.testing.episodes import Episode
 from fastkm.testing.gradients import gradient_of
 from fastkm.testing.operations import OPERATIONS, Case
@@ -282,6 +283,7 @@ FORMS: dict[Case, dict[str, Form]] = {
         "block form": on(update_inputs, update_block),
         "gain form, state only": on(update_inputs, update_gain),
     },
+    Case("filter_posterior"): {LOOP: filter_one_by_one, "block form": filter_chunks},
     Case("write"): {
         LOOP: on(write_inputs, write_loop),
         "Gram space, factoring, state only": on(write_inputs, write_gram, **FACTORING),
@@ -313,6 +315,7 @@ FORMS: dict[Case, dict[str, Form]] = {
         LOOP: update_one_by_one,
         "block form": on(update_inputs, update_block),
     },
+    Case("filter_posterior", True): {LOOP: filter_one_by_one, "block form": filter_chunks},
     Case("write", True): {
         LOOP: write_literal,
         "Gram space, factoring": on(write_inputs, write_gram_all, **FACTORING_KEEPING),

@@ -40,7 +40,7 @@ enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // What a kernel reports of each memory, in `info`. fastkm/_runtime/status.py turns it into words.
-enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2, kLost = 3 };
+enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2, kLost = 3, kOutOfRange = 4 };
 
 // An update of memories with given weights. It is part of a write too.
 template <class Real>
@@ -94,6 +94,35 @@ struct WritingGrads {
   PosteriorGrads<Real> posterior;  // without log_evidence and to_weights
   Batch<const Real> weights;       // [B, T, K]
   Batch<Real> to_ridge;            // [B]
+};
+
+// A filter: every step of a sequence updates the memory and reads it. `posterior` has no kl.
+template <class Real>
+struct FilteringArgs {
+  PosteriorArgs<Real> posterior;
+  Batch<const Real> queries;                // [B, T, K]
+  Batch<const Real> retention, forgetting;  // [B, T], or null; at most one of them is given
+  Batch<const Real> prior_var;              // [B]
+  bool read_before;
+  Batch<Real> read_values;          // [B, T, C]
+  Batch<Real> variance;             // [B, T]
+  int64_t queries_type = kFloat32;  // Element; only a GPU reads it
+
+  // The factor of a step: 1 without decay, and where the step is masked.
+  Real decay(const Batch<const Real>& factors, int64_t b, int64_t t) const {
+    return factors.data && posterior.unmasked(b, t) ? *factors.at(b, t) : 1;
+  }
+};
+
+// The backward of a filter.
+template <class Real>
+struct FilteringGrads {
+  PosteriorGrads<Real> posterior;           // without kl
+  Batch<const Real> read_values;            // [B, T, C]
+  Batch<const Real> variance;               // [B, T]
+  Batch<Real> to_queries;                   // [B, T, K]
+  Batch<Real> to_retention, to_forgetting;  // [B, T], or null like the arguments
+  Batch<Real> to_prior_var;                 // [B]
 };
 
 // A read: addressing, iterated, and the values at the address. Addressing alone is one iteration without values.
@@ -189,6 +218,9 @@ struct Kernels {
   void (*update_posterior_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin,
                                     int64_t end);
   void (*write_backward)(const WritingArgs<Real>&, const WritingGrads<Real>&, int64_t begin, int64_t end);
+  void (*filter_posterior)(const FilteringArgs<Real>&, int64_t begin, int64_t end);
+  void (*filter_posterior_backward)(const FilteringArgs<Real>&, const FilteringGrads<Real>&, int64_t begin,
+                                    int64_t end);
   void (*read_memories)(const ReadingArgs<Real>&, int64_t begin, int64_t end);
   // A read in two steps, for fewer memories than threads: factors of memories, then tiles [begin, end) of kQueryTile
   // queries. A batch has B * ceil(Q / kQueryTile) tiles.

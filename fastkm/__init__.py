@@ -3,6 +3,7 @@
 from fastkm._runtime.dispatch import explain_backend
 from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.addressing import factor_addressing, solve_addressing, solve_factored
+from fastkm.filtering import FilterResult, filter_posterior
 from fastkm.matrix_normal import KroneckerCovariance, MatrixNormal, kl_memory, kl_weights, logdet
 from fastkm.nn.memory import KanervaMemory
 from fastkm.posterior import PosteriorUpdate, update_posterior
@@ -17,6 +18,7 @@ __all__ = [
     "AddressingFactor",
     "AttractorResult",
     "BackendUnavailableError",
+    "FilterResult",
     "KanervaMemory",
     "KroneckerCovariance",
     "MatrixNormal",
@@ -30,6 +32,7 @@ __all__ = [
     "attractor_read",
     "explain_backend",
     "factor_addressing",
+    "filter_posterior",
     "kl_memory",
     "kl_weights",
     "load_memory_state",

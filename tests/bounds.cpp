@@ -90,6 +90,23 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   grads.to_noise_var = make.numbers(patterns);
   kernels.update_posterior_backward(update, grads, 0, B);
 
+  FilteringArgs<Real> filter{};
+  filter.posterior = update, filter.queries = read_only(make.matrices(patterns, K));
+  filter.prior_var = read_only(make.numbers(1, 0, 1));
+  filter.read_values = make.matrices(patterns, C), filter.variance = make.numbers(patterns);
+  FilteringGrads<Real> filter_grads{};
+  filter_grads.posterior = grads, filter_grads.read_values = read_only(make.matrices(patterns, C));
+  filter_grads.variance = read_only(make.numbers(patterns)), filter_grads.to_queries = make.matrices(patterns, K);
+  filter_grads.to_prior_var = make.numbers(1);
+  const Batch<const Real> factors = read_only(make.numbers(patterns, 0, Real(0.9)));
+  for (const int law : {0, 1, 2}) {
+    filter.retention = law == 1 ? factors : Batch<const Real>{};
+    filter.forgetting = law == 2 ? factors : Batch<const Real>{};
+    filter_grads.to_retention = filter_grads.to_forgetting = law ? make.numbers(patterns) : Batch<Real>{};
+    kernels.filter_posterior(filter, 0, B);
+    kernels.filter_posterior_backward(filter, filter_grads, 0, B);
+  }
+
   WritingArgs<Real> write{};
   write.posterior = update, write.ridge = read_only(make.numbers(1, 0, 1));
   write.new_weights = make.matrices(patterns, K);
@@ -134,7 +151,8 @@ int main(int count, char** arguments) {
   // K, C, patterns and queries around whole vectors, chunks and tiles; queries few, and so many that reads fold.
   const int64_t shapes[][4] = {{1, 1, 1, 1},      {3, 5, 2, 7},       {8, 8, 16, 100},    {9, 40, 17, 5},
                                {15, 17, 33, 200}, {16, 16, 16, 80},   {17, 31, 40, 130},  {32, 100, 32, 600},
-                               {50, 70, 37, 9},   {128, 128, 33, 20}, {130, 144, 35, 17}, {7, 256, 5, 1100}};
+                               {50, 70, 37, 9},   {128, 128, 33, 20}, {130, 144, 35, 17}, {7, 256, 5, 1100},
+                               {32, 16, 1, 4}};
   for (const auto& [K, C, patterns, queries] : shapes)
     for (const bool masked : {false, true}) {
       run<float>(K, C, patterns, queries, masked, short_codes);

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from fastkm.addressing.api import FACTOR_ADDRESSING, SOLVE_ADDRESSING, SOLVE_FACTORED
+from fastkm.filtering.api import FILTER_POSTERIOR
 from fastkm.matrix_normal.api import KL_MEMORY, LOGDET
 from fastkm.posterior.api import UPDATE_POSTERIOR
 from fastkm.reading.api import READ, READ_FACTORED
@@ -15,6 +16,7 @@ KERNELS = {
         FACTOR_ADDRESSING,
         SOLVE_FACTORED,
         UPDATE_POSTERIOR,
+        FILTER_POSTERIOR,
         WRITE,
         READ,
         READ_FACTORED,

@@ -15,7 +15,7 @@ from fastkm.testing.verification import relative_errors
 
 pytest.importorskip("benchmarks", reason="needs the source tree")
 
-from benchmarks import cases, compare, compare_worker, suite, timing
+from benchmarks import cases, compare, compare_worker, filtering, suite, timing
 from benchmarks.ceiling import flops, least_bytes
 from benchmarks.claims import ABSENT, MET, MISSED, VOID, best_pytorch, slope, verdicts
 from benchmarks.compare import summarise
@@ -267,3 +267,23 @@ def test_a_run_writes_everything(tmp_path, monkeypatch, capsys):
     assert "## Must show" in page
     assert "Must show" in out
     assert "literal loop" in page
+
+
+# The filter beside attention and the delta rule.
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+def test_every_exact_form_of_the_filter_has_its_values_and_gradients():
+    inputs = filtering.draw(2, 150, 8)
+    filtering.verify(filtering.CANDIDATES, inputs)
+    expected = filtering.with_gradient(filtering.native)(inputs)
+    for name in ("step loop", "block form"):
+        for x, y in zip(filtering.with_gradient(filtering.CANDIDATES[name])(inputs), expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+def test_a_wrong_form_of_the_filter_is_noticed():
+    wrong = {"block form": lambda k, v, q: [x + 1e-3 for x in filtering.block_form(k, v, q)]}
+    with pytest.raises(AssertionError, match="not close"):
+        filtering.verify(wrong, filtering.draw(2, 150, 8))

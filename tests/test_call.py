@@ -94,7 +94,7 @@ def test_an_error_of_the_operator_surfaces_unchanged(operation, error, backend, 
 
 
 @NATIVE_MISSING
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "kl_memory", "logdet"])
+@pytest.mark.parametrize("operation", ["update_posterior", "filter_posterior", "write", "kl_memory", "logdet"])
 def test_a_bad_status_is_computed_once(operation, given, computed):
     cov = given.state.cov.detach().clone()
     cov[1] = -cov[1]

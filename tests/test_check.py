@@ -370,7 +370,7 @@ def sick(p, which, disease):
     return p._replace(state=p.state._replace(cov=cov))
 
 
-COVARIANCES = ["update_posterior", "write", "kl_memory"]
+COVARIANCES = ["update_posterior", "filter_posterior", "write", "kl_memory"]
 WHICH = [[2], [0, 3], [0, 1, 2, 3, 4]]
 
 
@@ -434,7 +434,7 @@ def test_a_covariance_is_asymmetric_by_more_than_rounding(size, times, refused, 
 def test_two_diseases_at_once(backend, dtype):
     p = sick(sick(problem(5, 4, 3, K, C, dtype), [1], "asymmetric"), [0, 4], "indefinite")
     pattern = r"state\.cov is not symmetric in memory \[1\] and not positive definite in memories \[0, 4\]$"
-    for operation in ("update_posterior", "write"):
+    for operation in ("update_posterior", "filter_posterior", "write"):
         with pytest.raises(torch.linalg.LinAlgError, match=pattern):
             call(operation, p, backend)
 

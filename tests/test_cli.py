@@ -110,12 +110,11 @@ def test_check_passes(pngs, capsys):
     assert "FAILED" not in out
     runs = sum(
         dispatch.why_not(operation, backend) is None
-        for operation, capable in dispatch.CAPABILITIES.items()
-        for backend in capable
+        for operation in OPERATIONS
+        for backend in dispatch.CAPABILITIES[operation]
     )
     assert f"{2 * runs} of {2 * runs} within the allowed error" in out
     if schema.unavailable is None:  # what native did not check is named, for it checked the rest
-        assert "native was not checked for attractor_read: it runs on cuda" in out
         assert "native was not checked:" not in out
         assert "triton was not checked:" in out
 
@@ -308,7 +307,8 @@ def test_an_error_is_allowed_as_far_as_it_says(dtype):
 
 
 def test_every_operation_has_a_check():
-    assert OPERATIONS.keys() == dispatch.CAPABILITIES.keys()
+    in_place = {"update_posterior_into", "write_into", "stream"}  # they change a memory; test_out and test_streaming
+    assert OPERATIONS.keys() == dispatch.CAPABILITIES.keys() - in_place
 
 
 @pytest.mark.parametrize("case", CASES + GRADIENT_CASES, ids=str)

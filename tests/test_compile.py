@@ -20,7 +20,16 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_compiled_yet"),
 ]
 
-OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "read_factored", "solve_factored", "kl_memory")
+OPERATIONS = (
+    "update_posterior",
+    "filter_posterior",
+    "write",
+    "read",
+    "solve_addressing",
+    "read_factored",
+    "solve_factored",
+    "kl_memory",
+)
 WIDTH, CODE, ROWS = 9, 7, 5
 PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schem
 METHODS = ("ridge", "deepmind")
 CASES = {
     "update_posterior": [{}],
+    "filter_posterior": [{}, {"read": "before"}],
     "write": [{"num_opt_iters": n, "method": method} for n in (1, 2, 3) for method in METHODS],
     "read": [{"num_iters": n, "method": method} for n in (1, 3) for method in METHODS],
     "solve_addressing": [{"method": method} for method in METHODS],
@@ -26,6 +27,8 @@ CASES = {
 }
 USES = {  # the tensors of a problem that an operation is a function of
     "update_posterior": ("mean", "cov", "weights", "values", "noise_var"),
+    # its queries are made of the weights, its retention of the noise, and the variance of its prior is the ridge
+    "filter_posterior": ("mean", "cov", "weights", "values", "noise_var", "ridge"),
     "write": ("mean", "cov", "values", "noise_var", "ridge"),
     "read": ("mean", "queries", "ridge"),
     "solve_addressing": ("mean", "queries", "ridge"),
@@ -300,7 +303,7 @@ def with_rows(named: dict, order) -> dict:
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=list(PRESETS))
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "kl_memory"])
+@pytest.mark.parametrize("operation", ["update_posterior", "filter_posterior", "write", "read", "kl_memory"])
 def test_float32_is_as_good_as_the_reference_in_float32(operation, preset):
     """At most three times as wrong, each against the reference in float64.
 
@@ -341,7 +344,7 @@ def test_gradients_are_the_same_bits_from_run_to_run_and_in_any_batch(operation,
             assert torch.equal(x[0], once[name][row]), name
 
 
-@pytest.mark.parametrize("operation", ["update_posterior", "write", "read", "kl_memory", "logdet"])
+@pytest.mark.parametrize("operation", ["update_posterior", "filter_posterior", "write", "read", "kl_memory", "logdet"])
 def test_threads_share_the_gradient_of_one_large_memory(operation):
     p = problem(1, 33, 40, 300, 333)
     one = gradients(operation, p, "native")
@@ -385,7 +388,7 @@ def test_only_inputs_and_weights_are_saved(operation, options):
     assert saved
     for x in saved:
         assert x.numel() <= largest_known
-        assert x.data_ptr() in known or operation == "kl_memory", "its prior is made by the caller here"
+        assert x.data_ptr() in known or operation in ("kl_memory", "filter_posterior"), "made by the caller here"
 
 
 @every_operation
@@ -395,6 +398,9 @@ def test_status_has_no_gradient(operation):
     p = replaced(p, leaves(operation, p))
     native = {
         "update_posterior": lambda: fastkm.posterior.native.update_posterior(*p.state, *p[1:3], p.noise_var, None, 0),
+        "filter_posterior": lambda: fastkm.filtering.native.filter_posterior(
+            *p.state, *p[1:3], p.weights, p.noise_var, None, p.ridge, None, False, None, 0
+        ),
         "write": lambda: fastkm.writing.native.write(*p.state, p.values, p.noise_var, p.ridge, 1, False, None, 0),
         "read": lambda: fastkm.reading.native.read(p.state.mean, p.queries, p.ridge, 1, False, 0),
         "solve_addressing": lambda: fastkm.addressing.native.solve_addressing(p.state.mean, p.queries, p.ridge, False),
@@ -415,9 +421,11 @@ def backward_arguments(operator, p: Problem):
     mean, cov, weights, per_pattern = map(torch.ones_like, (*p.state, p.weights, p.noise_var))
     per_memory = torch.ones_like(p.ridge)
     update = (*p.state, p.weights, p.values, p.noise_var, p.mask, 0)
+    filtered = (*p.state, p.weights, p.values, p.weights, p.noise_var, p.noise_var / 2, p.ridge, None, True, p.mask, 0)
     write = (*p.state, p.values, p.noise_var, p.ridge, 2, False, p.mask, 0, p.weights)
     return {
         "update_posterior": (*update, mean, cov, None, per_pattern, per_memory),
+        "filter_posterior": (*filtered, mean, None, torch.ones_like(p.values), per_pattern, None, per_memory),
         "write": (*write, mean, None, weights, per_pattern, per_pattern),
         "read": (p.state.mean, p.queries, p.ridge, 2, False, 0, torch.ones_like(p.queries), None),
         "kl_memory": (*p.state, *p.state, per_memory),
@@ -426,7 +434,7 @@ def backward_arguments(operator, p: Problem):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 37, 3, 13, 6), (2, 0, 2, 4, 5), (2, 3, 2, 0, 5)], ids=str)
-@pytest.mark.parametrize("operator", ["update_posterior", "write", "read", "kl_memory", "logdet"])
+@pytest.mark.parametrize("operator", ["update_posterior", "filter_posterior", "write", "read", "kl_memory", "logdet"])
 def test_opcheck_of_the_backward_operators(operator, shape, dtype):
     """Schema, fake, and the traced graph with dynamic shapes."""
     backward = getattr(torch.ops.fastkm, f"{operator}_backward").default

@@ -69,6 +69,7 @@ def test_fakes_agree_with_what_is_returned(operator, shape, layout, dtype):
 def test_fakes_agree_with_the_reference(operator, dtype):
     """The fakes need no extension."""
     from fastkm.addressing.reference import factor_addressing, solve_addressing, solve_factored
+    from fastkm.filtering.reference import filter_block
     from fastkm.matrix_normal.reference import kl_memory, logdet
     from fastkm.posterior.reference import update_block
     from fastkm.reading.reference import read, read_factored
@@ -79,6 +80,7 @@ def test_fakes_agree_with_the_reference(operator, dtype):
         "factor_addressing": factor_addressing,
         "solve_factored": solve_factored,
         "update_posterior": update_block,
+        "filter_posterior": filter_block,
         "write": write_sequential,
         "read": read,
         "read_factored": read_factored,

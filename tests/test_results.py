@@ -17,7 +17,7 @@ from fastkm import KanervaMemory
 from fastkm.models import EpisodeLoss, PatternRead
 from fastkm.nn.memory import MemoryPass
 
-ROOMS = ("state", "posterior", "addressing", "reading", "writing", "matrix_normal", "nn", "models")
+ROOMS = ("state", "posterior", "filtering", "addressing", "reading", "writing", "matrix_normal", "nn", "models")
 
 
 def named_tuples() -> set[type]:
@@ -42,7 +42,7 @@ RESULTS = sorted(named_tuples(), key=lambda cls: cls.__name__)
 
 def test_the_search_finds_them():
     assert {fastkm.MemoryState, fastkm.WriteResult, fastkm.ReadResult, fastkm.AttractorResult} < set(RESULTS)
-    assert {fastkm.PosteriorUpdate, MemoryPass, EpisodeLoss, PatternRead} < set(RESULTS)
+    assert {fastkm.FilterResult, fastkm.PosteriorUpdate, MemoryPass, EpisodeLoss, PatternRead} < set(RESULTS)
 
 
 @pytest.mark.parametrize("cls", RESULTS)

@@ -450,4 +450,4 @@ def test_the_operator_refuses_matrices_that_are_not_of_a_stream(change):
 
 def test_both_backends_have_the_same_operators():
     assert all(len(operators) == 2 for operators in OPERATIONS.values())
-    assert set(status.WORDS) == {1, 2, 3}
+    assert set(status.WORDS) >= {1, 2, 3}

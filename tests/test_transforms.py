@@ -20,7 +20,16 @@ from fastkm._runtime import schema
 
 pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 
-OPERATIONS = ("update_posterior", "write", "read", "solve_addressing", "read_factored", "solve_factored", "kl_memory")
+OPERATIONS = (
+    "update_posterior",
+    "filter_posterior",
+    "write",
+    "read",
+    "solve_addressing",
+    "read_factored",
+    "solve_factored",
+    "kl_memory",
+)
 
 
 def as_function(operation, p, backend="native", **options):

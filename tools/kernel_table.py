@@ -26,8 +26,9 @@ from simt import build as simt_build  # noqa: E402
 from update_readme import update  # noqa: E402
 
 from fastkm.cli.console import markdown_table  # noqa: E402
+from fastkm.testing.operations import GPU_OPERATORS as OPERATORS  # noqa: E402
 from fastkm.testing.presets import PRESETS, Preset  # noqa: E402
-from fastkm.testing.roofline import OPERATORS, bytes_to_move, inputs  # noqa: E402
+from fastkm.testing.roofline import bytes_to_move, inputs  # noqa: E402
 
 PAGE = ROOT / "docs" / "results" / "kernels.md"
 PRESET, BATCH, QUERIES = PRESETS["L"], 64, 32  # shared memory and occupancy are those of this preset

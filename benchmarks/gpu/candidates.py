@@ -10,7 +10,7 @@ from fastkm import MemoryState
 from fastkm._runtime import dispatch
 from fastkm.testing.definitions import Result
 from fastkm.testing.episodes import Episode
-from fastkm.testing.operations import GRADIENT_CASES, KERNEL_OPERATIONS, OPERATIONS, Case, computation
+from fastkm.testing.operations import GPU_OPERATIONS, GRADIENT_CASES, OPERATIONS, Case, computation
 from fastkm.testing.verification import (
     OTHER_FORM,
     Verdict,
@@ -30,7 +30,7 @@ SIGNIFICANT = {"tf32x3": 20, "tf32": 10}
 # In the order of what they tell: the operations that models spend their time in come first.
 CASES = tuple(
     sorted(
-        (*map(Case, KERNEL_OPERATIONS), *GRADIENT_CASES),
+        (*map(Case, GPU_OPERATIONS), *(case for case in GRADIENT_CASES if case.operation in GPU_OPERATIONS)),
         key=lambda case: not OPERATIONS[case.operation].takes_precision,
     )
 )

@@ -53,10 +53,11 @@ Real* data_of(const Tensor& tensor) {
 }
 
 // Positive numbers: one for all memories, one for each memory or, if `sizes` has two axes, one for each pattern.
-// Trailing axes may be missing. On the CPU the values are checked too: positive and finite.
+// Trailing axes may be missing. On the CPU the values are checked too: positive, and finite or at most `most`.
 template <class Real, class Place>
 Batch<const Real> positive_numbers_of(const Place&, const Tensor& tensor, const char* name,
-                                      std::initializer_list<int64_t> sizes, const Tensor& memory) {
+                                      std::initializer_list<int64_t> sizes, const Tensor& memory,
+                                      Real most = std::numeric_limits<Real>::max()) {
   bool same = tensor.dim() <= static_cast<int64_t>(sizes.size()) && tensor.scalar_type() == memory.scalar_type();
   for (int64_t axis = 0; same && axis < tensor.dim(); ++axis) same = tensor.size(axis) == sizes.begin()[axis];
   STD_TORCH_CHECK(same, "fastkm: ", name, " has a shape or dtype that does not fit the other arguments");
@@ -68,9 +69,8 @@ Batch<const Real> positive_numbers_of(const Place&, const Tensor& tensor, const 
     bool positive = true;
     for (int64_t b = 0; b < distinct(0); ++b)
       for (int64_t t = 0; t < distinct(1); ++t)
-        positive &= *numbers.at(b, t) >= std::numeric_limits<Real>::min() &&
-                    *numbers.at(b, t) <= std::numeric_limits<Real>::max();
-    STD_TORCH_CHECK(positive, "fastkm: ", name, " must be positive and finite");
+        positive &= *numbers.at(b, t) >= std::numeric_limits<Real>::min() && *numbers.at(b, t) <= most;
+    STD_TORCH_CHECK(positive, "fastkm: ", name, " must be positive and ", most > 1 ? "finite" : "at most 1");
   }
   return numbers;
 }

@@ -1,9 +1,12 @@
-"""What the reference forms of several families share: the status of a covariance, and one divergence."""
+"""What the reference forms of several families share: the status of covariances, and one divergence."""
 
 import torch
 from torch import Tensor
 
-from fastkm._runtime.status import ASYMMETRIC, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE
+
+# A variance is lost when it is less than this many times the rounding of the sum that gives it.
+LEAST_DIGITS = 16
 
 
 def symmetry(cov: Tensor) -> Tensor:
@@ -34,6 +37,27 @@ def variance_divergence(ratio: Tensor, excess: Tensor) -> Tensor:
         series = series * square + 1 / (2 * n + 1)
     near = 2 * square * (1 / (1 + u) + u * series)
     return torch.where((ratio >= 0.5) & (ratio <= 2), near, excess - ratio.log())
+
+
+def variance_status(
+    rows: int, noise_var: Tensor, variances: Tensor, explained: Tensor, scale: Tensor, failed: Tensor
+) -> Tensor:
+    """Status [B] of a chunk: whether its covariance can be positive definite, and whether the next one can be held.
+
+    ``variances`` [B, t] are ``wᵀUw`` against the memory before the chunk, ``explained`` what the elimination leaves of
+    them, ``scale`` ``Σ w_i² U_ii``; a memory has ``rows`` rows. A positive definite covariance explains nothing
+    negative. Along a pattern, ``wᵀUw`` becomes ``wᵀUw σ²/s``; both are sums of ``w_i w_j U_ij``, whose rounding is of
+    the size ``eps Σ w_i² U_ii``. Below a few times that size nothing is left of the variance but rounding, and the
+    covariance need not be positive definite.
+    """
+    eps = torch.finfo(variances.dtype).eps
+    noise_var, variances, explained = noise_var.detach(), variances.detach(), explained.detach()
+    rounding = 4 * (rows + explained.shape[-1]) * eps * (variances + noise_var).abs()
+    indefinite = (failed != 0) | ~(explained >= -rounding).all(-1)
+    explained = explained.clamp_min(0)
+    left = explained * (noise_var / (explained + noise_var))
+    lost = ~(left >= LEAST_DIGITS * eps * scale).all(-1)
+    return first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int()).int()
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

@@ -77,6 +77,14 @@ class PatternVariance(Argument):
 
 
 @dataclass(frozen=True)
+class PatternFactor(Argument):
+    """A number in (0, 1] for all patterns, one a memory, or one a pattern; or None."""
+
+    def check(self, signature: guards.Signature, value: Any) -> tuple[Tensor | None]:
+        return (None,) if value is None else (signature.factor(self.name, value),)
+
+
+@dataclass(frozen=True)
 class MemoryVariance(Argument):
     """A positive number for all memories, or one a memory."""
 

@@ -20,9 +20,15 @@ from fastkm._runtime.torch_private import (
     without_python_frame,
 )
 
-# A forward operator takes these variances with trailing axes missing, its backward does not: how many axes the backward
+# A forward operator takes these numbers with trailing axes missing, its backward does not: how many axes the backward
 # takes, and the argument that has the same leading axes.
-VARIANCE_AXES = {"noise_var": ("values", 2), "ridge": ("mean", 1)}
+VARIANCE_AXES = {
+    "noise_var": ("values", 2),
+    "ridge": ("mean", 1),
+    "retention": ("values", 2),
+    "prior_var": ("mean", 1),
+    "forgetting": ("values", 2),
+}
 
 
 class Differentiable:
@@ -109,7 +115,7 @@ def _run_and_attach(
     def attach(outputs, inputs: Sequence):
         inputs = list(inputs)
         for variance, like, axes in variances:
-            if inputs[variance].dim() < axes:
+            if inputs[variance] is not None and inputs[variance].dim() < axes:
                 inputs[variance] = spread_variance(inputs[variance], inputs[like].shape[:axes])
         attached = computed.apply(_as_tuple(outputs), *inputs)
         return attached if isinstance(outputs, tuple) else attached[0]
@@ -149,6 +155,7 @@ def _autograd_functions(
                 return (None,) * ctx.num_inputs
             known = [plain if x is None else x for x, plain in zip(ctx.saved_tensors, ctx.plain, strict=True)]
             gradients = _as_tuple(pull_back(*known, *cotangents))
+            gradients = [x if isinstance(of, Tensor) else None for x, of in zip(gradients, known, strict=False)]
             return (*gradients, *[None] * (ctx.num_inputs - len(gradients)))
 
         @staticmethod

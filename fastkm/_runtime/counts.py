@@ -43,6 +43,19 @@ def update_posterior_backward(K: int, C: int, T: int, Q: int) -> Flops:
     return Flops(5 * product(T, C, K), 3 * product(T, K, K) + 2 * symmetric_product(K, T))
 
 
+def filter_posterior(K: int, C: int, T: int, Q: int) -> Flops:
+    # An update, and step by step Rᵀq and U q.
+    update = update_posterior(K, C, T, Q)
+    return Flops(update.codes + product(T, C, K), update.other + product(T, K, K))
+
+
+def filter_posterior_backward(K: int, C: int, T: int, Q: int) -> Flops:
+    # An update's, with the reads of both it and the cotangent: R ō and q ōᵀ; U q again, Ū q or U q v̄, and a triangle of
+    # v̄ q qᵀ.
+    update = update_posterior_backward(K, C, T, Q)
+    return Flops(update.codes + 2 * product(T, C, K), update.other + product(T, K, K) + symmetric_product(K, T))
+
+
 def write(K: int, C: int, T: int, Q: int) -> Flops:
     # An update, and for each pattern R z and one solve. R Rᵀ is factored once, as if later factors cost nothing.
     update = update_posterior(K, C, T, Q)

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from fastkm._runtime import status
 from fastkm._runtime.deferred import is_value_unknown, known
-from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, WORDS, describe_failures, in_memories
+from fastkm._runtime.status import (
+    ASYMMETRIC,
+    LOST,
+    NOT_POSITIVE_DEFINITE,
+    OUT_OF_RANGE,
+    WORDS,
+    describe_failures,
+    in_memories,
+)
 
 if TYPE_CHECKING:
     from fastkm._runtime.operation import Operation
@@ -74,6 +82,9 @@ def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) ->
         tolerance = torch.finfo(dtype).eps ** 0.5
         crooked = (name for name, x in covariances.items() if (x - x.mT).abs().max() > tolerance * x.abs().max())
         return Finding(next(crooked, factored), WORDS[code])
+    if code == OUT_OF_RANGE:
+        advice = "forgetting lets it grow wherever no weights reach; use forgetting nearer to 1, or retention"
+        return Finding("the new covariance", WORDS[code], advice)
     for name, x in covariances.items():
         if torch.linalg.cholesky_ex(x.double()).info:
             values = torch.linalg.eigvalsh(x.double())

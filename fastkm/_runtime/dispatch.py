@@ -41,7 +41,7 @@ INTO = {
     name: each._replace(gradients=False)
     for name, each in (("reference", REFERENCE), ("native", NATIVE), ("triton", TRITON))
 }
-ON_CPU = Capability({"cpu": DTYPES}, gradients=False)
+ON_CPU = Capability({"cpu": DTYPES})
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -52,10 +52,11 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
+    "filter_posterior": {"reference": REFERENCE, "native": ON_CPU},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "stream": {"reference": Capability(gradients=False), "native": ON_CPU},
+    "stream": {"reference": Capability(gradients=False), "native": ON_CPU._replace(gradients=False)},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

@@ -16,6 +16,7 @@ from fastkm._runtime.torch_private import argument_names
 MODULE = "torch.utils.flop_counter"
 # The axes of the arguments that give an operator its sizes.
 AXES = {"mean": "BKC", "cov": "BKK", "weights": "BTK", "values": "BTC", "queries": "BQC"}
+FILTER_AXES = AXES | {"queries": "BTK"}  # one query a step, in the space of the weights
 
 
 def count_flops_once_loaded(operators: list[str], namespaces: tuple[str, ...]) -> None:
@@ -40,12 +41,13 @@ def count_flops_once_loaded(operators: list[str], namespaces: tuple[str, ...]) -
 def formula_of(name: str, arguments: list[str]) -> Callable[..., int]:
     """Of the shapes of an operator's arguments, as the counter gives them: the operations of all memories."""
     flops = getattr(counts, name)
+    axes = FILTER_AXES if name.startswith("filter_posterior") else AXES
 
     def formula(*given: Any, out_shape: Any = None, **named: Any) -> int:
         sizes: dict[str, int] = {}
         for argument, shape in (*zip(arguments, given, strict=False), *named.items()):
-            if argument in AXES:
-                sizes.update(zip(AXES[argument], shape, strict=True))
+            if argument in axes:
+                sizes.update(zip(axes[argument], shape, strict=True))
         return sizes["B"] * sum(flops(*(sizes.get(letter, 0) for letter in "KCTQ")))
 
     return formula

@@ -65,20 +65,25 @@ class Signature:
         """A variance per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
         return spread_variance(self._positive(name, value, ("", "B", "BT")), (self.sizes["B"], self.sizes["T"]))
 
+    def factor(self, name: str, value: float | Tensor) -> Tensor:
+        """A number in (0, 1] per pattern, viewed as [B, T]: a float, or a 0-d, [B] or [B, T] tensor."""
+        factor = self._positive(name, value, ("", "B", "BT"), most=1)
+        return spread_variance(factor, (self.sizes["B"], self.sizes["T"]))
+
     def per_memory(self, name: str, value: float | Tensor) -> Tensor:
         """A positive number per memory, viewed as [B]: a float, or a 0-d or [B] tensor."""
         return spread_variance(self._positive(name, value, ("", "B")), (self.sizes["B"],))
 
-    def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...]) -> Tensor:
+    def _positive(self, name: str, value: float | Tensor, layouts: tuple[str, ...], most: float = math.inf) -> Tensor:
         _, first = self.first  # type: ignore[misc]
         if not isinstance(value, Tensor):
-            return positive_number(name, value, first)
+            return positive_number(name, value, first, most)
         self._same_kind(name, value)
         shape = tuple(value.shape)
         if not any([shape == tuple(map(self.sizes.get, layout)) for layout in layouts]):
             allowed = ", ".join("0-d" if not layout else self._shape(layout) for layout in layouts)
             raise ValueError(f"{name} must be a float or a tensor of shape {allowed}, got {list(value.shape)}")
-        _check_positive(name, value)
+        _check_positive(name, value, most)
         return value
 
     def mask(self, name: str, value: Tensor | None, letters: str) -> Tensor | None:
@@ -190,32 +195,39 @@ def choice(name: str, value: str, allowed: Iterable[str]) -> str:
     return value
 
 
-def positive_number(name: str, value: Any, like: Tensor) -> Tensor:
-    """A number as a 0-d tensor in the dtype and on the device of ``like``.
+def positive_number(name: str, value: Any, like: Tensor, most: float = math.inf) -> Tensor:
+    """A number in (0, ``most``] as a 0-d tensor in the dtype and on the device of ``like``.
 
     Dynamo keeps a float symbolic in a product; ``torch.full`` would make it compile again for every value.
     """
     value, limits = number(name, value, "a float or a tensor"), torch.finfo(like.dtype)
-    if not limits.tiny <= value <= limits.max:
-        raise ValueError(f"{name} must be positive and finite in {dtype_name(like.dtype)}, got {value}")
+    if not limits.tiny <= value <= min(most, limits.max):
+        raise ValueError(f"{name} must be positive and {_bound(most)} in {dtype_name(like.dtype)}, got {value}")
     if torch.compiler.is_compiling():
         return like.new_ones(()) * value
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
-def _check_positive(name: str, value: Tensor) -> None:
-    """Positive, normal and finite, as for a number; a NaN is not. Nothing waits for the values of a GPU."""
+def _bound(most: float) -> str:
+    return "finite" if most == math.inf else f"at most {most}"
+
+
+def _check_positive(name: str, value: Tensor, most: float = math.inf) -> None:
+    """Positive, normal and at most ``most``, as for a number; a NaN is not. Nothing waits for the values of a GPU."""
     if value.device.type not in ("cpu", "meta"):
         return
     limits = torch.finfo(value.dtype)
+    most_held = min(most, limits.max)
     if is_value_unknown(value):
-        assert_later(((value >= limits.tiny) & (value <= limits.max)).all(), f"{name} must be positive and finite")
+        in_range = ((value >= limits.tiny) & (value <= most_held)).all()
+        assert_later(in_range, f"{name} must be positive and {_bound(most)}")
         return
     value = known(value)
-    if value.numel() == 0 or all(limits.tiny <= bound.item() <= limits.max for bound in torch.aminmax(value)):
+    if value.numel() == 0 or all(limits.tiny <= bound.item() <= most_held for bound in torch.aminmax(value)):
         return
-    least, dtype = value.min(), dtype_name(value.dtype)
-    raise ValueError(f"{name} must be positive and finite everywhere in {dtype}, got a smallest value of {least}")
+    least, largest, dtype = value.min(), value.max(), dtype_name(value.dtype)
+    wrong = f"largest value of {largest}" if least >= limits.tiny else f"smallest value of {least}"
+    raise ValueError(f"{name} must be positive and {_bound(most)} everywhere in {dtype}, got a {wrong}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

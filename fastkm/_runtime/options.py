@@ -11,3 +11,6 @@ PRECISION_CODES = {name: code for code, name in enumerate(PRECISIONS)}
 
 # The dtypes of codes beside a float32 memory. The index is the Element of csrc/kernel_args.h.
 CODE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Whether a step of a filter reads before it writes.
+READ_BEFORE = {"after": False, "before": True}

@@ -132,6 +132,25 @@ def _(mean, cov, weights, values, noise_var, mask, precision):
 
 
 @_operator(
+    "filter_posterior(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor queries, Tensor noise_var,"
+    " Tensor? retention, Tensor prior_var, Tensor? forgetting, bool read_before, Tensor? mask, int precision)"
+    " -> (Tensor mean, Tensor cov, Tensor values, Tensor variance, Tensor innovation_var, Tensor log_evidence,"
+    " Tensor info)"
+)
+def _(mean, cov, weights, values, queries, noise_var, retention, prior_var, forgetting, read_before, mask, precision):
+    per_step = weights.shape[:2]
+    return (
+        mean.new_empty(mean.shape),
+        cov.new_empty(cov.shape),
+        mean.new_empty((*per_step, mean.shape[2])),
+        mean.new_empty(per_step),
+        mean.new_empty(per_step),
+        mean.new_empty(mean.shape[:1]),
+        _empty_info(mean),
+    )
+
+
+@_operator(
     "solve_addressing(Tensor mean, Tensor queries, Tensor ridge, bool squared_gram) -> (Tensor weights, Tensor info)"
 )
 def _(mean, queries, ridge, squared_gram):
@@ -285,6 +304,22 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 )
 def _(mean, cov, weights, values, noise_var, mask, precision, *grads):
     return _like(mean, cov, weights, values, noise_var)
+
+
+# What is not given gets an empty gradient.
+@_operator(
+    "filter_posterior_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor queries,"
+    " Tensor noise_var, Tensor? retention, Tensor prior_var, Tensor? forgetting, bool read_before, Tensor? mask,"
+    " int precision, Tensor? grad_mean, Tensor? grad_cov, Tensor? grad_values, Tensor? grad_variance,"
+    " Tensor? grad_innovation_var, Tensor? grad_log_evidence)"
+    " -> (Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor queries, Tensor noise_var, Tensor retention,"
+    " Tensor prior_var, Tensor forgetting)"
+)
+def _(
+    mean, cov, weights, values, queries, noise_var, retention, prior_var, forgetting, read_before, mask, precision, *_
+):
+    given = (x if x is not None else mean.new_empty(0) for x in (retention, prior_var, forgetting))
+    return _like(mean, cov, weights, values, queries, noise_var, *given)
 
 
 # `weights` are what the write returned.

@@ -36,24 +36,32 @@ def gradient_of_gradient(operator: OpOverload, backward: OpOverload) -> Callable
     def pull_back(*arguments):
         known, directions = arguments[:-num_gradients], arguments[-num_gradients:]
         inputs, cotangents = known[:num_inputs], known[len(known) - num_outputs :]
-        leading, options = inputs[:num_gradients], inputs[num_gradients:]
+        present = [i for i, x in enumerate(inputs[:num_gradients]) if x is not None]  # an argument may be missing
+        leading = [inputs[i] for i in present]
         given = [i for i, x in enumerate(cotangents) if x is not None]
 
         def outputs_of(*leading):
-            leading = [x.to(leading[0].dtype) for x in leading]  # codes may be of low precision
+            full = list(inputs)
+            for i, x in zip(present, leading, strict=True):
+                full[i] = x.to(leading[0].dtype)  # codes may be of low precision
             for i in covariances:  # the gradient of a kernel is that of a symmetric matrix
-                leading[i] = (leading[i] + leading[i].mT) / 2
-            outputs = REFERENCES[name](*leading, *options)
+                full[i] = (full[i] + full[i].mT) / 2
+            outputs = REFERENCES[name](*full)
             return tuple(outputs[i] for i in given)
 
         def gradients_of(leading, cotangents):
             return torch.func.vjp(outputs_of, *leading)[1](cotangents)
 
-        _, pull = torch.func.vjp(gradients_of, leading, tuple(cotangents[i] for i in given))
-        to_leading, to_given = pull(tuple(_or_zeros(x, like) for x, like in zip(directions, leading, strict=True)))
+        _, pull = torch.func.vjp(gradients_of, tuple(leading), tuple(cotangents[i] for i in given))
+        to_leading, to_given = pull(tuple(_or_zeros(directions[i], inputs[i]) for i in present))
+        to_inputs = dict(zip(present, to_leading, strict=True))
         to_cotangents = dict(zip(given, to_given, strict=True))
         unused = len(known) - num_gradients - num_outputs  # options and kept outputs
-        return (*to_leading, *[None] * unused, *map(to_cotangents.get, range(num_outputs)))
+        return (
+            *map(to_inputs.get, range(num_gradients)),
+            *[None] * unused,
+            *map(to_cotangents.get, range(num_outputs)),
+        )
 
     return pull_back
 

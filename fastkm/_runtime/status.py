@@ -13,8 +13,14 @@ from torch import Tensor
 from fastkm._runtime.deferred import assert_later, is_value_unknown
 
 # LOST: the matrices were good, and the covariance that follows from them has lost its digits to rounding.
-ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST = 1, 2, 3
-WORDS = {ASYMMETRIC: "not symmetric", NOT_POSITIVE_DEFINITE: "not positive definite", LOST: "lost to rounding"}
+# OUT_OF_RANGE: likewise, and it is larger than its dtype holds.
+ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST, OUT_OF_RANGE = 1, 2, 3, 4
+WORDS = {
+    ASYMMETRIC: "not symmetric",
+    NOT_POSITIVE_DEFINITE: "not positive definite",
+    LOST: "lost to rounding",
+    OUT_OF_RANGE: "beyond the range of its dtype",
+}
 
 
 def in_memories(failed: list) -> str:

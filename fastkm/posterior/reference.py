@@ -6,15 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm._linalg.reference import first_failure, symmetry, variance_divergence
-from fastkm._runtime.status import LOST, NOT_POSITIVE_DEFINITE
+from fastkm._linalg.reference import first_failure, symmetry, variance_divergence, variance_status
 
 # Patterns that are absorbed at once. The subtraction U − GᵀG rounds at the size of U, which more patterns would leave
 # further behind.
 CHUNK = 16
-
-# A variance is lost when it is less than this many times the rounding of the sum that gives it.
-LEAST_DIGITS = 16
 
 
 def update_sequential(mean, cov, weights, values, noise_var):
@@ -67,7 +63,8 @@ def whiten(mean: Tensor, cov: Tensor, weights: Tensor, values: Tensor, noise_var
     error = torch.linalg.solve_triangular(factor, values - weights @ mean, upper=False)
     variances = (projected * weights).sum(-1)
     explained = variances - factor.tril(-1).square().sum(-1)
-    status = covariance_status(cov, weights, noise_var, variances, explained, failed)
+    scale = weights.detach().square() @ cov.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [B, t, 1]
+    status = variance_status(cov.shape[-1], noise_var, variances, explained, scale.squeeze(-1), failed)
     return Whitened(gain, error, explained.clamp_min(0), status)
 
 
@@ -83,24 +80,3 @@ def information(explained, noise_var, energy, code_size, mask):
     if mask is not None:
         log_likelihood = log_likelihood * mask
     return kl, log_likelihood.sum(-1)
-
-
-def covariance_status(
-    cov: Tensor, weights: Tensor, noise_var: Tensor, variances: Tensor, explained: Tensor, failed: Tensor
-) -> Tensor:
-    """Status [B] of a chunk: whether its ``cov`` can be positive definite, and whether the next one can be held.
-
-    A positive definite ``cov`` explains nothing negative. Along a pattern, ``wᵀUw`` becomes ``wᵀUw σ²/s``; both are
-    sums of ``w_i w_j U_ij``, whose rounding is of the size ``eps Σ w_i² U_ii``. Below a few times that size nothing is
-    left of the variance but rounding, and the covariance need not be positive definite.
-    """
-    eps = torch.finfo(cov.dtype).eps
-    noise_var, variances, explained = noise_var.detach(), variances.detach(), explained.detach()
-    rounding = 4 * (cov.shape[-1] + explained.shape[-1]) * eps * (variances + noise_var).abs()
-    indefinite = (failed != 0) | ~(explained >= -rounding).all(-1)
-    explained = explained.clamp_min(0)
-    left = explained * (noise_var / (explained + noise_var))
-    scale = weights.detach().square() @ cov.detach().diagonal(dim1=-2, dim2=-1).unsqueeze(-1)  # [B, t, 1]
-    lost = ~(left >= LEAST_DIGITS * eps * scale.squeeze(-1)).all(-1)
-    status = first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int())
-    return status.int()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from fastkm.addressing import reference as addressing
+from fastkm.filtering import reference as filtering
 from fastkm.matrix_normal import reference as matrix_normal
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
@@ -123,6 +124,50 @@ def update_normal_equations(e: Episode) -> Result:
         variances.append(s)
         kls.append(matrix_normal.kl_memory(mean, cov, *before)[0])
     return dict(zip(UPDATE, (mean, cov, torch.cat(variances, 1), torch.stack(kls, 1), evidence), strict=True))
+
+
+# Filtering, one step at a time, and by precisions. The queries are the weights in the opposite order; what is learnt is
+# kept at a rate of its own at every step.
+
+FILTER = ("mean", "cov", "values", "variance", "innovation_var", "log_evidence")
+
+
+def filter_queries(e: Episode) -> Tensor:
+    return e.weights.flip(1)
+
+
+def filter_retention(e: Episode) -> Tensor:
+    return torch.exp(-0.05 * e.noise_var)
+
+
+def filter_one_by_one(e: Episode) -> Result:
+    inputs = (*e.prior, e.weights, e.values, filter_queries(e), e.noise_var, filter_retention(e), e.ridge)
+    return dict(zip(FILTER, filtering.filter_sequential(*inputs), strict=True))
+
+
+def filter_normal_equations(e: Episode) -> Result:
+    """Each step relaxes the moments and then adds ``w wᵀ/σ²`` and ``w zᵀ/σ²`` to their information form."""
+    (mean, cov), evidence = e.prior, torch.zeros_like(e.ridge)
+    reads: list[Tensor] = []
+    variances: list[Tensor] = []
+    innovation_vars: list[Tensor] = []
+    steps = (e.weights, e.values, filter_queries(e), e.noise_var, filter_retention(e))
+    for w, z, q, noise, kept in zip(*(x.split(1, 1) for x in steps), strict=True):
+        kept = kept.unsqueeze(-1)
+        drift = ((1 - kept**2) * e.ridge[:, None, None]).expand_as(w)
+        mean, cov = kept * mean, kept**2 * cov + torch.diag_embed(drift.squeeze(1))
+        s = (w @ cov @ w.mT).flatten(1) + noise
+        evidence = evidence + Normal((w @ mean).squeeze(1), s.sqrt()).log_prob(z.squeeze(1)).sum(-1)
+        before = torch.cholesky_inverse(torch.linalg.cholesky(cov))
+        shift = before @ mean + w.mT @ z / noise.unsqueeze(-1)
+        cov = torch.cholesky_inverse(torch.linalg.cholesky(before + w.mT @ w / noise.unsqueeze(-1)))
+        mean = cov @ shift
+        for made, x in zip(
+            (reads, variances, innovation_vars), (q @ mean, (q @ cov @ q.mT).flatten(1), s), strict=True
+        ):
+            made.append(x)
+    outputs = (torch.cat(x, 1) for x in (reads, variances, innovation_vars))
+    return dict(zip(FILTER, (mean, cov, *outputs, evidence), strict=True))
 
 
 # Writing, in the literal loop and in Gram space.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastkm
-from fastkm._runtime import counts
+from fastkm._runtime import counts, dispatch
 from fastkm._runtime.counts import Flops
 from fastkm.matrix_normal import logdet, reference
 from fastkm.posterior.reference import update_sequential
@@ -87,6 +87,15 @@ def update_arguments(o: Operands) -> tuple:
 
 def update_backward_arguments(o: Operands) -> tuple:
     return *update_arguments(o), o.mean, o.cov, o.noise_var, o.noise_var, o.ridge
+
+
+def filter_arguments(o: Operands) -> tuple:
+    factors = (o.noise_var / (1 + o.noise_var), o.ridge.expand(o.mean.shape[:1]), None)
+    return (*o[:2], o.weights, o.values, o.weights, o.noise_var, *factors, False, o.mask, o.precision)
+
+
+def filter_backward_arguments(o: Operands) -> tuple:
+    return *filter_arguments(o), o.mean, o.cov, o.values, o.noise_var, o.noise_var, o.ridge.expand(o.mean.shape[:1])
 
 
 def write_arguments(o: Operands) -> tuple:
@@ -167,6 +176,26 @@ ENTRIES = (
         inputs=Inputs("prior", ("values", "noise_var", "ridge")),
         operator=Operator("write", write_arguments, counts.write),
         backward=Operator("write_backward", write_backward_arguments, counts.write_backward),
+    ),
+    Operation(
+        "filter_posterior",
+        fastkm.filter_posterior,
+        lambda e: {
+            "state": e.prior,
+            "weights": e.weights,
+            "values": e.values,
+            "queries": definitions.filter_queries(e),
+            "noise_var": e.noise_var,
+            "retention": definitions.filter_retention(e),
+            "prior_var": e.ridge,
+        },
+        definitions.filter_one_by_one,
+        definitions.filter_normal_equations,
+        "patterns",
+        loop=definitions.filter_one_by_one,
+        inputs=Inputs("prior", ("weights", "values", "noise_var", "ridge")),
+        operator=Operator("filter_posterior", filter_arguments, counts.filter_posterior),
+        backward=Operator("filter_posterior_backward", filter_backward_arguments, counts.filter_posterior_backward),
     ),
     Operation(
         "read",
@@ -277,6 +306,15 @@ KERNEL_OPERATIONS = tuple(op.name for op in ENTRIES if op.operator)  # those wit
 OPERATORS = {
     operator.name: operator for op in ENTRIES for operator in (op.operator, op.backward, *op.parts) if operator
 }
+# Those that GPUs have kernels for.
+GPU_OPERATIONS = tuple(name for name in KERNEL_OPERATIONS if "triton" in dispatch.CAPABILITIES[name])
+GPU_OPERATORS = tuple(
+    operator.name
+    for op in ENTRIES
+    if op.name in GPU_OPERATIONS
+    for operator in (op.operator, op.backward, *op.parts)
+    if operator
+)
 
 
 # ---- cases ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 
 from compilers import build
 
-FAMILIES = ("gradients", "posterior", "writing", "reading", "addressing", "matrix_normal")
+FAMILIES = ("gradients", "posterior", "filtering", "writing", "reading", "addressing", "matrix_normal")
 # All that the kernels compute, at every shape but the largest presets. The refusals are the work of the bindings.
 WHOLE = (
     *(f"tests/test_{family}.py" for family in FAMILIES),

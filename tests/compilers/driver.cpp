@@ -126,6 +126,20 @@ PosteriorArgs<Real> update_args(const Call& call) {
 }
 
 template <class Real>
+FilteringArgs<Real> filtering_args(const Call& call) {
+  PosteriorArgs<Real> posterior = posterior_args<Real>(call, 3, 10);
+  posterior.weights = call.in<Real>(2), posterior.noise_var = call.in<Real>(5);
+  return {.posterior = posterior,
+          .queries = call.in<Real>(4),
+          .retention = call.in<Real>(6),
+          .forgetting = call.in<Real>(8),
+          .prior_var = call.in<Real>(7),
+          .read_before = call.number(9) != 0,
+          .read_values = {},
+          .variance = {}};
+}
+
+template <class Real>
 WritingArgs<Real> writing_args(const Call& call) {
   return {.posterior = posterior_args<Real>(call, 2, 7),
           .ridge = call.in<Real>(4),
@@ -184,6 +198,22 @@ bool answer_conditioning(const Call& call, const Kernels<Real>& table, const Run
                                      .to_values = out(3),
                                      .to_noise_var = out(4)};
     return run(table.update_posterior_backward, update_args<Real>(call), grads);
+  }
+  if (call.name == "filter_posterior") {
+    FilteringArgs<Real> args = filtering_args<Real>(call);
+    args.posterior.new_mean = out(0), args.posterior.new_cov = out(1);
+    args.read_values = out(2), args.variance = out(3), args.posterior.innovation_var = out(4);
+    args.posterior.log_evidence = out(5).data, args.posterior.info = call.out<int32_t>(6).data;
+    return run(table.filter_posterior, args);
+  }
+  if (call.name == "filter_posterior_backward") {
+    FilteringGrads<Real> grads{};
+    grads.posterior.mean = in(12), grads.posterior.cov = in(13), grads.read_values = in(14), grads.variance = in(15);
+    grads.posterior.innovation_var = in(16), grads.posterior.log_evidence = in(17);
+    grads.posterior.to_mean = out(0), grads.posterior.to_cov = out(1), grads.posterior.to_weights = out(2);
+    grads.posterior.to_values = out(3), grads.to_queries = out(4), grads.posterior.to_noise_var = out(5);
+    grads.to_retention = out(6), grads.to_prior_var = out(7), grads.to_forgetting = out(8);
+    return run(table.filter_posterior_backward, filtering_args<Real>(call), grads);
   }
   if (call.name == "write") {
     WritingArgs<Real> args = writing_args<Real>(call);

@@ -80,14 +80,14 @@ RUNTIME = [
     fault(
         "denormal-variance-admitted",
         "a variance that is zero in float32 passes the guard",
-        before="if not limits.tiny <= value <= limits.max",
+        before="if not limits.tiny <= value <= min(most, limits.max)",
         after="if not 0 < value <= limits.max",
         tests=(f"{CHECK}::test_variance_must_be_positive_and_finite_in_the_dtype_of_the_call",),
     ),
     fault(
         "infinite-variance-admitted",
         "only the smallest of several variances is checked",
-        before="all(limits.tiny <= bound.item() <= limits.max for bound in torch.aminmax(value))",
+        before="all(limits.tiny <= bound.item() <= most_held for bound in torch.aminmax(value))",
         after="limits.tiny <= value.min().item() < math.inf",
         tests=(f"{CHECK}::test_variance_must_be_positive_and_finite",),
     ),
@@ -161,8 +161,8 @@ REFERENCES = [
     fault(
         "indefinite-slack-reference",
         "a thousandfold slack for indefinite covariances in the reference",
-        before="4 * (cov.shape[-1] + explained.shape[-1])",
-        after="4000 * (cov.shape[-1] + explained.shape[-1])",
+        before="4 * (rows + explained.shape[-1])",
+        after="4000 * (rows + explained.shape[-1])",
         tests=(CHECK,),
     ),
     fault(

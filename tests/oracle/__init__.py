@@ -3,6 +3,8 @@
 from oracle.equations import (
     attractor_read,
     batched,
+    filter_at_once,
+    filter_steps,
     kl_columns,
     normal_equations,
     pattern_energy,
@@ -55,6 +57,8 @@ __all__ = [
     "call",
     "equal",
     "error",
+    "filter_at_once",
+    "filter_steps",
     "flat",
     "judge",
     "kl_columns",

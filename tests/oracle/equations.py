@@ -48,6 +48,57 @@ def normal_equations(R, U, W, Z, noise, mask):
     return {"mean": cov @ (prior_precision @ R + gram @ Z[mask]), "cov": cov}
 
 
+def filter_steps(R, U, W, Z, Q, noise, retention, forgetting, prior_var, mask, before=False):
+    """Decay, write, read, step by step; a masked step only reads."""
+    values, variance, s, log_evidence = [], [], noise.copy(), 0.0
+    for t in range(len(W)):
+        prior = R, U
+        if mask[t]:
+            R, U = retention[t] * R, retention[t] ** 2 * U + (1 - retention[t] ** 2) * prior_var * np.eye(len(U))
+            prior = R, U = R, U / forgetting[t]
+            R, U, s[t], _, log_likelihood = rank_one(R, U, W[t], Z[t], noise[t])
+            log_evidence += log_likelihood
+        mean, cov = prior if before else (R, U)
+        values.append(mean.T @ Q[t]), variance.append(Q[t] @ cov @ Q[t])
+    return {
+        "mean": R,
+        "cov": U,
+        "values": np.array(values).reshape(len(W), R.shape[1]),
+        "variance": np.array(variance).reshape(len(W)),
+        "innovation_var": s,
+        "log_evidence": np.asarray(log_evidence),
+    }
+
+
+def filter_at_once(R, U, W, Z, Q, noise, retention, forgetting, prior_var, mask):
+    """Every read as one regression on all that came before it, by the joint law of the memories at all steps.
+
+    With retention M_t has the prior covariance ``C_tt`` and ``C_ts = (m_t/m_s) C_ss`` with M_s; forgetting divides the
+    noise of pattern s by ``Π γ`` of the steps after it, and the first precision is multiplied by ``Π γ`` of all.
+    """
+    identity, kept, values, variance = np.eye(len(U)), np.flatnonzero(mask), [], []
+    retention, forgetting = np.where(mask, retention, 1), np.where(mask, forgetting, 1)
+    m, weight = np.cumprod(retention), np.cumprod(forgetting)
+    for t in range(len(W)):
+        past = kept[kept <= t]
+        first = U / weight[t]
+
+        def prior_cov(i, j, first=first):  # of M_i with M_j, j ≤ i
+            return m[i] / m[j] * (m[j] ** 2 * first + (1 - m[j] ** 2) * prior_var * identity)
+
+        noises = noise[past] * weight[past] / weight[t]
+        S, cross = np.diag(noises), np.zeros((len(past), len(U)))
+        for a, i in enumerate(past):
+            cross[a] = prior_cov(t, i) @ W[i]
+            for b, j in enumerate(past):
+                S[a, b] += W[i] @ prior_cov(max(i, j), min(i, j)) @ W[j]
+        innovations = Z[past] - m[past, None] * (W[past] @ R)
+        mean = m[t] * R + cross.T @ np.linalg.solve(S, innovations)
+        cov = prior_cov(t, t) - cross.T @ np.linalg.solve(S, cross)
+        values.append(mean.T @ Q[t]), variance.append(Q[t] @ cov @ Q[t])
+    return {"values": np.array(values), "variance": np.array(variance), "mean": mean, "cov": cov}
+
+
 def write(R, U, Z, noise, ridge, mask, num_opt_iters=1, squared=False):
     weights, s, kl = np.zeros((len(Z), R.shape[0])), noise.copy(), np.zeros(len(Z))
     for t in np.flatnonzero(mask):

@@ -93,7 +93,7 @@ def as_episode(operation: str, p: Problem) -> Episode:
 
 def call(operation: str, p: Problem, backend: str | None, **options):
     """Run an operation of the package on a problem."""
-    if operation in ("update_posterior", "write"):
+    if operation in ("update_posterior", "filter_posterior", "write"):
         options = {"mask": p.mask, **options}
     if operation == "attractor_read":
         options = {"weight_var": 0.0, **options}

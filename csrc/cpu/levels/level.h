@@ -12,6 +12,8 @@ template struct Tile<2, 1, float>;
 }  // namespace fastkm::FASTKM_LEVEL
 
 #else
+#include "cpu/filtering/filter.h"
+#include "cpu/filtering/filter_backward.h"
 #include "cpu/matrix_normal/divergence.h"
 #include "cpu/matrix_normal/divergence_backward.h"
 #include "cpu/posterior/update.h"
@@ -33,6 +35,8 @@ const Kernels<Real>& kernels() {
       .write = write<Real>,
       .update_posterior_backward = update_posterior_backward<Real>,
       .write_backward = write_backward<Real>,
+      .filter_posterior = filter_posterior<Real>,
+      .filter_posterior_backward = filter_posterior_backward<Real>,
       .read_memories = read_memories<Real>,
       .factor_size = factor_size<Real>,
       .factor_memories = factor_memories<Real>,

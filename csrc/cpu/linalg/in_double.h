@@ -227,7 +227,7 @@ class Doubles {
 
   int64_t b_;
   Arena& arena_;
-  Result results_[8];
+  Result results_[16];
   int64_t count_ = 0;
 };
 

@@ -50,7 +50,7 @@ struct PivotLanes {
 
 template <class Real>
 PivotLanes<Real> extreme_pivots(const RidgeLanes<Real>& solve) {
-  if (solve.pivots.columns == 0) return {};
+  if (solve.pivots.columns == 0) return {Vec<Real>{}, Vec<Real>{}};
   PivotLanes<Real> found{solve.pivots.get(0), solve.pivots.get(0)};
   for (int64_t k = 1; k < solve.pivots.columns; ++k) {
     const Vec<Real> pivot = solve.pivots.get(k);

@@ -138,7 +138,7 @@ Real rounding_slack(int64_t K, int64_t count, Real variance, Real eps = std::num
 // can be positive definite.
 template <class Real, size_t MOST>
 bool factor_variances(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST], int64_t K,
-                      const Real* noise_var, Real eps, Arena& arena) {
+                      const Real* noise_var, Arena& arena, Real eps = std::numeric_limits<Real>::epsilon()) {
   const int64_t count = factor.size();
   Real slack[MOST];
   for (int64_t t = 0; t < count; ++t) slack[t] = rounding_slack(K, count, factor.lower.row(t)[t] + noise_var[t], eps);
@@ -202,7 +202,7 @@ WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real
   product<Into::kSet>(projected, K, operand(weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
   const bool positive =
-      factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, limits.eps, arena);
+      factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena, limits.eps);
   solve_lower(chunk.gain, factor, projected, 0, {}, projected);
   const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
   chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);

@@ -141,7 +141,7 @@ void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& mem
   product<Into::kSet>(projected, K, memory.cov, weights_transposed);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.weights), projected);
   const bool positive =
-      factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, limits.eps, arena);
+      factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, arena, limits.eps);
   invert_lower(factor, whitened.inverse, arena);
   product<Into::kSubtract>(innovations, chunk.values, K, memory.mean_transposed, weights_transposed);
   product_of_triangle<true>(whitened.inputs, inputs, transposed_copy(whitened.inverse, arena));
