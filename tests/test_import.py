@@ -132,7 +132,7 @@ NEEDS_EXTENSION = pytest.mark.skipif(schema.unavailable is not None, reason=str(
 @pytest.mark.parametrize(
     ("before", "after", "named"),
     [
-        ("bool squared_gram, int precision)", "bool squared_gram, int precision, bool more)", "read"),
+        ('int precision,"\n    " int? values_type', 'int precision, bool more,"\n    " int? values_type', "read"),
         ("logdet(Tensor cov)", "logdet(Tensor covariance)", "logdet"),
         ("factor_addressing(Tensor mean,", "factor_addressing(Tensor rows,", "factor_addressing"),
     ],

@@ -90,7 +90,7 @@ def _variances_of(operator: OpOverload) -> list[tuple[int, int, int]]:
     return [
         (names.index(variance), names.index(like), axes)
         for variance, (like, axes) in VARIANCE_AXES.items()
-        if variance in names
+        if variance in names and like in names  # a library of another version may name them otherwise
     ]
 
 

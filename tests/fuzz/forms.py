@@ -63,7 +63,7 @@ def kernel(problems: Problems, inputs: dict[str, Tensor]) -> Outcome:
     options = {
         "write": (problems.times, problems.squared_gram, problems.mask, 0),
         "update_posterior": (problems.mask, 0),
-        "read": (problems.times, problems.squared_gram, 0),
+        "read": (problems.times, problems.squared_gram, 0, None),
         "solve_addressing": (problems.squared_gram,),
     }[problems.operation]
     return named(problems, KERNELS[problems.operation](*inputs.values(), *options))
