@@ -167,9 +167,10 @@ ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, size_t squar
 template <class Real>
 void read_on(const Call& call, const Kernels<Real>& table, const ReadingArgs<Real>& args) {
   const int64_t B = call.size(0)[0];
-  if (B >= call.threads)
+  const int64_t factor_size = table.factor_size(args);
+  if (factor_size == 0 || B >= call.threads)
     return call.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
-  std::vector<Real> factors(static_cast<size_t>(B * table.factor_size(args)));
+  std::vector<Real> factors(static_cast<size_t>(B * factor_size));
   call.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, factors.data(), begin, end); });
   const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);
   call.over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, factors.data(), begin, end); });
