@@ -86,7 +86,8 @@ Status write_chunk(const WritingArgs<Real>& args, const SearchSettings<Real>& se
                    const MemoryRows<Real>& memory, const Matrix<Real>& stacked, const Matrix<Real>& weights,
                    const Observations<Real>& observed, Arena& arena) {
   const int64_t K = memory.cov.rows, count = weights.rows;
-  const bool once = settings.factors_once();
+  // One pattern needs one solve; the inverse of the search would cost two more factorisations.
+  const bool once = settings.factors_once() && count > 1;
   const GramSpace<Real> space = compute_gram_space(memory, stacked, !once, arena);
   fill_zero(weights);
   Search<Real> search = once ? allocate_search(space, arena) : Search<Real>{};
