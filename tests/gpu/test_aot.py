@@ -36,9 +36,15 @@ def test_no_float_atomics(rows):
     assert not [row for row in rows if row.built.float_atomics]
 
 
+# A factored solve only reads the tiles of one product. On gfx942 four warps are 256 threads, and such a tile has fewer than
+# four numbers for each of them.
+SMALL_TILES = ("solve_factored", "gfx942")
+
+
 def test_aligned_rows_are_read_128_bits_at_a_time(rows):
-    assert any(row.aligned for row in rows)
-    assert not [row for row in rows if row.aligned and not row.built.wide_loads]
+    aligned = [row for row in rows if row.aligned and (row.operator, row.target) != SMALL_TILES]
+    assert aligned
+    assert not [row for row in aligned if not row.built.wide_loads]
 
 
 def test_products_that_may_be_rounded_run_on_tensor_cores(rows):
