@@ -36,8 +36,8 @@ def test_no_float_atomics(rows):
     assert not [row for row in rows if row.built.float_atomics]
 
 
-# A factored solve only reads the tiles of one product. On gfx942 four warps are 256 threads, and such a tile has fewer than
-# four numbers for each of them.
+# A factored solve only reads the tiles of one product. On gfx942 four warps are 256 threads, and such a tile has fewer
+# than four numbers for each of them.
 SMALL_TILES = ("solve_factored", "gfx942")
 
 
