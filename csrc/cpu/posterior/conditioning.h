@@ -171,7 +171,8 @@ Status chunk_status(bool positive, const Whitened& chunk, Real taken, const Obse
     holds &= explained * (observed.noise_var[t] / chunk.pivot[t]) * limits.variance >= scale;
     inexact |= scale > explained * limits.chunk_variance;
   }
-  if (inexact && limits.exist()) return kInexactCovariance;
+  // A single pattern is conditioned on as the literal loop does.
+  if (inexact && weights.rows > 1 && limits.exist()) return kInexactCovariance;
   return holds ? kGood : kLost;
 }
 
