@@ -163,8 +163,9 @@ template <Into INTO, class Real>
   }
 }
 
-// Products of fewer multiply-adds are computed by one thread, strip by strip.
-constexpr int64_t kLargeProduct = 1 << 20;
+// Products of fewer multiply-adds go strip by strip, and those of fewer than kSharedProduct are not shared: waking a
+// thread takes as long as a million of them.
+constexpr int64_t kLargeProduct = 1 << 20, kSharedProduct = 1 << 22;
 
 // A product that takes so few steps for each entry that it is bound by the bytes of C goes through C a few rows at a
 // time, and B stays in the cache. Others go strip by strip, and pack B if it pays.
@@ -186,7 +187,7 @@ template <Into INTO, class Real>
         product_strip<INTO, Real>(to, from, rows, vectors, k, left, b.columns_from(first), nullptr);
     });
   };
-  const Team* team = current_team();
+  const Team* team = team_for(c.rows * c.columns * k, kSharedProduct);
   const int64_t groups = column_groups<Real>(c.columns);
   if (!by_rows && (!team || groups >= 2 * team->threads))
     return share(team, groups, [&](int64_t begin, int64_t end) { compute(0, c.rows, begin, end); });
@@ -234,7 +235,7 @@ template <Into INTO, class Real>
 [[gnu::noinline]] void large_product_lower(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k,
                                            const Operand<Real>& a, const Matrix<Real>& b) {
   constexpr int64_t kRowsInStrips = 256;  // with fewer, too much of the work would lie above the diagonal
-  const Team* team = current_team();
+  const Team* team = team_for(c.rows * c.rows * k / 2, kSharedProduct);
   if (k <= kSumRun || c.rows < kRowsInStrips)
     return share_triangle(team, (c.rows + kBlock - 1) / kBlock,
                           [&](int64_t block) { product_lower_block<INTO>(c, d, k, a, b, block * kBlock); });

@@ -42,7 +42,7 @@ void solve_lower_strip(Rows<Real> x, Rows<const Real> d, const Factor<Real>& f, 
 template <class Real>
 void solve_lower(const Matrix<Real>& x, const Factor<Real>& f, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                  const Matrix<Real>& b, Prefetch* prefetch = nullptr) {
-  const Team* team = team_for(x.rows * x.columns * (k + x.rows / 2), kLargeProduct);
+  const Team* team = team_for(x.rows * x.columns * (k + x.rows / 2), kSharedProduct);
   if (team) prefetch = nullptr;  // it belongs to one thread
   share(team, column_groups<Real>(x.columns), [=](int64_t begin, int64_t end) __attribute__((always_inline)) {
     each_strip<Real>(x.columns, b.padded && d.padded && x.padded, begin, end,
