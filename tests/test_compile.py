@@ -7,7 +7,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from oracle import call, flat, problem
+from oracle import TRANSFORMED, call, flat, problem
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,16 +20,6 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_compiled_yet"),
 ]
 
-OPERATIONS = (
-    "update_posterior",
-    "filter_posterior",
-    "write",
-    "read",
-    "solve_addressing",
-    "read_factored",
-    "solve_factored",
-    "kl_memory",
-)
 WIDTH, CODE, ROWS = 9, 7, 5
 PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
 
@@ -86,7 +76,7 @@ def test_the_module_in_inductor():
         oracle.assert_close(compiled(x, mask), module(x, mask))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_operation(operation, masked):
     """Forward and backward, every output and every argument; the kernel is one node of the graph."""
@@ -120,7 +110,7 @@ def test_every_operation(operation, masked):
     assert sum(node.target == operator for node in nodes) == 1
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_without_a_gradient(operation):
     p = problem(2, 5, 3, 4, 6, masked=True)
     compiled = torch.compile(lambda p: call(operation, p, "native"), backend="aot_eager", fullgraph=True)

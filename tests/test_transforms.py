@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from oracle import call, flat, problem
+from oracle import TRANSFORMED, call, flat, problem
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed.device_mesh import init_device_mesh
@@ -19,17 +19,6 @@ from fastkm import KanervaMemory, MemoryState
 from fastkm._runtime import schema
 
 pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
-
-OPERATIONS = (
-    "update_posterior",
-    "filter_posterior",
-    "write",
-    "read",
-    "solve_addressing",
-    "read_factored",
-    "solve_factored",
-    "kl_memory",
-)
 
 
 def as_function(operation, p, backend="native", **options):
@@ -63,7 +52,7 @@ def assert_all_close(actual, expected):
 # ----------------------------------------------------------------------------------------------------------------- vmap
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 @pytest.mark.parametrize("masked", [False, True])
 def test_vmap_is_the_loop(operation, masked):
     """Bit for bit: every memory is computed on its own, wherever it sits."""
@@ -81,7 +70,7 @@ def test_vmap_over_one_argument_and_any_axis(where):
     tensors, axes = oracle.tensors(p), [None] * 7
     axes[where] = tensors[where].dim() - 1  # mapped over an axis beside the last
     many = torch.stack([tensors[where], tensors[where] * 1.5], axes[where])
-    for operation in OPERATIONS:
+    for operation in TRANSFORMED:
         function = as_function(operation, p)
         mapped = vmap(function, in_dims=tuple(axes))(*tensors[:where], many, *tensors[where + 1 :])
         for i in range(2):
@@ -102,7 +91,7 @@ def test_vmaps_nest():
 
 
 @pytest.mark.parametrize("shape", oracle.EMPTY_SHAPES, ids=str)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_vmap_of_nothing(operation, shape):
     p = problem(*shape)
     function = as_function(operation, p)
@@ -135,7 +124,7 @@ def test_values_are_checked_under_vmap_too():
 # ---------------------------------------------------------------------------------------------- gradients in torch.func
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_grad_vmap_and_both_ways_round(operation):
     problems = [problem(2, 5, 3, 4, 6, seed=seed) for seed in range(2)]
     places = tuple(range(7))
@@ -152,7 +141,7 @@ def test_grad_vmap_and_both_ways_round(operation):
     assert_all_close(found, together)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_jacobians(operation):
     p = problem(2, 3, 2, 3, 2)
     for x, y in zip(
@@ -195,7 +184,7 @@ class Apply(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_second_derivatives_are_those_of_finite_differences(operation, masked):
     """For every tensor that an operation is a function of, and for the cotangents, of every output."""
     p = problem(2, 3, 2, 4, 3, masked=masked)
@@ -224,7 +213,7 @@ def test_the_log_determinant_has_a_second_derivative():
     assert torch.autograd.gradgradcheck(lambda a: fastkm.matrix_normal.logdet(a @ a.mT, backend="native"), root)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_second_derivatives_of_torch_func_are_those_of_the_reference(operation):
     p = problem(1, 2, 2, 3, 2)
     tensors = oracle.tensors(p)
@@ -241,7 +230,7 @@ def test_second_derivatives_of_torch_func_are_those_of_the_reference(operation):
     assert_all_close(derivatives("native"), derivatives("reference"))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_a_third_derivative_is_that_of_the_reference(operation):
     p = problem(1, 2, 2, 3, 2)
     tensors = oracle.tensors(p)
@@ -255,7 +244,7 @@ def test_a_third_derivative_is_that_of_the_reference(operation):
     oracle.assert_close(*found)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", TRANSFORMED)
 def test_forward_mode_raises(operation):
     p = problem(1, 2, 2, 3, 2)
     tensors = tuple(oracle.tensors(p))
@@ -434,7 +423,7 @@ either_backend = pytest.mark.parametrize("backend", ["native", "reference"])
 
 @low_precision
 @either_backend
-@pytest.mark.parametrize("operation", [*OPERATIONS, "attractor_read"])
+@pytest.mark.parametrize("operation", [*TRANSFORMED, "attractor_read"])
 def test_autocast_takes_low_precision_and_computes_in_float32(operation, backend, low):
     """Exactly as if the caller had widened the inputs, and outside of autocast nothing changes."""
     if operation == "attractor_read" and backend == "native":

@@ -150,3 +150,14 @@ class Codec(Argument):
         if not callable(value):
             raise TypeError(f"{self.name} must be a callable from codes to codes, got {type(value).__name__}")
         return (value,)
+
+
+# What a read takes of a :class:`fastkm.AddressingFactor`, and its queries: the first arguments of factored operators.
+FACTOR_AND_QUERIES = (
+    Matrix("factor.mean", "BKC"),
+    Codes("queries", "BQC"),
+    MemoryVariance("factor.ridge"),
+    Matrix("factor.lower", "BKK"),
+    Matrix("factor.pseudoinverse", "BCK"),
+    MatrixOrNoRows("factor.gram", "BKK"),
+)

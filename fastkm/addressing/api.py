@@ -37,12 +37,7 @@ FACTOR_ADDRESSING = Operation(
 )
 SOLVE_FACTORED = Operation(
     "solve_factored",
-    arguments.Matrix("factor.mean", "BKC"),
-    arguments.Codes("queries", "BQC"),
-    arguments.MemoryVariance("factor.ridge"),
-    arguments.Matrix("factor.lower", "BKK"),
-    arguments.Matrix("factor.pseudoinverse", "BCK"),
-    arguments.MatrixOrNoRows("factor.gram", "BKK"),
+    *arguments.FACTOR_AND_QUERIES,
     reference=reference.solve_factored,
     native=native.solve_factored,
     triton="fastkm.addressing.triton",

@@ -33,12 +33,7 @@ READ = Operation(
 )
 READ_FACTORED = Operation(
     "read_factored",
-    arguments.Matrix("factor.mean", "BKC"),
-    arguments.Codes("queries", "BQC"),
-    arguments.MemoryVariance("factor.ridge"),
-    arguments.Matrix("factor.lower", "BKK"),
-    arguments.Matrix("factor.pseudoinverse", "BCK"),
-    arguments.MatrixOrNoRows("factor.gram", "BKK"),
+    *arguments.FACTOR_AND_QUERIES,
     arguments.Count("num_iters"),
     arguments.Word("precision", PRECISION_CODES),
     arguments.CodeDtype("out_dtype"),

@@ -14,6 +14,18 @@ from fastkm.testing.episodes import Episode
 from fastkm.testing.operands import Operands
 
 # Without what the tests of one family cover: a KL that has the reference only, and a function of one covariance.
+# Operations that are differentiated, mapped, compiled and exported as functions of tensors.
+TRANSFORMED = (
+    "update_posterior",
+    "filter_posterior",
+    "write",
+    "read",
+    "solve_addressing",
+    "read_factored",
+    "solve_factored",
+    "kl_memory",
+)
+
 OPERATIONS = tuple(name for name in operations.OPERATIONS if name not in ("kl_memory_deepmind", "logdet"))
 
 

@@ -79,11 +79,16 @@ struct PatternLanes {
   LaneMatrix<Real> explained, innovation_var, energy;  // e, s, ‖E‖² [T, 1], which conditioning finds
 };
 
+// Row `t` of the patterns, where it is masked.
+template <class Real>
+void clear_masked_row(const LaneMatrix<Real>& row, const PosteriorArgs<Real>& args, int64_t t, const Group& group) {
+  for (int64_t lane = 0; args.mask.data && lane < group.count; ++lane)
+    for (int64_t j = 0; !args.unmasked(group.first + lane, t) && j < row.columns; ++j) row.at(0, j)[lane] = 0;
+}
+
 template <class Real>
 void clear_masked(const LaneMatrix<Real>& rows, const PosteriorArgs<Real>& args, const Group& group) {
-  for (int64_t t = 0; args.mask.data && t < args.T; ++t)
-    for (int64_t lane = 0; lane < group.count; ++lane)
-      for (int64_t j = 0; !args.unmasked(group.first + lane, t) && j < rows.columns; ++j) rows.at(t, j)[lane] = 0;
+  for (int64_t t = 0; t < args.T; ++t) clear_masked_row(rows.row(t), args, t, group);
 }
 
 template <class Real>

@@ -16,13 +16,6 @@ bool fits_lanes(const WritingArgs<Real>& args) {
   return fits_lanes<Real>(K, C, args.posterior.T * (args.num_opt_iters * solve + K * (K + C)));
 }
 
-// Weights of masked patterns are zero.
-template <class Real>
-void clear_masked_row(const LaneMatrix<Real>& w, const PosteriorArgs<Real>& args, int64_t t, const Group& group) {
-  for (int64_t lane = 0; args.mask.data && lane < group.count; ++lane)
-    for (int64_t k = 0; !args.unmasked(group.first + lane, t) && k < args.K; ++k) w.at(0, k)[lane] = 0;
-}
-
 template <class Real>
 void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
@@ -43,7 +36,7 @@ void write_lanes(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
         const LaneMatrix<Real>& mean = n > 0 ? mean_after : memory.mean;
         const LaneMask<Real> good = factor_ridge(solve, mean);
         solve_ridge(w, solve, mean, z);
-        clear_masked_row(w, shared, t, group);
+        clear_masked_row(w, shared, t, group);  // weights of masked patterns are zero
         LaneStatus<Real> before = status;
         status.expect(good, kNotPositiveDefinite);
         status.expect(extreme_pivots(solve).good(limits), kInexactSystem);
