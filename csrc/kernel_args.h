@@ -221,12 +221,7 @@ struct Kernels {
   void (*filter_posterior)(const FilteringArgs<Real>&, int64_t begin, int64_t end);
   void (*filter_posterior_backward)(const FilteringArgs<Real>&, const FilteringGrads<Real>&, int64_t begin,
                                     int64_t end);
-  void (*read_memories)(const ReadingArgs<Real>&, int64_t begin, int64_t end);
-  // A read in two steps, for fewer memories than threads: factors of memories, then tiles [begin, end) of kQueryTile
-  // queries. A batch has B * ceil(Q / kQueryTile) tiles.
-  int64_t (*factor_size)(const ReadingArgs<Real>&);  // numbers of one memory's factor; 0: one step does
-  void (*factor_memories)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
-  void (*read_tiles)(const ReadingArgs<Real>&, Real* factors, int64_t begin, int64_t end);
+  void (*read)(const ReadingArgs<Real>&, int64_t begin, int64_t end);
   void (*factor_addressing)(const ReadingArgs<Real>&, const AddressingFactors<Real>&, int64_t begin, int64_t end);
   void (*read_factored)(const ReadingArgs<Real>&, const AddressingFactors<const Real>&, int64_t begin, int64_t end);
   void (*kl_memory)(const MatrixNormalArgs<Real>&, int64_t begin, int64_t end);
@@ -240,9 +235,6 @@ struct Kernels {
   void (*stream_patterns)(const StreamingArgs<Real>&, int64_t begin, int64_t end);
   void (*refresh_streams)(const StreamingArgs<Real>&, int64_t begin, int64_t end);  // H alone; info is [B, 1]
 };
-
-// Queries of a tile of read_tiles.
-constexpr int64_t kQueryTile = 64;
 
 // The instruction sets that cpu/ is compiled for, each in a namespace of its own. FASTKM_LEVELS is how many of them
 // this build has, the lowest first. A build for a compiler that cannot make the highest defines it as 2 or 1. A

@@ -123,7 +123,7 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   read.K = K, read.C = C, read.Q = Q, read.num_iters = 3, read.squared_gram = false;
   read.mean = update.mean, read.queries = read_only(make.codes(Q, C)), read.ridge = write.ridge;
   read.values = make.matrices(Q, C), read.weights = make.matrices(Q, K), read.info = info.data();
-  kernels.read_memories(read, 0, B);
+  kernels.read(read, 0, B);
   ReadingGrads<Real> read_grads{};
   read_grads.values = read_only(make.matrices(Q, C)), read_grads.weights = read_only(make.matrices(Q, K));
   read_grads.to_mean = make.matrices(K, C), read_grads.to_queries = make.matrices(Q, C);

@@ -207,6 +207,14 @@ def test_many_queries(operation, method):
 # ------------------------------------------------------------------------------------------------------- hostile memory
 
 
+@pytest.mark.parametrize("operation", ["read", "solve_addressing"])
+@pytest.mark.parametrize("shape", [(2, 0, 5, 128, 40), (1, 0, 70, 131, 65), (1, 0, 3, 200, 1)], ids=str)
+def test_memories_with_short_codes(operation, shape):
+    """A CPU kernel may solve their systems in C."""
+    p = problem(*shape)
+    assert_same(gradients(operation, p, "native"), gradients(operation, p, "reference"))
+
+
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)
 @every_operation
 def test_layout_means_nothing(operation, layout):

@@ -1,5 +1,6 @@
 """read and attractor_read: the latent loop, the codec's loop, and the energy."""
 
+import functools
 import math
 
 import numpy as np
@@ -53,6 +54,52 @@ def test_read_of_any_shape_and_layout(sizes, layout, num_iters, seed, backend):
 def test_many_queries(K, C, batch, layout, backend, dtype):
     p = problem(batch, 0, 4 * (K + C) + 5, K, C, dtype)
     judge(oracle.map_tensors(p, lambda x: oracle.poisoned(x, layout)), backend, num_iters=3)
+
+
+# Shapes whose systems a CPU kernel may solve in C: with few queries, with several tiles of them, and folded.
+SHORT_CODES = [(2, 0, 5, 128, 40), (1, 0, 70, 131, 65), (1, 0, 150, 129, 1), (1, 0, 600, 140, 9)]
+
+
+@pytest.mark.parametrize("num_iters", [1, 3])
+@pytest.mark.parametrize("shape", SHORT_CODES, ids=str)
+def test_memories_with_short_codes(shape, num_iters, backend, dtype):
+    judge(problem(*shape, dtype), backend, num_iters)
+
+
+def hard_to_read(kind, generator):
+    """float32 (mean, queries, ridge): 130 rows of short codes that leave few digits to a solve in C."""
+    normal = functools.partial(torch.randn, generator=generator)
+    mean, queries, ridge = normal(1, 130, 24), normal(1, 5, 24), 1e-3
+    if kind == "rows nearly the same":
+        mean = mean[:, :1] + 1e-2 * mean
+    elif kind == "queries outside the rows":
+        mean = mean[:, :1] + 1e-2 * mean
+        queries = queries - (queries @ mean[:, :1].mT) * mean[:, :1] / mean[:, :1].square().sum()
+    elif kind == "codes that repeat":
+        mean = mean[..., torch.arange(24) // 2] + 1e-2 * mean
+    elif kind == "a dominant ridge":
+        ridge = 1e4
+    return mean, queries, torch.tensor([ridge])
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 10])
+@pytest.mark.parametrize(
+    "kind", ["rows nearly the same", "queries outside the rows", "codes that repeat", "a dominant ridge"]
+)
+def test_a_solve_in_codes_keeps_the_digits_of_the_literal_loop(kind, num_iters):
+    """Against the literal loop in float32: the worst error of several memories, which no luck of one rounding moves."""
+    worst = {"native": {}, "reference": {}}
+    for seed in range(6):
+        inputs = hard_to_read(kind, torch.Generator().manual_seed(seed))
+        exact = read(*(x.double() for x in inputs), num_iters=num_iters, backend="reference")
+        for backend, errors in worst.items():
+            got = read(*inputs, num_iters=num_iters, backend=backend)
+            for name in ("values", "weights"):
+                truth = getattr(exact, name)
+                relative = oracle.error(getattr(got, name), truth) / oracle.largest(truth)
+                errors[name] = max(errors.get(name, 0), relative)
+    for name, got in worst["native"].items():
+        assert got <= 4 * (worst["reference"][name] + torch.finfo(torch.float32).eps), name
 
 
 def test_one_read_is_address_and_decode(backend, dtype):

@@ -55,28 +55,6 @@ static void set_values(ReadingArgs<Real>& args, const Tensor* values) {
   args.values_type = element_of(values->scalar_type());
 }
 
-// On the CPU, many memories are spread over the threads as a whole, and few with their queries.
-template <class Real>
-static void read_on(const Cpu& place, const ReadingArgs<Real>& args, const Tensor& mean) {
-  const int64_t B = mean.size(0);
-  const Kernels<Real>& table = kernels<Real>();
-  const int64_t factor_size = table.factor_size(args);
-  if (factor_size == 0 || B >= static_cast<int64_t>(torch::stable::get_num_threads())) {
-    place.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
-    return;
-  }
-  const Tensor factors = make_tensor(mean, {B, factor_size});
-  Real* at = data_of<Real>(factors);
-  place.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, at, begin, end); });
-  const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);
-  place.over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, at, begin, end); });
-}
-
-template <class Real, class Place>
-static void read_on(const Place& place, const ReadingArgs<Real>& args, const Tensor& mean) {
-  place.launch(FASTKM_LAUNCHER(read), args, mean.size(0));
-}
-
 template <class Place>
 static Tensor run_read(const Place& place, const Tensor& mean, const Tensor& queries, const Tensor& ridge,
                        const ReadingOptions& options, const Tensor& weights, const Tensor* values) {
@@ -86,7 +64,7 @@ static Tensor run_read(const Place& place, const Tensor& mean, const Tensor& que
     ReadingArgs<Real> args = reading_args<Real>(place, mean, queries, ridge, options, info);
     args.weights = batch_of<Real>(weights);
     set_values(args, values);
-    read_on(place, args, mean);
+    place.run(mean.size(0), &Kernels<Real>::read, FASTKM_LAUNCHER(read), args);
   });
   return info;
 }

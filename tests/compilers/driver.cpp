@@ -163,19 +163,6 @@ ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, size_t squar
           .info = info};
 }
 
-// As csrc/bindings/reading.cpp: few memories are spread over the threads with their queries.
-template <class Real>
-void read_on(const Call& call, const Kernels<Real>& table, const ReadingArgs<Real>& args) {
-  const int64_t B = call.size(0)[0];
-  const int64_t factor_size = table.factor_size(args);
-  if (factor_size == 0 || B >= call.threads)
-    return call.over_threads(B, [&](int64_t begin, int64_t end) { table.read_memories(args, begin, end); });
-  std::vector<Real> factors(static_cast<size_t>(B * factor_size));
-  call.over_threads(B, [&](int64_t begin, int64_t end) { table.factor_memories(args, factors.data(), begin, end); });
-  const int64_t tiles = B * ((args.Q + kQueryTile - 1) / kQueryTile);
-  call.over_threads(tiles, [&](int64_t begin, int64_t end) { table.read_tiles(args, factors.data(), begin, end); });
-}
-
 // Each returns whether the call is of its family.
 template <class Real, class Run>
 bool answer_conditioning(const Call& call, const Kernels<Real>& table, const Run& run) {
@@ -244,7 +231,7 @@ bool answer_reading(const Call& call, const Kernels<Real>& table, const Run& run
     ReadingArgs<Real> args = reading_args<Real>(call, whole ? call.number(3) : 1, whole ? 4 : 3, info);
     if (whole) args.values = call.out<Real>(0);
     args.weights = call.out<Real>(whole ? 1 : 0);
-    read_on(call, table, args);
+    run(table.read, args);
     return true;
   }
   if (call.name != "read_backward") return false;

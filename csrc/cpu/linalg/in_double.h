@@ -32,6 +32,7 @@ struct Limits {
   Real condition;  // of the largest diagonal entry of a system that is solved with to the least pivot of its factor
   Real growth;     // of the terms that add up to a changed system to their sum
   Real explained;  // of ‖z‖² to ‖δ‖²
+  Real sum;        // of the squared bound of a sum to its square
   int64_t chunk = 1 << 20;                          // most patterns of a chunk
   Real eps = std::numeric_limits<Real>::epsilon();  // the rounding of the arguments
 
@@ -48,7 +49,7 @@ template <class Real>
 Limits<Real> no_limits() {
   constexpr Real kNone = std::numeric_limits<Real>::infinity();
   constexpr Real kVariance = 1 / (kLeastDigits * std::numeric_limits<Real>::epsilon());
-  return {kNone, kVariance, kNone, kNone, kNone};
+  return {kNone, kVariance, kNone, kNone, kNone, kNone};
 }
 
 // In float32, where the kernel keeps the digits of the literal loop. With few rows every pattern takes from the same
@@ -64,7 +65,8 @@ Limits<Real> limits_of(int64_t K, int64_t C) {
           .variance = no_limits<Real>().variance,
           .condition = 32 * codes,
           .growth = 2,
-          .explained = 5e3f * codes};
+          .explained = 5e3f * codes,
+          .sum = 64};
 }
 
 // In double, where a result is exact to float32.
@@ -74,6 +76,7 @@ inline Limits<double> limits_for_float32() {
           .condition = 1e9,
           .growth = 1e4,
           .explained = 1e9,
+          .sum = std::numeric_limits<double>::infinity(),
           .eps = std::numeric_limits<float>::epsilon()};
 }
 inline Limits<double> limits_for_float32_by_pattern() {
@@ -110,6 +113,7 @@ Limits<Real> limits_of_gradient(int64_t K, int64_t C) {
   limits.condition /= 8;
   limits.growth /= 2;
   limits.explained /= 8;
+  limits.sum /= 8;
   return limits;
 }
 

@@ -1,7 +1,7 @@
 // Addressing and reading with what was computed once for a memory.
 //
 // With A, G and λ as in read.h:
-//   (1)  R⁺ = Rᵀ A⁻¹, or Rᵀ G A⁻¹: row c holds the weights of the c-th unit code
+//   (1)  R⁺ = Rᵀ A⁻¹, or B⁻¹ Rᵀ, or Rᵀ G A⁻¹: row c holds the weights of the c-th unit code
 //   (2)  w_1 = z R⁺      w_n+1 = w_n − λ A⁻¹ w_n      ẑ = w_n R
 // Bound of one query and one iteration: the bytes of R⁺ and R, 8 K C, each read once. Operations: K² C + K³/3 and
 // 2 K² C for (1), 4 K C + 2 (n − 1) K² a query.
@@ -24,30 +24,51 @@ void share_tiles(const Matrix<Real>& x, int64_t steps, const F& f) {
   });
 }
 
+// R⁺ [C, K] by a system of size C.
+template <class Real>
+Matrix<Real> pseudoinverse_in_codes(const ReadingArgs<Real>& args, int64_t b, Arena& arena) {
+  const FactoredMemory<Real> memory = allocate_factored(args, args.C, arena);
+  factor_memory(args, b, memory, no_limits<Real>(), arena);
+  const Matrix<Real> work = allocate_matrix<Real>(arena, args.K, kBlock);
+  share_tiles(memory.mean, args.C * args.C, [&](int64_t first, int64_t count) {
+    solve_cholesky(memory.factor, memory.lower_transposed, memory.mean.rows_from(first, count),
+                   work.rows_from(first, count));
+  });
+  transpose(memory.mean_transposed, memory.mean);
+  return memory.mean_transposed;
+}
+
+// R⁺ [C, K] of a memory with its factor.
+template <class Real>
+Matrix<Real> pseudoinverse_in_rows(const ReadingArgs<Real>& args, const FactoredMemory<Real>& memory, Arena& arena) {
+  Matrix<Real> rows = memory.mean_transposed;
+  if (args.squared_gram) {
+    rows = allocate_matrix<Real>(arena, args.C, args.K);
+    product<Into::kSet>(rows, args.K, operand(memory.mean_transposed), memory.gram);
+  }
+  const Matrix<Real> work = allocate_matrix<Real>(arena, args.C, kBlock);
+  share_tiles(rows, args.K * args.K, [&](int64_t first, int64_t count) {
+    solve_cholesky(memory.factor, memory.lower_transposed, rows.rows_from(first, count), work.rows_from(first, count));
+  });
+  return rows;
+}
+
 // Factor memories and store what reads need of them. Args have no queries.
 template <class Real>
 void factor_addressing(const ReadingArgs<Real>& args, const AddressingFactors<Real>& factors, int64_t begin,
                        int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     Arena& arena = Arena::fresh();
-    const FactoredMemory<Real> memory = lay_out<Real>(args, [&](int64_t count) { return arena.allocate<Real>(count); });
+    const FactoredMemory<Real> memory = allocate_factored(args, args.K, arena);
     args.info[b] = factor_memory(args, b, memory, no_limits<Real>(), arena);
     share_rows(memory.factor.lower, [&](int64_t i) {
       Real* const row = factors.lower.at(b, i);
       for (int64_t j = 0; j < args.K; ++j) row[j] = j <= i ? memory.factor.lower.row(i)[j] : 0;
     });
-    Matrix<Real> rows = memory.mean_transposed;
-    if (args.squared_gram) {
-      rows = allocate_matrix<Real>(arena, args.C, args.K);
-      product<Into::kSet>(rows, args.K, operand(memory.mean_transposed), memory.gram);
-      store_matrix(factors.gram, b, memory.gram);
-    }
-    const Matrix<Real> work = allocate_matrix<Real>(arena, args.C, kBlock);
-    share_tiles(rows, args.K * args.K, [&](int64_t first, int64_t count) {
-      solve_cholesky(memory.factor, memory.lower_transposed, rows.rows_from(first, count),
-                     work.rows_from(first, count));
-    });
-    store_matrix(factors.pseudoinverse, b, rows);
+    if (args.squared_gram) store_matrix(factors.gram, b, memory.gram);
+    store_matrix(factors.pseudoinverse, b,
+                 system_size(args) < args.K ? pseudoinverse_in_codes(args, b, arena)
+                                            : pseudoinverse_in_rows(args, memory, arena));
   }
 }
 
@@ -166,7 +187,7 @@ template <class Real>
 void read_factored_backward(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors,
                             const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b)
-    read_backward_one(args, grads, b, no_limits<Real>(), [&](const FactoredMemory<Real>& memory, Arena&) {
+    read_backward_one(args, grads, b, args.K, no_limits<Real>(), [&](const FactoredMemory<Real>& memory, Arena&) {
       load_matrix(memory.mean, args.mean, b);
       transpose(memory.mean_transposed, memory.mean);
       load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
