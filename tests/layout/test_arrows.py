@@ -17,7 +17,7 @@ INCLUDES = {
     "cpu/posterior": {"cpu/linalg"},
     "cpu/reading": {"cpu/linalg"},
     "cpu/matrix_normal": {"cpu/linalg"},
-    "cpu/writing": {"cpu/linalg", "cpu/posterior"},  # a write conditions as an update does
+    "cpu/writing": {"cpu/linalg", "cpu/posterior", "cpu/reading"},  # as an update conditions, and a read addresses
     "cpu/streaming": {"cpu/linalg", "cpu/posterior"},  # so does a stream
     "cpu/filtering": {"cpu/linalg", "cpu/posterior"},  # so does a filter
     "cpu/levels": {

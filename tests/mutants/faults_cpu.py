@@ -304,8 +304,8 @@ READING = [
     fault(
         "low-rank-half",
         "the gradient of few queries lacks the transpose of the cotangent of the Gram matrix",
-        before="product<Into::kAdd>(mean, x.rows, transposed(y), projected);",
-        after=";",
+        before="add(x, y); add(y, x);",
+        after="add(x, y);",
         tests=("tests/test_factored.py::test_gradients_of_few_queries",),
     ),
     fault(
@@ -317,17 +317,31 @@ READING = [
         tests=("tests/test_check.py::test_mean_that_is_not_a_number",),
     ),
     fault(
-        "read-tiles-of-another-memory",
-        "a thread whose tiles belong to two memories answers all from the first",
-        before="smaller(end, (b + 1) * tiles)",
-        after="end",
+        "lost-sums-taken",
+        "weights that cancelled in a solve in C are taken as they are",
+        before="exact &= !(largest * terms[q] > limits.sum * sums[q]);",
+        after=";",
+        tests=("tests/test_reading.py::test_a_solve_in_codes_keeps_the_digits_of_the_literal_loop",),
+    ),
+    fault(
+        "short-codes-lose-the-first-gradient",
+        "a solve in C gives the mean no gradient for w = R y",
+        before="product<Into::kAdd>(gradient.mean, count, transposed(cotangent), state);",
+        after=";",
+        tests=("tests/test_gradients.py::test_memories_with_short_codes",),
+    ),
+    fault(
+        "last-tile-of-queries-unanswered",
+        "queries that do not fill a tile are not answered",
+        before="tiles = (args.Q + kQueryTile - 1) / kQueryTile",
+        after="tiles = args.Q / kQueryTile",
         tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
     ),
     fault(
         "read-squared-gram-forgotten",
         "the squared-Gram solve starts from R z in place of G R z",
-        before="std::swap(weights, next);",
-        within="memory.gram); std::swap(weights, next);",
+        before="std::swap(solution, next);",
+        within="memory.gram); std::swap(solution, next);",
         after=";",
         tests=("tests/test_reading.py::test_deepmind_solve_in_the_loop",),
     ),
@@ -369,6 +383,13 @@ READING = [
 ]
 
 WRITING = [
+    fault(
+        "one-pattern-addressed-though-refused",
+        "a memory that cannot be addressed is conditioned on the weights that it did not get",
+        before="if (addressed == kGood) return",
+        after="return",
+        tests=("tests/test_out.py::test_a_memory_that_is_refused_comes_out_as_it_came_in",),
+    ),
     fault(
         "write-without-refinement",
         "the weights of a write are not refined against the matrix itself",
@@ -589,13 +610,6 @@ BINDINGS = [
         before='if (mask) expect(*mask, "mask", {B, patterns}, ScalarType::Bool);',
         after=";",
         tests=("tests/test_check.py::test_mask_of_the_wrong_shape_or_kind",),
-    ),
-    fault(
-        "last-tile-of-queries-unanswered",
-        "where threads share a memory, queries that do not fill a tile are not answered",
-        before="B * ((args.Q + kQueryTile - 1) / kQueryTile)",
-        after="B * (args.Q / kQueryTile)",
-        tests=("tests/test_purity.py::test_threads_share_a_memory_of_many_queries",),
     ),
     fault(
         "cotangent-of-kl-for-variance",

@@ -69,6 +69,12 @@ void store_memory(const MemoryRows<Real>& memory, const PosteriorArgs<Real>& arg
   store_matrix(args.new_cov, b, memory.cov);
 }
 
+// A write has no evidence.
+template <class Real>
+void store_log_evidence(const PosteriorArgs<Real>& args, int64_t b, double log_evidence) {
+  if (args.log_evidence) args.log_evidence[b] = static_cast<Real>(log_evidence);
+}
+
 // The noise variances of consecutive patterns, and which of them are not masked.
 template <class Real>
 struct Observations {

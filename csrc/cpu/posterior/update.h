@@ -71,7 +71,7 @@ Status update_one(const PosteriorArgs<Real>& args, int64_t b, int64_t end, const
     memory = after;
   }
   store_memory(memory, args, b);
-  args.log_evidence[b] = static_cast<Real>(log_evidence);
+  store_log_evidence(args, b, log_evidence);
   return status;
 }
 
@@ -95,7 +95,7 @@ inline void update_rest_in_double(const PosteriorArgs<float>& args, int64_t b, c
   const PosteriorArgs<double> wide = in_double(rest, doubles);
   const auto update = [&](const Limits<double>& limits) { return update_one(wide, 0, 1, limits); };
   put_out(rest, b, wide, compute_in_double(update), doubles);
-  args.log_evidence[b] += static_cast<float>(progress.log_evidence);
+  if (args.log_evidence) args.log_evidence[b] += static_cast<float>(progress.log_evidence);
 }
 
 template <class Real>

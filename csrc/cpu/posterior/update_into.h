@@ -247,7 +247,7 @@ Progress update_by_passes(const PosteriorArgs<Real>& args, int64_t b, const Limi
   }
   clear_reports(args, b, progress.done);
   close_memories(memories, args, b);
-  args.log_evidence[b] = static_cast<Real>(progress.log_evidence);
+  store_log_evidence(args, b, progress.log_evidence);
   return progress;
 }
 

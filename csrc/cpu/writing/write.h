@@ -7,12 +7,15 @@
 // The codes are read for (1) and (3) only. Bytes: the memory once a chunk, (K + t) C + K² numbers. Operations of a
 // chunk: K² C for (1), K³ + 10 t K² for (2), 4 t K C for (3).
 //
+// One pattern alone is addressed by a read, which solves in C where that is cheaper, and then conditioned on.
+//
 // Every chunk starts from the mean itself, so that cost is linear in T and rounding does not build up over a long
 // stream.
 #pragma once
 
 #include "cpu/posterior/conditioning.h"
-#include "cpu/posterior/in_double.h"
+#include "cpu/posterior/update.h"
+#include "cpu/reading/read.h"
 #include "cpu/writing/lanes.h"
 #include "cpu/writing/search.h"
 #include "cpu/writing/search_refactored.h"
@@ -142,6 +145,48 @@ Status write_one(const WritingArgs<Real>& args, int64_t b, const Limits<Real>& l
   return status;
 }
 
+// Whether a write is the read of one pattern, whose weights the memory is then conditioned on.
+template <class Real>
+bool is_one_read(const WritingArgs<Real>& args) {
+  const PosteriorArgs<Real>& shared = args.posterior;
+  return shared.T == 1 && args.num_opt_iters == 1 && !args.squared_gram && !fits_lanes(shared);
+}
+
+// The weights of the one pattern of memory `b`; zero if it is masked.
+template <class Real>
+Status address_pattern(const WritingArgs<Real>& args, int64_t b) {
+  const PosteriorArgs<Real>& shared = args.posterior;
+  if (!shared.unmasked(b, 0)) {
+    for (int64_t k = 0; k < shared.K; ++k) *args.new_weights.at(b, 0, k) = 0;
+    return kGood;
+  }
+  read(ReadingArgs<Real>{.K = shared.K,
+                         .C = shared.C,
+                         .Q = 1,
+                         .mean = shared.mean,
+                         .queries = shared.values,
+                         .ridge = args.ridge,
+                         .num_iters = 1,
+                         .squared_gram = false,
+                         .values = {},
+                         .weights = args.new_weights,
+                         .info = shared.info},
+       b, b + 1);
+  return static_cast<Status>(shared.info[b]);
+}
+
+// Memory `b`, if is_one_read. One that cannot be addressed comes out as it came in.
+template <class Real>
+void write_one_read(const WritingArgs<Real>& args, int64_t b) {
+  const Batch<Real>& weights = args.new_weights;
+  PosteriorArgs<Real> update = args.posterior;
+  update.weights = {weights.data, {weights.stride[0], weights.stride[1], weights.stride[2]}};
+  const Status addressed = address_pattern(args, b);
+  if (addressed == kGood) return update_posterior_into(update, b, b + 1);
+  clear_reports(update, b, 0);
+  close_memories(open_memories(update, b, Arena::fresh()), update, b);
+}
+
 inline WritingArgs<double> in_double(const WritingArgs<float>& args, Doubles& doubles) {
   return {.posterior = in_double(args.posterior, doubles),
           .ridge = doubles.argument(args.ridge, 1, 1),
@@ -155,6 +200,10 @@ void write(const WritingArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& shared = args.posterior;
   const Limits<Real> limits = limits_of<Real>(shared.K, shared.C);
   const bool lanes = fits_lanes(args);
+  if (!lanes && is_one_read(args)) {
+    for (int64_t b = begin; b < end; ++b) write_one_read(args, b);
+    return;
+  }
   if (lanes) write_lanes(args, begin, end);
   for (int64_t b = begin; b < end; ++b) {
     if (!lanes) shared.info[b] = write_one(args, b, limits);
