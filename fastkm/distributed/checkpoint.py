@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -121,12 +122,25 @@ class Columns:
 
 
 class SavePlanner(DefaultSavePlanner):
+    """Finds the tensor behind :class:`Columns`."""
+
     def lookup_object(self, index: MetadataIndex) -> Any:
         found = self.state_dict[index.fqn]
         return found.part if isinstance(found, Columns) else super().lookup_object(index)
 
 
 class LoadPlanner(DefaultLoadPlanner):
+    """Finds the tensor behind :class:`Columns`, and takes names and parts as they are."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         found = self.state_dict[index.fqn]
         return found.part if isinstance(found, Columns) else super().lookup_tensor(index)

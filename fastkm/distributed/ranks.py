@@ -91,7 +91,7 @@ class Ranks:
         different = dict.fromkeys(values)
         if len(different) == 1:
             return
-        held = [f"{value} on {_in_words([r for r, x in enumerate(values) if x == value])}" for value in different]
+        held = [f"{value} on {_where(value, values)}" for value in different]
         raise ValueError(f"{self.operation}: {name} must be the same on every rank, got {', '.join(held)}")
 
     def _raise_refusals(self, refusal: Exception | None) -> None:
@@ -99,7 +99,8 @@ class Ranks:
         words = None if refusal is None else f"{_name(type(refusal))}: {refusal}"
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, words, group=self.group)
-        refusals = [f"rank {rank} refuses, {said}" for rank, said in enumerate(told) if said is not None]
+        different = dict.fromkeys(said for said in told if said is not None)
+        refusals = [f"refused on {_where(said, told)}, {said}" for said in different]
         kind = next(kind for kind in REFUSALS for said in told if said and said.startswith(_name(kind)))
         raise kind(f"{self.operation}: {'; '.join(refusals)}") from refusal
 
@@ -152,7 +153,9 @@ def _name(error: type[Exception]) -> str:
     return error.__name__.lstrip("_")
 
 
-def _in_words(ranks: list[int]) -> str:
+def _where(value: object, values: list) -> str:
+    """The ranks that have ``value``, in words."""
+    ranks = [rank for rank, other in enumerate(values) if other == value]
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks}"
 
 
