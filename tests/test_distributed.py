@@ -5,9 +5,11 @@ Each group of processes runs many checks, because it takes seconds to start.
 
 import math
 import os
+import runpy
 import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import oracle
 import pytest
@@ -302,6 +304,24 @@ def sent(call):
     return found
 
 
+def the_example_is_a_write_and_a_read(rank, size, folder):
+    """The same as one process, up to the rounding of the sums."""
+    path = Path(__file__).parents[1] / "examples" / "sharded_memory.py"
+    if not path.exists():
+        return
+    example = runpy.run_path(str(path))
+    found = example["main"](12, 40, 5, f"{folder}/example")
+
+    def columns(rows, seed):
+        return torch.stack([example["column"](rows, seed * 40 + place) for place in range(40)], 1).unsqueeze(0)
+
+    written = fastkm.write(MemoryState(columns(12, 0), torch.eye(12).unsqueeze(0)), columns(5, 1), 1.0, 1.0)
+    recalled = fastkm.read(written.state.mean, columns(5, 1) + 0.5 * columns(5, 2), 1.0).values
+    assert abs(found["nats"] / written.kl.sum().item() - 1) < 1e-5
+    assert abs(found["error of recall"] / (recalled - columns(5, 1)).square().mean().sqrt().item() - 1) < 1e-5
+    assert os.path.exists(f"{folder}/example/.metadata")
+
+
 def a_state_is_saved_by_three(rank, size, folder):
     for name, p in problems_on_disk().items():
         distributed.save_sharded(shard(p, rank, size).state, f"{folder}/{name}")
@@ -408,6 +428,7 @@ CHECKS = {
         a_mesh_and_a_part_of_the_ranks_are_groups,
         what_ranks_disagree_about_is_named_on_every_rank,
         a_message_has_the_size_that_the_page_says,
+        the_example_is_a_write_and_a_read,
         a_state_is_saved_by_three,
     ],
     2: [two_load_what_three_have_saved, two_steps_of_training_are_those_of_one_process],
