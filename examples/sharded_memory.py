@@ -16,6 +16,7 @@ from fastkm import MemoryState
 from fastkm.distributed import read_sharded, save_sharded, write_sharded
 
 NOISE_VAR, RIDGE = 1.0, 1.0
+SCALE = 0.01  # of the mean before anything is written
 
 
 def column(rows: int, place: int) -> torch.Tensor:
@@ -31,7 +32,7 @@ def make_columns(rows: int, columns: int, seed: int) -> torch.Tensor:
 
 
 def main(rows: int, columns: int, patterns: int, folder: str | None = None) -> dict[str, float]:
-    prior = MemoryState(make_columns(rows, columns, seed=0), torch.eye(rows).unsqueeze(0))
+    prior = MemoryState(SCALE * make_columns(rows, columns, seed=0), torch.eye(rows).unsqueeze(0))
     values = make_columns(patterns, columns, seed=1)
     dist.barrier()
 

@@ -315,7 +315,8 @@ def the_example_is_a_write_and_a_read(rank, size, folder):
     def columns(rows, seed):
         return torch.stack([example["column"](rows, seed * 40 + place) for place in range(40)], 1).unsqueeze(0)
 
-    written = fastkm.write(MemoryState(columns(12, 0), torch.eye(12).unsqueeze(0)), columns(5, 1), 1.0, 1.0)
+    mean = example["SCALE"] * columns(12, 0)
+    written = fastkm.write(MemoryState(mean, torch.eye(12).unsqueeze(0)), columns(5, 1), 1.0, 1.0)
     recalled = fastkm.read(written.state.mean, columns(5, 1) + 0.5 * columns(5, 2), 1.0).values
     assert abs(found["nats"] / written.kl.sum().item() - 1) < 1e-5
     assert abs(found["error of recall"] / (recalled - columns(5, 1)).square().mean().sqrt().item() - 1) < 1e-5
