@@ -127,7 +127,7 @@ def verify(memory: tuple, rank: int, size: int) -> None:
 
 def written() -> int:
     """Bytes that this process, all its threads included, has handed to the system to write."""
-    return int(Path("/proc/self/io").read_text().split("wchar: ")[1].split()[0])
+    return int(Path("/proc/self/io").read_text(encoding="ascii").split("wchar: ")[1].split()[0])
 
 
 def count_bytes(calls: dict[str, Callable[[], Any]], sizes: Sizes, rank: int, size: int) -> None:

@@ -87,6 +87,9 @@ SHARDED = {
         p.state, p.values, p.noise_var, p.ridge, num_opt_iters=3, mask=p.mask
     ),
     "read": lambda p: distributed.read_sharded(p.state.mean, p.queries, p.ridge, num_iters=3),
+    "read, factored": lambda p: distributed.read_factored_sharded(
+        distributed.factor_sharded(p.state.mean, p.ridge), p.queries, num_iters=3
+    ),
     "update": lambda p: distributed.update_sharded(p.state, p.weights, p.values, p.noise_var, mask=p.mask),
     "filter": lambda p: distributed.filter_sharded(
         p.state, p.weights, p.values, p.weights.flip(1), p.noise_var, retention=0.9, mask=p.mask
@@ -100,6 +103,9 @@ WHOLE = {
         p.state, p.values, p.noise_var, p.ridge, num_opt_iters=3, mask=p.mask, backend=backend
     ),
     "read": lambda p, backend=None: fastkm.read(p.state.mean, p.queries, p.ridge, num_iters=3, backend=backend),
+    "read, factored": lambda p, backend=None: fastkm.read(
+        p.state.mean, p.queries, p.ridge, num_iters=3, backend=backend
+    ),
     "update": lambda p, backend=None: fastkm.update_posterior(
         p.state, p.weights, p.values, p.noise_var, mask=p.mask, backend=backend
     ),
@@ -147,15 +153,18 @@ def shards_are_as_exact_as_the_literal_loop_in_float32(rank, size, folder):
                 assert oracle.error(found[field], x) <= bound, f"{name} {sizes} {field}"
 
 
-def an_ill_conditioned_write_keeps_its_digits(rank, size, folder):
-    """A repeated pattern and a small ridge: float32 inner products do not hold it, and are computed again."""
+def what_is_ill_conditioned_keeps_its_digits(rank, size, folder):
+    """A repeated pattern and a small ridge: float32 inner products do not hold them, and are computed again."""
     p = problem(2, 8, 1, 16, 200)
     p = p._replace(values=p.values[:, [0, 0, 0, 1, 1, 2, 3, 4]], ridge=torch.full((2,), 1e-6, dtype=torch.float64))
+    p.state.mean[:, 1] = p.state.mean[:, 0]
     narrow = oracle.map_tensors(p, torch.Tensor.float)
     exact = oracle.map_tensors(narrow, torch.Tensor.double)
-    truth = own_columns(oracle.flat(WHOLE["write"](exact, "reference")), rank, size, 200)
-    for name, x in oracle.flat(SHARDED["write"](shard(narrow, rank, size))).items():
-        assert oracle.error(x, truth[name]) <= 1e-5 * max(oracle.largest(truth[name]), 200 * (name == "kl")), name
+    for name in ("write", "read", "read, factored"):
+        truth = own_columns(oracle.flat(WHOLE[name](exact, "reference")), rank, size, 200)
+        for field, x in oracle.flat(SHARDED[name](shard(narrow, rank, size))).items():
+            bound = 1e-5 * max(oracle.largest(truth[field]), 200 * (field == "kl"))
+            assert oracle.error(x, truth[field]) <= bound, f"{name} {field}"
 
 
 def what_every_rank_has_is_the_same_bit_by_bit(rank, size, folder):
@@ -267,6 +276,9 @@ def what_ranks_disagree_about_is_named_on_every_rank(rank, size, folder):
         SHARDED["read" if rank == 1 else "write"](usual)
     with pytest.raises(ValueError, match=r"num_iters must be .* 3 on rank 1"):
         distributed.read_sharded(state.mean, queries, ridge, num_iters=3 if rank == 1 else 2)
+    factor = distributed.factor_sharded(state.mean, ridge)
+    with pytest.raises(TypeError, match=r"refused on rank 1, TypeError: factor must be a ShardedFactor"):
+        distributed.read_factored_sharded(tuple(factor) if rank == 1 else factor, queries)
     with pytest.raises(ValueError, match=r"whether a gradient is wanted must be .* 1 on rank 1"):
         distributed.read_sharded(state.mean.clone().requires_grad_(rank == 1), queries, ridge)
     with pytest.raises(BackendUnavailableError, match=r"refused on rank 1, BackendUnavailableError: .*triton"):
@@ -287,6 +299,8 @@ def a_message_has_the_size_that_the_page_says(rank, size, folder):
     numbers = {"write": B * (K + T) ** 2, "read": B * (K * K + K * Q), "update": B * (T + 1), "filter": B}
     for name, count in numbers.items():
         assert sent(lambda name=name: SHARDED[name](p)) == {"all_gather": [LENGTH], "all_reduce": [count]}, name
+    both = sent(lambda: SHARDED["read, factored"](p))
+    assert both == {"all_gather": [LENGTH] * 2, "all_reduce": [B * K * K, B * K * Q]}
     p = problem(B, T, Q, K, C)
     pooled = sent(lambda: distributed.update_pooled(p.state, p.weights, p.values, 1.0))
     assert pooled == {"all_gather": [LENGTH], "all_reduce": [B * (K * K + K * C)]}
@@ -350,6 +364,8 @@ def two_load_what_three_have_saved(rank, size, folder):
         assert torch.equal(state.mean, p.state.mean[..., [slice(0, 1), slice(1, C)][rank]])
         with pytest.raises(ValueError, match=rf"columns of all ranks must add up to {C}, got \[1, 2\]"):
             distributed.load_sharded(f"{folder}/{name}", 1 + rank)
+        with pytest.raises(OSError, match=r"refused on ranks \[0, 1\], OSError: .*nowhere"):
+            distributed.load_sharded(f"{folder}/nowhere")
         mean = distribute_tensor(torch.empty_like(p.state.mean), init_device_mesh("cpu", (size,)), [Shard(1)])
         dcp.load({"mean": mean}, checkpoint_id=f"{folder}/{name}")  # as any other program may
         assert torch.equal(mean.full_tensor(), p.state.mean)
@@ -422,7 +438,7 @@ CHECKS = {
     3: [
         shards_equal_one_process_in_float64,
         shards_are_as_exact_as_the_literal_loop_in_float32,
-        an_ill_conditioned_write_keeps_its_digits,
+        what_is_ill_conditioned_keeps_its_digits,
         what_every_rank_has_is_the_same_bit_by_bit,
         gradients_equal_those_of_one_process,
         pooled_patterns_are_those_of_one_process,

@@ -22,6 +22,8 @@ Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | None"
 OPERATIONS = (
     "write_sharded",
     "read_sharded",
+    "factor_sharded",
+    "read_factored_sharded",
     "update_sharded",
     "filter_sharded",
     "update_pooled",
@@ -32,7 +34,7 @@ OPERATIONS = (
 REFUSED, OPERATION, DTYPE, COLUMNS, COMPARED = range(5)
 LENGTH = 20  # numbers of a header, whatever the operation: ranks that call different operations must not hang either
 
-REFUSALS = (TypeError, ValueError, BackendUnavailableError, torch.linalg.LinAlgError)
+REFUSALS = (TypeError, ValueError, OSError, BackendUnavailableError, torch.linalg.LinAlgError)
 
 
 class Share(NamedTuple):
@@ -96,7 +98,7 @@ class Ranks:
 
     def _raise_refusals(self, refusal: Exception | None) -> None:
         """Tell every rank in words what the ranks that refuse have to say."""
-        words = None if refusal is None else f"{_name(type(refusal))}: {refusal}"
+        words = None if refusal is None else f"{_name(_kind_of(refusal))}: {refusal}"
         told: list[Any] = [None] * self.size
         dist.all_gather_object(told, words, group=self.group)
         different = dict.fromkeys(said for said in told if said is not None)
@@ -147,6 +149,10 @@ class _Content(int):
 
     def __str__(self) -> str:
         return f"numbers of checksum {self % 2**32:08x}" if self else "None"
+
+
+def _kind_of(refusal: Exception) -> type[Exception]:
+    return next(kind for kind in REFUSALS if isinstance(refusal, kind))
 
 
 def _name(error: type[Exception]) -> str:
