@@ -36,7 +36,9 @@ def save_sharded(state: MemoryState, path: AnyPath, *, group: Group = None) -> N
         path: a folder that all ranks reach.
         group: as in :func:`write_sharded`.
 
-    Raises, on every rank:
+    What is wrong on one rank is raised on every rank.
+
+    Raises:
         TypeError, ValueError: the state of some rank is refused, or the ranks do not hold parts of one memory.
         torch.distributed.checkpoint.CheckpointException: some rank cannot write.
     """
@@ -64,7 +66,9 @@ def load_sharded(
         device: where the state goes.
         group: as in :func:`write_sharded`.
 
-    Raises, on every rank:
+    What is wrong on one rank is raised on every rank.
+
+    Raises:
         TypeError, ValueError: the folder holds something else than one state, or the columns do not add up.
         torch.distributed.checkpoint.CheckpointException, OSError: some rank cannot read.
     """

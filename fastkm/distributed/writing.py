@@ -55,7 +55,9 @@ def write_sharded(
     counted once, not on each rank. The gradient of what every rank holds (cov, noise_var, ridge) is to be summed over
     the ranks. There are no second derivatives. Headers are read in Python, so ``torch.compile`` breaks its graph here.
 
-    Raises, on every rank:
+    What is wrong on one rank is raised on every rank.
+
+    Raises:
         TypeError, ValueError, fastkm.BackendUnavailableError: the arguments of some rank are refused, named with the
             rank; or ranks disagree about B, T, K, the dtype or what must be the same.
         torch.linalg.LinAlgError: as :func:`fastkm.write`.
