@@ -178,7 +178,7 @@ def _solver_of_all(
     gram, *others = ranks.sum(*products)
     lower, info = torch.linalg.cholesky_ex(with_ridge(gram, ridge))
     pivots = lower.detach().diagonal(dim1=-2, dim2=-1).square() - ridge.detach().unsqueeze(-1)
-    if gram.dtype == torch.float32 and (info.any() or not holds_digits(gram, pivots, ridge, sum(ranks.columns))):
+    if gram.dtype == torch.float32 and (info.any() or not holds_digits(gram, pivots, ridge)):
         gram, *others = ranks.sum(*_products(*(x.double() for x in rows)))
         ridge = ridge.double()
         lower, info = torch.linalg.cholesky_ex(with_ridge(gram, ridge))

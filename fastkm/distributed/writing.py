@@ -102,11 +102,10 @@ def _root_of_all(
 ) -> tuple[Tensor, torch.dtype]:
     """The square root of the inner products of all columns, and the dtype that holds these."""
     (gram,) = ranks.sum(gram)
-    columns = sum(ranks.columns)
-    rank = min(gram.shape[1], columns)
+    rank = min(gram.shape[1], sum(ranks.columns))
     unread = None if mask is None else torch.nn.functional.pad(~mask, (rows[0].shape[1], 0))
     root, pivots = SquareRoot.apply(gram, rank, unread)
-    if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge, columns):
+    if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge):
         return root, gram.dtype
     (gram,) = ranks.sum(Gram.apply(*(x.double() for x in rows)))
     root, _ = SquareRoot.apply(gram, rank, unread)

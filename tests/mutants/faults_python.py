@@ -564,14 +564,14 @@ PROCESSES = [
     fault(
         "inner-products-never-summed-in-float64",
         "a sharded write of float32 keeps inner products that do not hold its system",
-        before="if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge, columns):",
+        before="if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge):",
         after="if True:",
         tests=(SHARED,),
     ),
     fault(
         "sharded-system-never-in-float64",
         "a sharded read of float32 solves with a system that float32 does not hold",
-        before="if gram.dtype == torch.float32 and (info.any() or not holds_digits(gram, pivots, ridge, sum(ranks.columns))):",
+        before="if gram.dtype == torch.float32 and (info.any() or not holds_digits(gram, pivots, ridge)):",
         after="if False:",
         tests=(SHARED,),
     ),
