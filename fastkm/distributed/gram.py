@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 BLOCKS = 8  # of the rows in a symmetric product: (1 + 1/8)/2 of the operations of a full one
 
-# Of a diagonal entry of G + λI to its pivot. Inner products in float32 round at eps times the former; what is solved with
-# them is wrong by eps times this ratio. Random rows, of twice as many columns as rows, have ratios of up to 2 or 3.
+# Of a diagonal entry of G + λI to its pivot. Inner products in float32 round at eps times the former; what is solved
+# with them is wrong by eps times this ratio. Random rows, twice as many columns as rows, have ratios of about 2.
 CONDITION = 16
 
 
