@@ -516,3 +516,14 @@ def test_a_checksum_tells_values_and_places_apart():
     assert all(int(checksum(x)) != int(checksum(y)) for y in others)
     assert int(checksum(x)) == int(checksum(x.clone().t().contiguous().t()))
     assert int(checksum(torch.tensor(1.0).expand(2, 3))) == int(checksum(torch.ones(2, 3)))
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_shards_of_the_benchmark_are_all_columns(uneven):
+    sharding = pytest.importorskip("benchmarks.sharding", reason="needs the source tree")
+    for size in (1, 2, 3, 4):
+        parts = [sharding.own_columns(101, rank, size, uneven) for rank in range(size)]
+        assert [place for part in parts for place in range(101)[part]] == list(range(101))
+    sizes = sharding.Sizes(K=4, C=101, T=3, Q=5)
+    assert sharding.bytes_sent("write", sizes, 2) == 8 * LENGTH + 4 * 7**2
+    assert sharding.bytes_sent("read", sizes, 4) == 3 * 8 * LENGTH + 1.5 * 4 * (4**2 + 4 * 5)
