@@ -108,7 +108,7 @@ class Ranks:
 
     def sum(self, *parts: Tensor) -> list[Tensor]:
         """The sums of tensors over all ranks, with one all-reduce; gradients too are summed over the ranks."""
-        flat = torch.cat([x.flatten() for x in parts])
+        flat = torch.cat([x.flatten() for x in parts]) if len(parts) > 1 else parts[0].flatten()
         total = SumOverRanks.apply(flat, self.group) if flat.numel() else flat
         return [x.view(part.shape) for x, part in zip(total.split([x.numel() for x in parts]), parts, strict=True)]
 
