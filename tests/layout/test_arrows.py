@@ -50,6 +50,7 @@ IMPORTS = {
     "writing": FLOOR,
     "streaming": FLOOR | {"reading"},  # it returns what a read returns
     "ops": FLOOR | FAMILIES,  # families in the layouts of other libraries
+    "distributed": FLOOR | FAMILIES,  # families on the ranks of a process group
     "nn": FLOOR | FAMILIES | {"ops"},
     "models": FLOOR | FAMILIES | {"nn"},
     "__init__": FLOOR | FAMILIES | {"nn", "streaming"},

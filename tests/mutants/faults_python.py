@@ -11,6 +11,7 @@ MATRIX_NORMAL, MEMORY, MODELS = "tests/test_matrix_normal.py", "tests/test_memor
 IMAGES = "tests/test_images.py"
 READING, STATE, TRAIN = "tests/test_reading.py", "tests/test_state.py", "tests/test_train.py"
 ATTRACTOR = f"{READING}::test_attractor_read_equals_one_query_at_a_time"
+SHARED = "tests/test_distributed.py::test_on_processes"
 UPDATE = "tests/test_posterior.py::test_update_equals_one_rank_one_step_per_pattern"
 
 RUNTIME = [
@@ -545,4 +546,63 @@ ENGINE = [
     ),
 ]
 
-PYTHON = [*RUNTIME, *REFERENCES, *DISTRIBUTIONS, *MODULE, *MODEL, *TRAINING, *ENGINE]
+PROCESSES = [
+    fault(
+        "sum-over-ranks-not-summed-back",
+        "the gradient of a sum over ranks is that of the rank's own loss",
+        before="dist.all_reduce(total, group=ctx.group)",
+        after="pass",
+        tests=(SHARED,),
+    ),
+    fault(
+        "kl-of-the-small-memory",
+        "the KL of a sharded write counts the columns of the small memory",
+        before="0.5 * columns * variance_divergence(",
+        after="0.0 * columns * variance_divergence(",
+        tests=(SHARED,),
+    ),
+    fault(
+        "inner-products-never-summed-in-float64",
+        "a sharded write of float32 keeps inner products that do not hold its system",
+        before="if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge):",
+        after="if True:",
+        tests=(SHARED,),
+    ),
+    fault(
+        "sharded-system-never-in-float64",
+        "a sharded read of float32 solves with a system that float32 does not hold",
+        before="if gram.dtype == torch.float32 and (info.any() or not holds_digits(gram, pivots, ridge)):",
+        after="if False:",
+        tests=(SHARED,),
+    ),
+    fault(
+        "root-without-projection",
+        "the gradient through a root without full rank counts what lies in its range twice",
+        before="half + half.mT - half.mT @ (root @ inverse)",
+        after="half + half.mT",
+        tests=("tests/test_distributed.py::test_the_gradient_through_a_square_root",),
+    ),
+    fault(
+        "pooled-without-noise",
+        "patterns that are pooled over ranks all count alike, whatever their noise",
+        before="(w / noise.double().unsqueeze(-1)).mT",
+        after="w.mT",
+        tests=(SHARED,),
+    ),
+    fault(
+        "checksum-without-places",
+        "ranks that hold the same numbers in another order are taken to agree",
+        before="1 + x.numel() + (sums * places).sum()",
+        after="1 + x.numel() + sums.sum()",
+        tests=("tests/test_distributed.py::test_a_checksum_tells_values_and_places_apart",),
+    ),
+    fault(
+        "columns-saved-from-the-first",
+        "every rank saves its columns as if they were the first ones",
+        before="sum(columns[:rank])",
+        after="0",
+        tests=(SHARED,),
+    ),
+]
+
+PYTHON = [*RUNTIME, *REFERENCES, *DISTRIBUTIONS, *MODULE, *MODEL, *TRAINING, *ENGINE, *PROCESSES]
