@@ -52,7 +52,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
-    "filter_posterior": {"reference": REFERENCE, "native": ON_CPU},
+    "filter_posterior": {"reference": REFERENCE, "native": ON_CPU, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

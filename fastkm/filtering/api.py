@@ -29,6 +29,7 @@ FILTER_POSTERIOR = Operation(
     arguments.Word("precision", PRECISION_CODES),
     reference=reference.filter_block,
     native=native.filter_posterior,
+    triton="fastkm.filtering.triton",
     factored="state.cov",
 )
 

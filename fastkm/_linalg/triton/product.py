@@ -28,13 +28,15 @@ def product_tile(a, b, o_m, o_n, first, end, precision: tl.constexpr = IEEE):
 
 
 @triton.jit
-def product(out, a, b, scale=1.0, accumulate: tl.constexpr = False, precision: tl.constexpr = IEEE):
+def product(
+    out, a, b, scale=1.0, accumulate: tl.constexpr = False, precision: tl.constexpr = IEEE, ROWS: tl.constexpr = BLOCK
+):  # fmt: skip
     """out = scale A B, or with ``accumulate`` out += scale A B, tile by tile. Ends with a barrier.
 
-    A [m, k], B [k, n], out [m, n]; ``out`` overlaps neither.
+    A [m, k], B [k, n], out [m, n]; ``out`` overlaps neither. A tile has ROWS rows: with more of them B is read less often.
     """
-    for i_m in range(0, out.rows, BLOCK):
-        o_m = i_m + tl.arange(0, BLOCK)
+    for i_m in range(0, out.rows, ROWS):
+        o_m = i_m + tl.arange(0, ROWS)
         for i_n in range(0, out.columns, BLOCK):
             o_n = i_n + tl.arange(0, BLOCK)
             total = product_tile(a, b, o_m, o_n, 0, a.columns, precision) * scale

@@ -1,0 +1,164 @@
+"""Forward kernel of filter_posterior: one launch, one program a memory, chunk by chunk."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkm._linalg.triton.factor import load_symmetric
+from fastkm._linalg.triton.launch import (
+    implements,
+    mask_vectors,
+    matrices,
+    numbers,
+    precision_of,
+    rows_aligned,
+    vectors,
+    warps,
+    workspace,
+)
+from fastkm._linalg.triton.patterns import is_written
+from fastkm._linalg.triton.tiles import (
+    BLOCK,
+    assume_aligned,
+    assume_fours,
+    copy,
+    matrix_of,
+    result_of,
+    results_of,
+    rows_from,
+    store_tile,
+)
+from fastkm._linalg.triton.vectors import store_vector
+from fastkm.filtering.triton.chunk import (
+    Memory,
+    advance_memory,
+    chunk_layout,
+    find_read_variance,
+    log_evidence_of,
+    read_tile,
+    whiten_chunk,
+)
+from fastkm.filtering.triton.steps import Steps, bounds_of_chunk, cut_segment, steps_of
+
+
+class Results(NamedTuple):
+    """What a filter returns."""
+
+    mean: Any
+    cov: Any
+    read_values: Any
+    variance: Any
+    s: Any
+    log_evidence: Any
+    status: Any
+
+
+@triton.jit
+def filter_kernel(
+    mean, cov, steps, to, workspaces, K, C, T,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A sequence of steps through one memory.
+
+    Bytes moved: the arguments in and the results out, each once, and weights' and queries' copies. The memory, which lies
+    where the result goes, and the workspace of a chunk are read again for every chunk. At K = C = 64 they are 115 KiB,
+    at 128 they are 300 KiB, so they stay in the caches.
+    """
+    K, C = assume_fours(K, ALIGNED), assume_fours(C, ALIGNED)
+    i_b = tl.program_id(0).to(tl.int64)
+    steps = steps_of(steps, i_b, T, K, C, ALIGNED)
+    memory = Memory(result_of(to.mean, i_b, K, C), result_of(to.cov, i_b, K, K))
+    to = Results(
+        memory.mean,
+        memory.cov,
+        result_of(to.read_values, i_b, T, C),
+        results_of(to.variance, i_b, T),
+        results_of(to.s, i_b, T),
+        to.log_evidence + i_b,
+        to.status + i_b,
+    )
+    parts = chunk_layout(workspaces.p + i_b * workspaces.s_b, K, C, CHUNK)
+    status = load_symmetric(memory.cov, matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
+    copy(memory.mean, matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
+    log_evidence = tl.full((), 0, tl.float64)
+    for segment in range(0, T, CHUNK):
+        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
+        for i in range(0, chunks):
+            first, end = bounds_of_chunk(of_step, i, segment, T)
+            whitened = whiten_chunk(parts, memory, steps, first, end, True, PRECISION, CHUNK)
+            log_evidence += report_chunk(to, parts, whitened, steps, first, end, READ_BEFORE, PRECISION, CHUNK)
+            FORGETS: tl.constexpr = len(steps.forgetting) != 0
+            now = advance_memory(memory, parts, whitened.decay, whitened.status, FORGETS, PRECISION)
+            status = tl.where(status == 0, now, status)
+    tl.store(to.log_evidence, log_evidence.to(tl.float32))
+    tl.store(to.status, status)
+
+
+@triton.jit
+def report_chunk(
+    to, parts, whitened, steps, first, end,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Store the reads of a chunk, their variances, and s; returns its log evidence."""
+    o = tl.arange(0, CHUNK)
+    o_t = tl.where(o < end - first, first + o, steps.noise.size)
+    C = parts.error.columns
+    variance = find_read_variance(parts, whitened, READ_BEFORE, CHUNK)
+    store_vector(to.variance, tl.maximum(variance, 0.0), o_t)
+    store_vector(to.s, whitened.pivots, o_t)
+    read_values = rows_from(to.read_values, first, end - first)
+    for c in range(0, C, BLOCK):
+        o_c = c + tl.arange(0, BLOCK)
+        tile = read_tile(parts, o, o_c, PRECISION, CHUNK)
+        store_tile(read_values, tile / whitened.decay.value_scale[:, None], o, o_c)
+    return log_evidence_of(parts, whitened, is_written(steps.mask, first + o, end), C, CHUNK)
+
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+def chunk_of(T: int) -> int:
+    """Rows of a chunk: a short call, such as one step of decoding, computes with fewer."""
+    return 16 if T <= 16 else BLOCK.value
+
+
+def steps_as_arguments(
+    weights, values, queries, noise_var, retention, prior_var, forgetting, mask
+) -> Steps:  # fmt: skip
+    return Steps(
+        *map(matrices, (weights, values, queries)),
+        *map(vectors, (noise_var, retention, forgetting)),
+        mask_vectors(mask),
+        numbers(prior_var),
+    )
+
+
+@implements("filter_posterior")
+def filter_launcher(
+    mean: Tensor, cov: Tensor, weights: Tensor, values: Tensor, queries: Tensor, noise_var: Tensor,
+    retention: Tensor | None, prior_var: Tensor, forgetting: Tensor | None, read_before: bool, mask: Tensor | None,
+    precision: int,
+):  # fmt: skip
+    (B, K, C), T = mean.shape, weights.shape[1]
+    per_step, per_memory = (mean.new_empty(B, T) for _ in range(2)), mean.new_empty(B)
+    to = Results(
+        mean.new_empty(mean.shape),
+        mean.new_empty(cov.shape),
+        mean.new_empty(B, T, C),
+        *per_step,
+        per_memory,
+        mean.new_empty(B, dtype=torch.int32),
+    )
+    if not B:
+        return tuple(to)
+    steps = steps_as_arguments(weights, values, queries, noise_var, retention, prior_var, forgetting, mask)
+    chunk = chunk_of(T)
+    filter_kernel[(B,)](
+        matrices(mean), matrices(cov), steps, to, workspace(mean, B, chunk_layout, K, C, chunk), K, C, T,
+        READ_BEFORE=read_before, PRECISION=precision_of(precision),
+        ALIGNED=rows_aligned(mean, cov, weights, values, queries), CHUNK=chunk, **warps(4),
+    )  # fmt: skip
+    return tuple(to)
