@@ -2,6 +2,7 @@
 
 import torch
 
+import fastkm.filtering.triton.backward
 import fastkm.filtering.triton.forward  # noqa: F401  both implement operators
 from fastkm._runtime.autograd import differentiable
 

@@ -125,6 +125,14 @@ def chunk_of(T: int) -> int:
     return 16 if T <= 16 else BLOCK.value
 
 
+def options_of_a_head() -> dict[str, int]:
+    """One program has a multiprocessor for itself: a memory is a head, and heads are fewer than multiprocessors.
+
+    Eight warps leave a thread 8 numbers of the largest tile. AMD's are twice as wide.
+    """
+    return warps(4) if torch.version.hip else warps(8, registers=255)
+
+
 def steps_as_arguments(
     weights, values, queries, noise_var, retention, prior_var, forgetting, mask
 ) -> Steps:  # fmt: skip
@@ -159,6 +167,6 @@ def filter_launcher(
     filter_kernel[(B,)](
         matrices(mean), matrices(cov), steps, to, workspace(mean, B, chunk_layout, K, C, chunk), K, C, T,
         READ_BEFORE=read_before, PRECISION=precision_of(precision),
-        ALIGNED=rows_aligned(mean, cov, weights, values, queries), CHUNK=chunk, **warps(4),
+        ALIGNED=rows_aligned(mean, cov, weights, values, queries), CHUNK=chunk, **options_of_a_head(),
     )  # fmt: skip
     return tuple(to)

@@ -1,0 +1,288 @@
+"""Backward kernel of filter_posterior: one launch, one program a memory, from the last chunk to the first.
+
+The memory at the start of each segment is kept; what is between is computed again. With forgetting the chunks of one
+segment are kept too, while their backward runs.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkm._linalg.triton.factor import load_symmetric
+from fastkm._linalg.triton.launch import implements, matrices, numbers, precision_of, rows_aligned, vectors, workspace
+from fastkm._linalg.triton.patterns import is_written
+from fastkm._linalg.triton.tiles import (
+    BLOCK,
+    Matrix,
+    assume_aligned,
+    assume_fours,
+    copy,
+    copy_or_zero,
+    fill_zero,
+    load_tile,
+    matrix_of,
+    number_of,
+    optional_matrix_of,
+    optional_vector_of,
+    result_of,
+    results_of,
+    rows_from,
+    store_tile,
+    transposed,
+)
+from fastkm._linalg.triton.vectors import store_vector
+from fastkm.filtering.triton.chunk import Memory, advance_memory, find_read_variance, whiten_chunk
+from fastkm.filtering.triton.chunk_backward import (
+    Cotangents,
+    back_through_factor,
+    back_through_memory,
+    back_through_projections,
+    back_through_reads,
+    back_to_memory,
+    filter_backward_layout,
+    load_reported,
+    to_noise_of,
+)
+from fastkm.filtering.triton.decay_backward import (
+    drift_cotangents,
+    end_cotangents,
+    growth_cotangent,
+    scale_inputs,
+    scale_memory_cotangent,
+    scaled_values_cotangents,
+    store_decay_cotangents,
+)
+from fastkm.filtering.triton.forward import chunk_of, options_of_a_head, steps_as_arguments
+from fastkm.filtering.triton.steps import bounds_of_chunk, cut_segment, steps_of
+
+
+class Gradients(NamedTuple):
+    """Cotangents of what a filter is given. Those of the memory are passed from chunk to chunk where they are returned.
+
+    Those of the laws of decay are None if the law was not given.
+    """
+
+    mean: Any
+    cov: Any
+    weights: Any
+    z: Any
+    queries: Any
+    noise: Any
+    retention: Any
+    prior_var: Any
+    forgetting: Any
+
+
+@triton.jit
+def cotangents_of(x, i_b, K, C, T):
+    """The cotangents of memory ``i_b``."""
+    evidence = 0.0
+    if x.log_evidence is not None:
+        evidence = number_of(x.log_evidence, i_b)
+    return Cotangents(
+        optional_matrix_of(x.mean, i_b, K, C),
+        optional_matrix_of(x.cov, i_b, K, K),
+        optional_matrix_of(x.read_values, i_b, T, C),
+        optional_vector_of(x.variance, i_b, T),
+        optional_vector_of(x.s, i_b, T),
+        evidence,
+    )
+
+
+@triton.jit
+def gradients_of(x, i_b, K, C, T):
+    """Where the gradients of memory ``i_b`` go; () for a law of decay that was not given."""
+    retention, forgetting = (), ()
+    if x.retention is not None:
+        retention = results_of(x.retention, i_b, T)
+    if x.forgetting is not None:
+        forgetting = results_of(x.forgetting, i_b, T)
+    return Gradients(
+        result_of(x.mean, i_b, K, C),
+        result_of(x.cov, i_b, K, K),
+        result_of(x.weights, i_b, T, K),
+        result_of(x.z, i_b, T, C),
+        result_of(x.queries, i_b, T, K),
+        results_of(x.noise, i_b, T),
+        retention,
+        x.prior_var + i_b,
+        forgetting,
+    )
+
+
+@triton.jit
+def memory_in(saved, i, K):
+    """Memory ``i`` of those that are kept: U beside R."""
+    x = rows_from(saved, i * K, K)
+    return Memory(Matrix(x.p + K, K, saved.columns - K, x.s_row, 1), Matrix(x.p, K, K, x.s_row, 1))
+
+
+@triton.jit
+def filter_backward_kernel(
+    mean, cov, steps, grads, to, workspaces, K, C, T, memories,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a sequence of steps through one memory.
+
+    Bytes moved: at least the arguments and cotangents in and the gradients out, each once, and K (K + C) numbers a
+    segment out and in. Weights, queries and values are read a second time, for the memories between.
+    """
+    K, C = assume_fours(K, ALIGNED), assume_fours(C, ALIGNED)
+    i_b = tl.program_id(0).to(tl.int64)
+    steps, grads = steps_of(steps, i_b, T, K, C, ALIGNED), cotangents_of(grads, i_b, K, C, T)
+    to = gradients_of(to, i_b, K, C, T)
+    parts = filter_backward_layout(workspaces.p + i_b * workspaces.s_b, K, C, memories, CHUNK)
+    segments = tl.cdiv(T, CHUNK)
+    start = memory_in(parts.saved, 0, K)
+    load_symmetric(start.cov, matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
+    copy(start.mean, matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
+    copy_or_zero(to.mean, grads.mean)
+    symmetric_or_zero(to.cov, grads.cov)
+
+    for n in range(1, segments):
+        segment = (n - 1) * CHUNK
+        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
+        for i in range(0, chunks):
+            first, end = bounds_of_chunk(of_step, i, segment, T)
+            advance_copy(parts, tl.where(i == 0, n - 1, n), n, steps, first, end, PRECISION, CHUNK)
+
+    to_prior_var = tl.full((), 0, tl.float64)
+    for m in range(0, segments):
+        n = segments - 1 - m
+        segment = n * CHUNK
+        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
+        if len(steps.forgetting) != 0:
+            for i in range(1, chunks):
+                first, end = bounds_of_chunk(of_step, i - 1, segment, T)
+                source = tl.where(i == 1, n, segments + i - 1)
+                advance_copy(parts, source, segments + i, steps, first, end, PRECISION, CHUNK)
+        for j in range(0, chunks):
+            i = chunks - 1 - j
+            first, end = bounds_of_chunk(of_step, i, segment, T)
+            memory = memory_in(parts.saved, tl.where(i == 0, n, segments + i), K)
+            to_prior_var += chunk_backward(
+                to, parts, memory, steps, grads, first, end, READ_BEFORE, PRECISION, CHUNK
+            ).to(tl.float64)  # fmt: skip
+    tl.store(to.prior_var, to_prior_var.to(tl.float32))
+
+
+@triton.jit
+def symmetric_or_zero(to, x):
+    """(X + Xᵀ) / 2; () stands for zero. Ends with a barrier."""
+    if len(x) == 0:
+        fill_zero(to)
+    else:
+        for i in range(0, to.rows, BLOCK):
+            o_i = i + tl.arange(0, BLOCK)
+            for j in range(0, to.columns, BLOCK):
+                o_j = j + tl.arange(0, BLOCK)
+                store_tile(to, 0.5 * (load_tile(x, o_i, o_j) + load_tile(transposed(x), o_i, o_j)), o_i, o_j)
+        tl.debug_barrier()
+
+
+@triton.jit
+def advance_copy(parts, source, to, steps, first, end, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
+    """Memory ``to`` becomes memory ``source`` after steps [first, end). Ends with a barrier."""
+    K = parts.to_gain.columns
+    copy(rows_from(parts.saved, to * K, K), rows_from(parts.saved, source * K, K))
+    memory = memory_in(parts.saved, to, K)
+    whitened = whiten_chunk(parts.chunk, memory, steps, first, end, False, PRECISION, CHUNK)
+    advance_memory(memory, parts.chunk, whitened.decay, whitened.status, False, PRECISION)
+
+
+@triton.jit
+def chunk_backward(
+    to, parts, memory, steps, grads, first, end,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Backward of steps [first, end), from the memory before them. Returns what reaches u. Ends with a barrier."""
+    o = tl.arange(0, CHUNK)
+    whitened = whiten_chunk(parts.chunk, memory, steps, first, end, True, PRECISION, CHUNK)
+    variance = find_read_variance(parts.chunk, whitened, READ_BEFORE, CHUNK)
+    decay = whitened.decay
+    reported = load_reported(parts, grads, whitened, variance, steps, first, end, READ_BEFORE, CHUNK)
+    to_log_scale, to_prior_var = tl.zeros((CHUNK,), tl.float32), tl.full((), 0, tl.float32)
+    if len(steps.forgetting) != 0:
+        scale_memory_cotangent(to.cov, decay.growth)
+        to_log_scale += tl.where(o == CHUNK - 1, growth_cotangent(to, parts, memory), 0.0)
+    back_through_memory(to, parts, reported, decay, PRECISION, CHUNK)
+    back_through_reads(parts, reported, READ_BEFORE, PRECISION, CHUNK)
+    back_through_factor(parts, whitened, reported, PRECISION, CHUNK)
+    if len(steps.forgetting) != 0:
+        to_log_scale += scaled_values_cotangents(parts, steps, whitened, reported, first, end, PRECISION, CHUNK)
+    if len(steps.retention) != 0:
+        at_end, of_prior_var = end_cotangents(to, parts, memory, decay, steps.prior_var)
+        to_log_scale += tl.where(o == CHUNK - 1, at_end, 0.0)
+        to_prior_var += of_prior_var
+    back_through_projections(parts, memory, decay, reported, PRECISION, CHUNK)
+    back_to_memory(to, parts, decay, PRECISION)
+    to_log_scale += scale_inputs(parts, decay.scale, CHUNK)
+    if len(steps.retention) != 0:
+        of_drift, of_prior_var = drift_cotangents(parts, whitened, reported, steps.prior_var, CHUNK)
+        store_decay_cotangents(
+            to.retention, to_log_scale + of_drift, decay.factor, 1.0, steps.mask, first, end, CHUNK
+        )  # fmt: skip
+        to_prior_var += of_prior_var
+    elif len(steps.forgetting) != 0:
+        store_decay_cotangents(to.forgetting, to_log_scale, decay.factor, -0.5, steps.mask, first, end, CHUNK)
+    o_t = tl.where(o < end - first, first + o, steps.noise.size)
+    store_vector(to.noise, to_noise_of(parts, whitened, reported, CHUNK), o_t)
+    store_rows(to, parts, decay, steps, first, end, CHUNK)
+    return to_prior_var
+
+
+@triton.jit
+def store_rows(to, parts, decay, steps, first, end, CHUNK: tl.constexpr):
+    """The gradients of weights, queries and values. Nothing flows back to a pattern that is masked."""
+    o = tl.arange(0, CHUNK)
+    m_written = is_written(steps.mask, first + o, end)[:, None]
+    to_weights, to_queries = rows_from(to.weights, first, end - first), rows_from(to.queries, first, end - first)
+    for k in range(0, to.weights.columns, BLOCK):
+        o_k = k + tl.arange(0, BLOCK)
+        store_tile(to_weights, tl.where(m_written, load_tile(parts.to_inputs, o, o_k), 0.0), o, o_k)
+        store_tile(to_queries, load_tile(rows_from(parts.to_inputs, CHUNK, CHUNK), o, o_k), o, o_k)
+    to_values = rows_from(to.z, first, end - first)
+    for c in range(0, to.z.columns, BLOCK):
+        o_c = c + tl.arange(0, BLOCK)
+        tile = -decay.value_scale[:, None] * load_tile(parts.to_values, o, o_c)
+        store_tile(to_values, tl.where(m_written, tile, 0.0), o, o_c)
+    tl.debug_barrier()
+
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+def memories_of(T: int, chunk: int, forgets: bool) -> int:
+    """How many memories are kept: one a segment, and with forgetting those of a segment whose chunks are single steps.
+
+    The first chunk of a segment starts from that of the segment.
+    """
+    return -(-T // chunk) + (min(T, chunk) if forgets else 0)
+
+
+@implements("filter_posterior_backward")
+def filter_backward(
+    mean, cov, weights, values, queries, noise_var, retention, prior_var, forgetting, read_before, mask, precision,
+    grad_mean, grad_cov, grad_values, grad_variance, grad_innovation_var, grad_log_evidence,
+):  # fmt: skip
+    (B, K, C), T, chunk = mean.shape, weights.shape[1], chunk_of(weights.shape[1])
+    inputs = (mean, cov, weights, values, queries, noise_var, retention, prior_var, forgetting)
+    to = Gradients(*(None if x is None else x.new_empty(x.shape) for x in inputs))
+    returned = tuple(mean.new_empty(0) if x is None else x for x in to)
+    if not B:
+        return returned
+    grads = Cotangents(
+        *map(matrices, (grad_mean, grad_cov, grad_values)),
+        *map(vectors, (grad_variance, grad_innovation_var)),
+        None if grad_log_evidence is None else numbers(grad_log_evidence),
+    )
+    steps = steps_as_arguments(weights, values, queries, noise_var, retention, prior_var, forgetting, mask)
+    memories = max(1, memories_of(T, chunk, forgetting is not None))
+    filter_backward_kernel[(B,)](
+        matrices(mean), matrices(cov), steps, grads, to,
+        workspace(mean, B, filter_backward_layout, K, C, memories, chunk), K, C, T, memories,
+        READ_BEFORE=read_before, PRECISION=precision_of(precision),
+        ALIGNED=rows_aligned(mean, cov, weights, values, queries), CHUNK=chunk, **options_of_a_head(),
+    )  # fmt: skip
+    return returned
