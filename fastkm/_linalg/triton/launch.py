@@ -102,8 +102,9 @@ def evaluate_layout(layout, *sizes: int) -> Any:
 def _as_python(layout) -> Callable:
     """A ``@triton.jit`` function of integers as Python can call it, with the functions that it calls."""
     code, known = layout.fn.__code__, layout.fn.__globals__
+    called = {name: known[name] for name in code.co_names if name in known}
     return types.FunctionType(
-        code, {name: getattr(known[name], "fn", known[name]) for name in code.co_names if name in known}
+        code, {name: _as_python(each) if hasattr(each, "fn") else each for name, each in called.items()}
     )
 
 

@@ -16,7 +16,6 @@ from fastkm._linalg.triton.tiles import (
     BLOCK,
     Matrix,
     assume_aligned,
-    assume_fours,
     copy,
     copy_or_zero,
     fill_zero,
@@ -54,7 +53,7 @@ from fastkm.filtering.triton.decay_backward import (
     store_decay_cotangents,
 )
 from fastkm.filtering.triton.forward import chunk_of, options_of_a_head, steps_as_arguments
-from fastkm.filtering.triton.steps import bounds_of_chunk, cut_segment, steps_of
+from fastkm.filtering.triton.steps import afresh, bounds_of_chunk, cut_segment, steps_of
 
 
 class Gradients(NamedTuple):
@@ -72,6 +71,21 @@ class Gradients(NamedTuple):
     retention: Any
     prior_var: Any
     forgetting: Any
+
+
+class Given(NamedTuple):
+    """The arguments of the kernel."""
+
+    mean: Any
+    cov: Any
+    steps: Any
+    grads: Any
+    to: Any
+    workspaces: Any
+    K: Any
+    C: Any
+    T: Any
+    memories: Any
 
 
 @triton.jit
@@ -92,7 +106,7 @@ def cotangents_of(x, i_b, K, C, T):
 
 @triton.jit
 def gradients_of(x, i_b, K, C, T):
-    """Where the gradients of memory ``i_b`` go; () for a law of decay that was not given."""
+    """Where the gradients of memory ``i_b`` go, but for the number; () for a law of decay that was not given."""
     retention, forgetting = (), ()
     if x.retention is not None:
         retention = results_of(x.retention, i_b, T)
@@ -106,7 +120,7 @@ def gradients_of(x, i_b, K, C, T):
         result_of(x.queries, i_b, T, K),
         results_of(x.noise, i_b, T),
         retention,
-        x.prior_var + i_b,
+        (),
         forgetting,
     )
 
@@ -128,43 +142,61 @@ def filter_backward_kernel(
     Bytes moved: at least the arguments and cotangents in and the gradients out, each once, and K (K + C) numbers a
     segment out and in. Weights, queries and values are read a second time, for the memories between.
     """
-    K, C = assume_fours(K, ALIGNED), assume_fours(C, ALIGNED)
     i_b = tl.program_id(0).to(tl.int64)
-    steps, grads = steps_of(steps, i_b, T, K, C, ALIGNED), cotangents_of(grads, i_b, K, C, T)
-    to = gradients_of(to, i_b, K, C, T)
-    parts = filter_backward_layout(workspaces.p + i_b * workspaces.s_b, K, C, memories, CHUNK)
+    given = Given(mean, cov, steps, grads, to, workspaces, K, C, T, memories)
     segments = tl.cdiv(T, CHUNK)
-    start = memory_in(parts.saved, 0, K)
-    load_symmetric(start.cov, matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
-    copy(start.mean, matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
-    copy_or_zero(to.mean, grads.mean)
-    symmetric_or_zero(to.cov, grads.cov)
-
+    start_backward(given, i_b, ALIGNED, CHUNK)
+    sequence = steps_of(steps, i_b, T, K, C, ALIGNED)
     for n in range(1, segments):
         segment = (n - 1) * CHUNK
-        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
+        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
         for i in range(0, chunks):
             first, end = bounds_of_chunk(of_step, i, segment, T)
-            advance_copy(parts, tl.where(i == 0, n - 1, n), n, steps, first, end, PRECISION, CHUNK)
+            advance_copy(given, i_b, tl.where(i == 0, n - 1, n), n, first, end, PRECISION, ALIGNED, CHUNK)
 
     to_prior_var = tl.full((), 0, tl.float64)
     for m in range(0, segments):
         n = segments - 1 - m
         segment = n * CHUNK
-        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
-        if len(steps.forgetting) != 0:
+        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
+        if len(sequence.forgetting) != 0:
             for i in range(1, chunks):
                 first, end = bounds_of_chunk(of_step, i - 1, segment, T)
                 source = tl.where(i == 1, n, segments + i - 1)
-                advance_copy(parts, source, segments + i, steps, first, end, PRECISION, CHUNK)
+                advance_copy(given, i_b, source, segments + i, first, end, PRECISION, ALIGNED, CHUNK)
         for j in range(0, chunks):
             i = chunks - 1 - j
             first, end = bounds_of_chunk(of_step, i, segment, T)
-            memory = memory_in(parts.saved, tl.where(i == 0, n, segments + i), K)
-            to_prior_var += chunk_backward(
-                to, parts, memory, steps, grads, first, end, READ_BEFORE, PRECISION, CHUNK
-            ).to(tl.float64)  # fmt: skip
-    tl.store(to.prior_var, to_prior_var.to(tl.float32))
+            K_now, C_now = afresh(K, first, ALIGNED), afresh(C, first, ALIGNED)
+            parts = parts_of(given, i_b, K_now, C_now, CHUNK)
+            of_chunk = chunk_backward(
+                gradients_of(to, i_b, K_now, C_now, T),
+                parts,
+                memory_in(parts.saved, tl.where(i == 0, n, segments + i), K_now),
+                steps_of(steps, i_b, T, K_now, C_now, ALIGNED),
+                cotangents_of(grads, i_b, K_now, C_now, T),
+                first, end, READ_BEFORE, PRECISION, CHUNK,
+            )  # fmt: skip
+            to_prior_var += of_chunk.to(tl.float64)
+    tl.store(to.prior_var + i_b, to_prior_var.to(tl.float32))
+
+
+@triton.jit
+def parts_of(given, i_b, K, C, CHUNK: tl.constexpr):
+    """The workspace of memory ``i_b``."""
+    p = given.workspaces.p + i_b * given.workspaces.s_b
+    return filter_backward_layout(p, K, C, given.memories, CHUNK)
+
+
+@triton.jit
+def start_backward(given, i_b, ALIGNED: tl.constexpr, CHUNK: tl.constexpr):
+    """Keep the memory before the first step, and take the cotangents of the one after the last."""
+    K, C = given.K, given.C
+    start = memory_in(parts_of(given, i_b, K, C, CHUNK).saved, 0, K)
+    load_symmetric(start.cov, matrix_of(assume_aligned(given.cov, ALIGNED), i_b, K, K))
+    copy(start.mean, matrix_of(assume_aligned(given.mean, ALIGNED), i_b, K, C))
+    copy_or_zero(result_of(given.to.mean, i_b, K, C), optional_matrix_of(given.grads.mean, i_b, K, C))
+    symmetric_or_zero(result_of(given.to.cov, i_b, K, K), optional_matrix_of(given.grads.cov, i_b, K, K))
 
 
 @triton.jit
@@ -182,9 +214,12 @@ def symmetric_or_zero(to, x):
 
 
 @triton.jit
-def advance_copy(parts, source, to, steps, first, end, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
+def advance_copy(
+    given, i_b, source, to, first, end, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     """Memory ``to`` becomes memory ``source`` after steps [first, end). Ends with a barrier."""
-    K = parts.to_gain.columns
+    K, C = afresh(given.K, first, ALIGNED), afresh(given.C, first, ALIGNED)
+    parts, steps = parts_of(given, i_b, K, C, CHUNK), steps_of(given.steps, i_b, given.T, K, C, ALIGNED)
     copy(rows_from(parts.saved, to * K, K), rows_from(parts.saved, source * K, K))
     memory = memory_in(parts.saved, to, K)
     whitened = whiten_chunk(parts.chunk, memory, steps, first, end, False, PRECISION, CHUNK)

@@ -23,7 +23,6 @@ from fastkm._linalg.triton.patterns import is_written
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     assume_aligned,
-    assume_fours,
     copy,
     matrix_of,
     result_of,
@@ -41,7 +40,7 @@ from fastkm.filtering.triton.chunk import (
     read_tile,
     whiten_chunk,
 )
-from fastkm.filtering.triton.steps import Steps, bounds_of_chunk, cut_segment, steps_of
+from fastkm.filtering.triton.steps import Steps, afresh, bounds_of_chunk, cut_segment, steps_of
 
 
 class Results(NamedTuple):
@@ -67,34 +66,52 @@ def filter_kernel(
     where the result goes, and the workspace of a chunk are read again for every chunk. At K = C = 64 they are 115 KiB,
     at 128 they are 300 KiB, so they stay in the caches.
     """
-    K, C = assume_fours(K, ALIGNED), assume_fours(C, ALIGNED)
     i_b = tl.program_id(0).to(tl.int64)
-    steps = steps_of(steps, i_b, T, K, C, ALIGNED)
-    memory = Memory(result_of(to.mean, i_b, K, C), result_of(to.cov, i_b, K, K))
-    to = Results(
-        memory.mean,
-        memory.cov,
+    status = load_symmetric(result_of(to.cov, i_b, K, K), matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
+    copy(result_of(to.mean, i_b, K, C), matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
+    log_evidence = tl.full((), 0, tl.float64)
+    sequence = steps_of(steps, i_b, T, K, C, ALIGNED)
+    for segment in range(0, T, CHUNK):
+        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
+        for i in range(0, chunks):
+            first, end = bounds_of_chunk(of_step, i, segment, T)
+            K_now, C_now = afresh(K, first, ALIGNED), afresh(C, first, ALIGNED)
+            now, evidence = filter_chunk(
+                results_of_memory(to, i_b, T, K_now, C_now),
+                chunk_layout(workspaces.p + i_b * workspaces.s_b, K_now, C_now, CHUNK),
+                steps_of(steps, i_b, T, K_now, C_now, ALIGNED),
+                first, end, READ_BEFORE, PRECISION, CHUNK,
+            )  # fmt: skip
+            log_evidence += evidence
+            status = tl.where(status == 0, now, status)
+    tl.store(to.log_evidence + i_b, log_evidence.to(tl.float32))
+    tl.store(to.status + i_b, status)
+
+
+@triton.jit
+def results_of_memory(to, i_b, T, K, C):
+    """Where the results of memory ``i_b`` go, but for the two numbers."""
+    return Results(
+        result_of(to.mean, i_b, K, C),
+        result_of(to.cov, i_b, K, K),
         result_of(to.read_values, i_b, T, C),
         results_of(to.variance, i_b, T),
         results_of(to.s, i_b, T),
-        to.log_evidence + i_b,
-        to.status + i_b,
+        (),
+        (),
     )
-    parts = chunk_layout(workspaces.p + i_b * workspaces.s_b, K, C, CHUNK)
-    status = load_symmetric(memory.cov, matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
-    copy(memory.mean, matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
-    log_evidence = tl.full((), 0, tl.float64)
-    for segment in range(0, T, CHUNK):
-        chunks, of_step = cut_segment(steps, segment, T, CHUNK)
-        for i in range(0, chunks):
-            first, end = bounds_of_chunk(of_step, i, segment, T)
-            whitened = whiten_chunk(parts, memory, steps, first, end, True, PRECISION, CHUNK)
-            log_evidence += report_chunk(to, parts, whitened, steps, first, end, READ_BEFORE, PRECISION, CHUNK)
-            FORGETS: tl.constexpr = len(steps.forgetting) != 0
-            now = advance_memory(memory, parts, whitened.decay, whitened.status, FORGETS, PRECISION)
-            status = tl.where(status == 0, now, status)
-    tl.store(to.log_evidence, log_evidence.to(tl.float32))
-    tl.store(to.status, status)
+
+
+@triton.jit
+def filter_chunk(
+    to, parts, steps, first, end, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """Steps [first, end), with the memory where its result goes. Returns their status and log evidence."""
+    memory = Memory(to.mean, to.cov)
+    whitened = whiten_chunk(parts, memory, steps, first, end, True, PRECISION, CHUNK)
+    evidence = report_chunk(to, parts, whitened, steps, first, end, READ_BEFORE, PRECISION, CHUNK)
+    FORGETS: tl.constexpr = len(steps.forgetting) != 0
+    return advance_memory(memory, parts, whitened.decay, whitened.status, FORGETS, PRECISION), evidence
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from fastkm._linalg.triton.patterns import is_written, load_patterns
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     assume_aligned,
+    assume_fours,
     load_diagonal,
     matrix_of,
     number_of,
@@ -92,6 +93,15 @@ def bounds_of_chunk(of_step, chunk, segment, T):
     first = tl.sum((of_step < chunk).to(tl.int32), 0)
     end = tl.sum((of_step <= chunk).to(tl.int32), 0)
     return segment + first, tl.minimum(segment + end, T)
+
+
+@triton.jit
+def afresh(size, first, ALIGNED: tl.constexpr):
+    """``size``, as a number that the compiler takes for another in every chunk: ``first`` is less than 2³⁰.
+
+    Otherwise it computes the addresses of all matrices of a chunk before the loop over chunks, and spills them.
+    """
+    return assume_fours(size + (first >> 30), ALIGNED)
 
 
 # --------------------------------------------------------------------------------------------------------------- decay
