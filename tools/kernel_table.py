@@ -26,7 +26,7 @@ from simt import build as simt_build  # noqa: E402
 from update_readme import update  # noqa: E402
 
 from fastkm.cli.console import markdown_table  # noqa: E402
-from fastkm.testing.operations import GPU_OPERATORS as OPERATORS  # noqa: E402
+from fastkm.testing.operations import CUDA_OPERATORS, GPU_OPERATORS  # noqa: E402
 from fastkm.testing.presets import PRESETS, Preset  # noqa: E402
 from fastkm.testing.roofline import bytes_to_move, inputs  # noqa: E402
 
@@ -77,7 +77,7 @@ class HostBuild:
         command += [ROOT / "tools" / source, *kernels, *bindings, *runtime, f"-L{libraries}", "-ltorch_cpu", "-lc10"]
         subprocess.run(list(map(str, command)), check=True)
         self._operators = torch.library.Library("fastkm_simt", "DEF")
-        for operator in OPERATORS:
+        for operator in CUDA_OPERATORS:
             self._operators.define(str(getattr(torch.ops.fastkm, operator).default._schema).removeprefix("fastkm::"))
         torch.ops.load_library(str(made))
         self.library = ctypes.CDLL(str(made))
@@ -154,7 +154,7 @@ TRAFFIC_HEADERS = ("operator", "preset", "least", "inputs read", "results writte
 def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str, ...]]:
     """Per memory, in KiB."""
     rows = []
-    for operator in OPERATORS:
+    for operator in CUDA_OPERATORS:
         least, *moved = counter.traffic(operator, preset, batch)
         kib = (f"{count / batch / 1024:,.1f}" for count in (least, *moved))
         rows.append((f"`{operator}`", preset.name, *kib, f"{sum(moved) / least:.2f}"))
@@ -164,7 +164,7 @@ def traffic_rows(counter: Counter, preset: Preset, batch: int) -> list[tuple[str
 def cuda_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
     shared: dict[tuple[str, str], int] = {}  # the most that any operator launches a kernel with
     for target in DEVICES:
-        for operator in OPERATORS:
+        for operator in CUDA_OPERATORS:
             launches = recorder.launches(operator, inputs(operator, PRESET, BATCH, QUERIES, TF32, "cpu"), target)
             key = (target, kernel_of(operator))
             shared[key] = max(shared.get(key, 0), *(launch.shared for launch in launches), 0)
@@ -197,7 +197,7 @@ def triton_traffic_rows(presets: Iterable[Preset], batch: int) -> list[tuple[str
     from gpu.traffic import Counter as TritonCounter
 
     counter, rows = TritonCounter(), []
-    for preset, operator in product(presets, OPERATORS):
+    for preset, operator in product(presets, GPU_OPERATORS):
         arguments = example(operator, preset, batch)
         given = {id(x): x for x in arguments if isinstance(x, Tensor)}.values()
         call = getattr(torch.ops.fastkm_triton, operator)
@@ -228,7 +228,7 @@ def launch_rows(recorder: Recorder) -> Iterator[tuple[str, ...]]:
         blocks = (" + ".join(str(launch.blocks) for launch in launches) for launches in (one, many))
         return f"{' / '.join(blocks)}, {' + '.join(str(round(launch.shared / 1024)) for launch in many)} KiB"
 
-    for operator in OPERATORS:
+    for operator in CUDA_OPERATORS:
         yield (f"`{operator}`", *(cell(operator, preset) for preset in PRESETS.values()))
 
 
@@ -256,7 +256,8 @@ def fill_page(only_cuda: bool) -> None:
     else:
         beside = {tuple(row[:2]): row[2:] for row in counted_in_a_process("triton-traffic", TRITON_INTERPRET="1")}
         triton = list(triton_rows())
-    counted = [(*row, *beside.get(tuple(row[:2]), ["–"] * len(TRITON_TRAFFIC_HEADERS))) for row in counted]
+    counted = [(*row, *beside.pop(tuple(row[:2]), ["–"] * len(TRITON_TRAFFIC_HEADERS))) for row in counted]
+    counted += [(*key, *["–"] * (own - len(key)), *row) for key, row in beside.items()]  # no CUDA kernel
     recorder = Recorder()
     launches = markdown_table(LAUNCH_HEADERS, list(launch_rows(recorder)))
     rows = list(chain(cuda_rows(recorder), triton))

@@ -306,15 +306,22 @@ KERNEL_OPERATIONS = tuple(op.name for op in ENTRIES if op.operator)  # those wit
 OPERATORS = {
     operator.name: operator for op in ENTRIES for operator in (op.operator, op.backward, *op.parts) if operator
 }
-# Those that GPUs have kernels for.
-GPU_OPERATIONS = tuple(name for name in KERNEL_OPERATIONS if "triton" in dispatch.CAPABILITIES[name])
-GPU_OPERATORS = tuple(
-    operator.name
-    for op in ENTRIES
-    if op.name in GPU_OPERATIONS
-    for operator in (op.operator, op.backward, *op.parts)
-    if operator
-)
+
+
+def _operators_of(names: tuple[str, ...]) -> tuple[str, ...]:
+    entries = (op for op in ENTRIES if op.name in names)
+    return tuple(each.name for op in entries for each in (op.operator, op.backward, *op.parts) if each)
+
+
+def _on_gpus(name: str, backend: str) -> bool:
+    capability = dispatch.CAPABILITIES[name].get(backend)
+    return capability is not None and "cuda" in capability.devices
+
+
+# Those that GPUs have kernels for: all in Triton, most in CUDA.
+GPU_OPERATIONS = tuple(name for name in KERNEL_OPERATIONS if _on_gpus(name, "triton"))
+GPU_OPERATORS = _operators_of(GPU_OPERATIONS)
+CUDA_OPERATORS = _operators_of(tuple(name for name in KERNEL_OPERATIONS if _on_gpus(name, "native")))
 
 
 # ---- cases ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 import fastkm.addressing.triton
+import fastkm.filtering.triton
 import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
@@ -26,13 +27,21 @@ IEEE, TF32X3, TF32 = range(3)
 OPERATORS = operations.GPU_OPERATORS
 
 
-def calls(preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: bool = False) -> dict[str, Callable]:
-    """Every operator at a preset's sizes, by name."""
+FILTERS = ("filter_posterior", "filter_posterior_backward")
+LAWS = ("retention", "forgetting", None)
+
+
+def calls(
+    preset: str, *, B: int, Q: int, precision: int = IEEE, squared_gram: bool = False, law: str | None = "retention"
+) -> dict[str, Callable]:
+    """Every operator at a preset's sizes, by name; a filter decays by ``law``."""
     operands = empty_operands(PRESETS[preset], B, Q, "cpu", num_iters=3, squared_gram=squared_gram, precision=precision)
-    return {
-        operator.name: partial(getattr(torch.ops.fastkm_triton, operator.name), *operator.arguments(operands))
-        for operator in map(operations.OPERATORS.get, OPERATORS)
-    }
+    arguments = {name: operations.OPERATORS[name].arguments(operands) for name in OPERATORS}
+    for name in FILTERS:
+        *first, retention, prior_var, _, read_before = arguments[name][:10]
+        laws = [retention if law == each else None for each in ("retention", "forgetting")]
+        arguments[name] = (*first, laws[0], prior_var, laws[1], read_before, *arguments[name][10:])
+    return {name: partial(getattr(torch.ops.fastkm_triton, name), *given) for name, given in arguments.items()}
 
 
 # Preset, options of the call, and the operators whose kernels these change.
@@ -40,8 +49,9 @@ EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
     ("L", {"B": 2, "Q": 100}, ("update_posterior", "update_posterior_backward", "write", "write_backward")),
     ("L", {"B": 2, "Q": 100}, ("read", "read_backward", "read_factored", "kl_memory", "kl_memory_backward")),
-    ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward")),
-    ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read")),
+    ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward", *FILTERS)),
+    ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read", "filter_posterior")),
+    *(("L", {"B": 2, "Q": 100, "law": law}, FILTERS) for law in LAWS),
     ("LLM", {"B": 2, "Q": 100}, ("update_posterior", "write", "write_backward", "read")),
     ("M", {"B": 256, "Q": 32, "squared_gram": True}, ("read", "write", "factor_addressing")),
 ]

@@ -5,7 +5,7 @@ import pytest
 KERNELS = {
     *("logdet_kernel", "logdet_backward_kernel", "kl_memory_kernel", "kl_memory_backward_kernel"),
     *("update_kernel", "update_backward_kernel", "write_kernel", "search_backward_kernel"),
-    *("read_kernel", "read_backward_kernel", "factor_kernel"),
+    *("filter_kernel", "filter_backward_kernel", "read_kernel", "read_backward_kernel", "factor_kernel"),
     *("pseudoinverse_kernel", "read_factored_kernel"),
 }
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -49,7 +49,7 @@ def test_aligned_rows_are_read_128_bits_at_a_time(rows):
 
 def test_products_that_may_be_rounded_run_on_tensor_cores(rows):
     rounded = [row for row in rows if row.precision != "ieee" and row.multiplies_codes and row.target == "sm_90"]
-    assert {row.kernel for row in rounded} >= {"apply_kernel", "read_kernel", "read_backward_kernel"}
+    assert {row.kernel for row in rounded} >= {"apply_kernel", "read_kernel", "read_backward_kernel", "filter_kernel"}
     assert not [row for row in rounded if not row.built.tensor_cores]
 
 
@@ -73,7 +73,10 @@ def test_many_queries_of_one_memory_fill_a_chip(request):
     assert answered > 132  # multiprocessors of an H100
 
 
-@pytest.mark.parametrize("operation", ["write", "write_backward", "update_posterior_backward", "read_backward"])
+ONE_PROGRAM = ["write", "write_backward", "update_posterior_backward", "read_backward"]
+
+
+@pytest.mark.parametrize("operation", [*ONE_PROGRAM, "filter_posterior", "filter_posterior_backward"])
 def test_these_take_one_program_a_memory(request, operation):
     """With few memories they leave most of a GPU idle; docs/results/kernels.md says so."""
     assert set(programs_of(request, operation, "L", Q=32)) == {1}

@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 from fastkm._linalg.triton import condition_backward, ridge, ridge_backward, ridge_factored
 from fastkm._linalg.triton.launch import evaluate_layout, row_stride
 from fastkm._linalg.triton.tiles import Matrix
+from fastkm.filtering.triton import chunk, chunk_backward
 from fastkm.matrix_normal import triton as matrix_normal
 from fastkm.writing.triton import forward, tape
 
@@ -19,6 +20,8 @@ LAYOUTS = [
     (ridge.scratch_layout, (32, K, LD)),
     (ridge_factored.read_factored_layout, (BLOCKS, K, LD)),
     (ridge_backward.read_backward_layout, (K, LD, ITERS)),
+    (chunk.chunk_layout, (K, C, 32)),
+    (chunk_backward.filter_backward_layout, (K, C, 5, 32)),
     (matrix_normal.logdet_layout, (K, LD)),
     (matrix_normal.kl_memory_layout, (K, LD)),
     (matrix_normal.kl_memory_backward_layout, (K, C, LD)),

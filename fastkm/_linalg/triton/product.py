@@ -33,7 +33,8 @@ def product(
 ):  # fmt: skip
     """out = scale A B, or with ``accumulate`` out += scale A B, tile by tile. Ends with a barrier.
 
-    A [m, k], B [k, n], out [m, n]; ``out`` overlaps neither. A tile has ROWS rows: with more of them B is read less often.
+    A [m, k], B [k, n], out [m, n]; ``out`` overlaps neither. A tile has ROWS rows; with more of them B is read less
+    often.
     """
     for i_m in range(0, out.rows, ROWS):
         o_m = i_m + tl.arange(0, ROWS)

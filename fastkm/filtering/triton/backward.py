@@ -11,7 +11,6 @@ import triton.language as tl
 
 from fastkm._linalg.triton.factor import load_symmetric
 from fastkm._linalg.triton.launch import implements, matrices, numbers, precision_of, rows_aligned, vectors, workspace
-from fastkm._linalg.triton.patterns import is_written
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     Matrix,
@@ -53,7 +52,7 @@ from fastkm.filtering.triton.decay_backward import (
     store_decay_cotangents,
 )
 from fastkm.filtering.triton.forward import chunk_of, options_of_a_head, steps_as_arguments
-from fastkm.filtering.triton.steps import afresh, bounds_of_chunk, cut_segment, steps_of
+from fastkm.filtering.triton.steps import afresh, bounds_of_chunk, cut_segment, places_of, steps_of, written_rows
 
 
 class Gradients(NamedTuple):
@@ -146,25 +145,25 @@ def filter_backward_kernel(
     given = Given(mean, cov, steps, grads, to, workspaces, K, C, T, memories)
     segments = tl.cdiv(T, CHUNK)
     start_backward(given, i_b, ALIGNED, CHUNK)
-    sequence = steps_of(steps, i_b, T, K, C, ALIGNED)
+    sequence = steps_of(steps, i_b, 0, T, T, K, C, ALIGNED)
     for n in range(1, segments):
         segment = (n - 1) * CHUNK
-        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
-        for i in range(0, chunks):
-            first, end = bounds_of_chunk(of_step, i, segment, T)
-            advance_copy(given, i_b, tl.where(i == 0, n - 1, n), n, first, end, PRECISION, ALIGNED, CHUNK)
+        chunks, of_step = cut_segment(sequence, segment, CHUNK)
+        for i in range(chunks):
+            bounds = bounds_of_chunk(of_step, i, segment, T)
+            advance_copy(given, i_b, tl.where(i == 0, n - 1, n), n, bounds, PRECISION, ALIGNED, CHUNK)
 
     to_prior_var = tl.full((), 0, tl.float64)
-    for m in range(0, segments):
+    for m in range(segments):
         n = segments - 1 - m
         segment = n * CHUNK
-        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
+        chunks, of_step = cut_segment(sequence, segment, CHUNK)
         if len(sequence.forgetting) != 0:
             for i in range(1, chunks):
-                first, end = bounds_of_chunk(of_step, i - 1, segment, T)
+                bounds = bounds_of_chunk(of_step, i - 1, segment, T)
                 source = tl.where(i == 1, n, segments + i - 1)
-                advance_copy(given, i_b, source, segments + i, first, end, PRECISION, ALIGNED, CHUNK)
-        for j in range(0, chunks):
+                advance_copy(given, i_b, source, segments + i, bounds, PRECISION, ALIGNED, CHUNK)
+        for j in range(chunks):
             i = chunks - 1 - j
             first, end = bounds_of_chunk(of_step, i, segment, T)
             K_now, C_now = afresh(K, first, ALIGNED), afresh(C, first, ALIGNED)
@@ -173,9 +172,9 @@ def filter_backward_kernel(
                 gradients_of(to, i_b, K_now, C_now, T),
                 parts,
                 memory_in(parts.saved, tl.where(i == 0, n, segments + i), K_now),
-                steps_of(steps, i_b, T, K_now, C_now, ALIGNED),
+                steps_of(steps, i_b, first, end, T, K_now, C_now, ALIGNED),
                 cotangents_of(grads, i_b, K_now, C_now, T),
-                first, end, READ_BEFORE, PRECISION, CHUNK,
+                READ_BEFORE, PRECISION, CHUNK,
             )  # fmt: skip
             to_prior_var += of_chunk.to(tl.float64)
     tl.store(to.prior_var + i_b, to_prior_var.to(tl.float32))
@@ -215,28 +214,28 @@ def symmetric_or_zero(to, x):
 
 @triton.jit
 def advance_copy(
-    given, i_b, source, to, first, end, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
+    given, i_b, source, to, bounds, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Memory ``to`` becomes memory ``source`` after steps [first, end). Ends with a barrier."""
-    K, C = afresh(given.K, first, ALIGNED), afresh(given.C, first, ALIGNED)
-    parts, steps = parts_of(given, i_b, K, C, CHUNK), steps_of(given.steps, i_b, given.T, K, C, ALIGNED)
+    """Memory ``to`` becomes memory ``source`` after the chunk with these bounds. Ends with a barrier."""
+    K, C = afresh(given.K, bounds[0], ALIGNED), afresh(given.C, bounds[0], ALIGNED)
+    parts = parts_of(given, i_b, K, C, CHUNK)
+    steps = steps_of(given.steps, i_b, bounds[0], bounds[1], given.T, K, C, ALIGNED)
     copy(rows_from(parts.saved, to * K, K), rows_from(parts.saved, source * K, K))
     memory = memory_in(parts.saved, to, K)
-    whitened = whiten_chunk(parts.chunk, memory, steps, first, end, False, PRECISION, CHUNK)
+    whitened = whiten_chunk(parts.chunk, memory, steps, False, PRECISION, CHUNK)
     advance_memory(memory, parts.chunk, whitened.decay, whitened.status, False, PRECISION)
 
 
 @triton.jit
 def chunk_backward(
-    to, parts, memory, steps, grads, first, end,
-    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    to, parts, memory, steps, grads, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Backward of steps [first, end), from the memory before them. Returns what reaches u. Ends with a barrier."""
+    """Backward of one chunk, from the memory before it. Returns what reaches u. Ends with a barrier."""
     o = tl.arange(0, CHUNK)
-    whitened = whiten_chunk(parts.chunk, memory, steps, first, end, True, PRECISION, CHUNK)
+    whitened = whiten_chunk(parts.chunk, memory, steps, True, PRECISION, CHUNK)
     variance = find_read_variance(parts.chunk, whitened, READ_BEFORE, CHUNK)
     decay = whitened.decay
-    reported = load_reported(parts, grads, whitened, variance, steps, first, end, READ_BEFORE, CHUNK)
+    reported = load_reported(parts, grads, whitened, variance, steps, CHUNK)
     to_log_scale, to_prior_var = tl.zeros((CHUNK,), tl.float32), tl.full((), 0, tl.float32)
     if len(steps.forgetting) != 0:
         scale_memory_cotangent(to.cov, decay.growth)
@@ -245,7 +244,7 @@ def chunk_backward(
     back_through_reads(parts, reported, READ_BEFORE, PRECISION, CHUNK)
     back_through_factor(parts, whitened, reported, PRECISION, CHUNK)
     if len(steps.forgetting) != 0:
-        to_log_scale += scaled_values_cotangents(parts, steps, whitened, reported, first, end, PRECISION, CHUNK)
+        to_log_scale += scaled_values_cotangents(parts, steps, whitened, reported, PRECISION, CHUNK)
     if len(steps.retention) != 0:
         at_end, of_prior_var = end_cotangents(to, parts, memory, decay, steps.prior_var)
         to_log_scale += tl.where(o == CHUNK - 1, at_end, 0.0)
@@ -255,29 +254,26 @@ def chunk_backward(
     to_log_scale += scale_inputs(parts, decay.scale, CHUNK)
     if len(steps.retention) != 0:
         of_drift, of_prior_var = drift_cotangents(parts, whitened, reported, steps.prior_var, CHUNK)
-        store_decay_cotangents(
-            to.retention, to_log_scale + of_drift, decay.factor, 1.0, steps.mask, first, end, CHUNK
-        )  # fmt: skip
+        store_decay_cotangents(to.retention, to_log_scale + of_drift, decay.factor, 1.0, steps, CHUNK)
         to_prior_var += of_prior_var
     elif len(steps.forgetting) != 0:
-        store_decay_cotangents(to.forgetting, to_log_scale, decay.factor, -0.5, steps.mask, first, end, CHUNK)
-    o_t = tl.where(o < end - first, first + o, steps.noise.size)
-    store_vector(to.noise, to_noise_of(parts, whitened, reported, CHUNK), o_t)
-    store_rows(to, parts, decay, steps, first, end, CHUNK)
+        store_decay_cotangents(to.forgetting, to_log_scale, decay.factor, -0.5, steps, CHUNK)
+    store_vector(to.noise, to_noise_of(parts, whitened, reported, CHUNK), places_of(steps, o))
+    store_rows(to, parts, decay, steps, CHUNK)
     return to_prior_var
 
 
 @triton.jit
-def store_rows(to, parts, decay, steps, first, end, CHUNK: tl.constexpr):
+def store_rows(to, parts, decay, steps, CHUNK: tl.constexpr):
     """The gradients of weights, queries and values. Nothing flows back to a pattern that is masked."""
     o = tl.arange(0, CHUNK)
-    m_written = is_written(steps.mask, first + o, end)[:, None]
-    to_weights, to_queries = rows_from(to.weights, first, end - first), rows_from(to.queries, first, end - first)
+    m_written, count = written_rows(steps, o)[:, None], steps.end - steps.first
+    to_weights, to_queries = rows_from(to.weights, steps.first, count), rows_from(to.queries, steps.first, count)
     for k in range(0, to.weights.columns, BLOCK):
         o_k = k + tl.arange(0, BLOCK)
         store_tile(to_weights, tl.where(m_written, load_tile(parts.to_inputs, o, o_k), 0.0), o, o_k)
         store_tile(to_queries, load_tile(rows_from(parts.to_inputs, CHUNK, CHUNK), o, o_k), o, o_k)
-    to_values = rows_from(to.z, first, end - first)
+    to_values = rows_from(to.z, steps.first, count)
     for c in range(0, to.z.columns, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
         tile = -decay.value_scale[:, None] * load_tile(parts.to_values, o, o_c)

@@ -17,7 +17,7 @@ from fastkm._linalg.triton.factor import (
     holds_variance,
     inverse_of_factor,
 )
-from fastkm._linalg.triton.patterns import is_written, load_patterns
+from fastkm._linalg.triton.patterns import load_patterns
 from fastkm._linalg.triton.product import IEEE, product, product_tile
 from fastkm._linalg.triton.tiles import (
     BLOCK,
@@ -33,7 +33,7 @@ from fastkm._linalg.triton.tiles import (
 )
 from fastkm._linalg.triton.vectors import load_vector
 from fastkm._runtime.status import OUT_OF_RANGE
-from fastkm.filtering.triton.steps import load_decay, load_rows
+from fastkm.filtering.triton.steps import load_decay, load_rows, written_rows
 
 IS_OUT_OF_RANGE = tl.constexpr(OUT_OF_RANGE)
 
@@ -86,31 +86,27 @@ def chunk_layout(p, K, C, CHUNK: tl.constexpr):
     inverse = place_after(drift, CHUNK, CHUNK, CHUNK)
     read_gain = place_after(inverse, CHUNK, CHUNK, CHUNK)
     end = end_of(read_gain)
-    return ChunkParts(
-        inputs, plain, projected, crossed, gain, residual, error, squares, drift, inverse, read_gain, end
-    )
+    return ChunkParts(inputs, plain, projected, crossed, gain, residual, error, squares, drift, inverse, read_gain, end)
 
 
 # ----------------------------------------------------------------------------------------------------------- whitening
 
 
 @triton.jit
-def whiten_chunk(
-    parts, memory, steps, first, end, READS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """V, S, L⁻¹, G and E of steps [first, end), and with READS X, H and Q~ R too. Ends with a barrier."""
+def whiten_chunk(parts, memory, steps, READS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
+    """V, S, L⁻¹, G and E of a chunk, and with READS X, H and Q~ R too. Ends with a barrier."""
     ROWS: tl.constexpr = 2 * CHUNK if READS else CHUNK
-    decay = load_decay(parts.drift, steps, first, end, CHUNK)
-    variances, norms = load_rows(parts, steps, decay, memory.cov, first, end, CHUNK)
+    decay = load_decay(parts.drift, steps, CHUNK)
+    variances, norms = load_rows(parts, steps, decay, memory.cov, CHUNK)
     product(rows_from(parts.projected, 0, ROWS), parts.inputs, memory.cov, ROWS=ROWS)
     find_squares(parts, steps, ROWS, CHUNK)
-    pivots, explained, status = factor_chunk(parts, steps, variances, first, end, CHUNK)
+    pivots, explained, status = factor_chunk(parts, steps, variances, CHUNK)
     if len(steps.retention) != 0:
         cross_rows(parts, decay, CHUNK)
         product(parts.gain, parts.inverse, parts.crossed)
     else:
         product(parts.gain, parts.inverse, rows_from(parts.projected, 0, CHUNK))
-    find_residuals(parts, memory.mean, steps, decay, first, end, ROWS, PRECISION, CHUNK)
+    find_residuals(parts, memory.mean, steps, decay, ROWS, PRECISION, CHUNK)
     product(parts.error, parts.inverse, rows_from(parts.residual, 0, CHUNK))
     return Whitened(decay, norms, pivots, explained, status)
 
@@ -129,11 +125,11 @@ def find_squares(parts, steps, ROWS: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def factor_chunk(parts, steps, variances, first, end, CHUNK: tl.constexpr):
+def factor_chunk(parts, steps, variances, CHUNK: tl.constexpr):
     """L⁻¹; returns the pivots, what the memory explains of them, and the status. Ends with a barrier."""
     o = tl.arange(0, CHUNK)
-    K, count = parts.inputs.columns, end - first
-    noise = tl.where(o < count, load_vector(steps.noise, first + o, 1.0), 1.0)
+    K, count = parts.inputs.columns, steps.end - steps.first
+    noise = tl.where(o < count, load_vector(steps.noise, steps.first + o, 1.0), 1.0)
     tile = load_tile(parts.squares, o, o)
     own = diagonal(tile, o)
     slack = tl.abs(own + noise) * (4.0 * EPS) * (K + CHUNK)
@@ -162,17 +158,15 @@ def cross_rows(parts, decay, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def find_residuals(
-    parts, mean, steps, decay, first, end, ROWS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def find_residuals(parts, mean, steps, decay, ROWS: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
     """Z~ − W~ R above Q~ R. Ends with a barrier."""
     o, o_rows = tl.arange(0, CHUNK), tl.arange(0, ROWS)
-    m_written = is_written(steps.mask, first + o_rows, tl.minimum(end, first + CHUNK)) & (o_rows < CHUNK)
+    m_written = written_rows(steps, o_rows) & (o_rows < CHUNK)
     scale = tl.sum(tl.where(o_rows[:, None] == o[None, :], decay.value_scale[None, :], 0.0), 1)
     for c in range(0, mean.columns, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
         tile = product_tile(parts.inputs, mean, o_rows, o_c, 0, mean.rows, PRECISION)
-        z = load_patterns(steps.z, first + o_rows, o_c, m_written) * scale[:, None]
+        z = load_patterns(steps.z, steps.first + o_rows, o_c, m_written) * scale[:, None]
         store_tile(parts.residual, tl.where((o_rows < CHUNK)[:, None], z - tile, tile), o_rows, o_c)
     tl.debug_barrier()
 
@@ -253,7 +247,7 @@ def advance_memory(memory, parts, decay, status, FORGETS: tl.constexpr, PRECISIO
 
 @triton.jit
 def update_symmetric(cov, decay, a, b):
-    """U ← (e² U + (1 − e²) u I − A B) · growth for a symmetric product, both triangles the same. Ends with a barrier."""
+    """U ← growth (e² U + (1 − e²) u I − A B) for a symmetric product, both triangles alike. Ends with a barrier."""
     for i in range(0, cov.rows, BLOCK):
         o_i = i + tl.arange(0, BLOCK)
         for j in range(0, i + BLOCK, BLOCK):

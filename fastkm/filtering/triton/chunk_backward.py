@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkm._linalg.triton.patterns import is_written
 from fastkm._linalg.triton.product import product, product_tile
 from fastkm._linalg.triton.tiles import (
     BLOCK,
@@ -27,7 +26,8 @@ from fastkm._linalg.triton.tiles import (
     transposed,
 )
 from fastkm._linalg.triton.vectors import load_cotangent
-from fastkm.filtering.triton.chunk import ChunkParts, chunk_layout, update_scaled
+from fastkm.filtering.triton.chunk import chunk_layout, update_scaled
+from fastkm.filtering.triton.steps import places_of, written_rows
 
 
 class Cotangents(NamedTuple):
@@ -116,13 +116,11 @@ def add_symmetric_product(to, factor, a, b):
 
 
 @triton.jit
-def load_reported(
-    parts, grads, whitened, variance, steps, first, end, READ_BEFORE: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def load_reported(parts, grads, whitened, variance, steps, CHUNK: tl.constexpr):
     """The cotangents that the caller gives of a chunk: stores Ō, and ends with a barrier."""
     o = tl.arange(0, CHUNK)
     C = parts.to_values.columns
-    o_t = tl.where(o < end - first, first + o, steps.noise.size)
+    o_t = places_of(steps, o)
     reads = rows_from(parts.to_values, CHUNK, CHUNK)
     for c in range(0, C, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
@@ -133,7 +131,7 @@ def load_reported(
         store_tile(reads, tile, o, o_c)
     tl.debug_barrier()
     to_variance = tl.where(variance > 0, load_cotangent(grads.variance, o_t), 0.0)
-    evidence = tl.where(is_written(steps.mask, first + o, end), grads.log_evidence, 0.0)
+    evidence = tl.where(written_rows(steps, o), grads.log_evidence, 0.0)
     to_s = load_cotangent(grads.s, o_t) - 0.5 * evidence * C / whitened.pivots
     return Reported(to_variance, to_s, evidence)
 
@@ -203,9 +201,7 @@ def back_through_projections(parts, memory, decay, reported, PRECISION: tl.const
     add_scaled_rows(parts.to_projected, end, parts.to_crossed, CHUNK)
     add_scaled_rows(to_reads, reported.variance, rows_from(chunk.inputs, CHUNK, CHUNK), CHUNK)
     product(parts.to_inputs, parts.to_projected, memory.cov, ROWS=ROWS)
-    product(
-        parts.to_inputs, parts.to_values, transposed(memory.mean), accumulate=True, precision=PRECISION, ROWS=ROWS
-    )
+    product(parts.to_inputs, parts.to_values, transposed(memory.mean), accumulate=True, precision=PRECISION, ROWS=ROWS)
     to_weights, to_queries = rows_from(parts.to_inputs, 0, CHUNK), rows_from(parts.to_inputs, CHUNK, CHUNK)
     product(to_weights, transposed(parts.to_squares), chunk.projected, accumulate=True)
     add_scaled_rows(to_queries, reported.variance, rows_from(chunk.projected, CHUNK, CHUNK), CHUNK)

@@ -8,12 +8,13 @@ its last step may be given to the last row.
 import triton
 import triton.language as tl
 
-from fastkm._linalg.triton.patterns import is_written, load_patterns
+from fastkm._linalg.triton.patterns import load_patterns
 from fastkm._linalg.triton.product import dot, product, product_tile
 from fastkm._linalg.triton.tiles import BLOCK, load_diagonal, load_tile, rows_from, store_tile, transposed
 from fastkm._linalg.triton.vectors import store_vector
 from fastkm.filtering.triton.chunk import energies_of, read_tile
 from fastkm.filtering.triton.chunk_backward import add_scaled_rows
+from fastkm.filtering.triton.steps import places_of, written_rows
 
 
 @triton.jit
@@ -42,17 +43,15 @@ def growth_cotangent(to, parts, memory):
 
 
 @triton.jit
-def scaled_values_cotangents(
-    parts, steps, whitened, reported, first, end, PRECISION: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
+def scaled_values_cotangents(parts, steps, whitened, reported, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
     """What forgetting's scaling of values, reads and energies gives to ln a."""
     o = tl.arange(0, CHUNK)
     chunk, scale = parts.chunk, whitened.decay.value_scale
-    m_written = is_written(steps.mask, first + o, end)
+    m_written = written_rows(steps, o)
     total = reported.log_evidence * energies_of(chunk.error, chunk.error.columns, CHUNK) / (scale * scale)
     for c in range(0, chunk.error.columns, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
-        z = load_patterns(steps.z, first + o, o_c, m_written) * scale[:, None]
+        z = load_patterns(steps.z, steps.first + o, o_c, m_written) * scale[:, None]
         total -= tl.sum(load_tile(parts.to_values, o, o_c) * z, 1)
         of_reads = load_tile(rows_from(parts.to_values, CHUNK, CHUNK), o, o_c)
         total -= tl.sum(of_reads * read_tile(chunk, o, o_c, PRECISION, CHUNK), 1)
@@ -77,7 +76,7 @@ def scale_inputs(parts, scale, CHUNK: tl.constexpr):
     """Cotangents of W~ and Q~ become those of diag(a) W and diag(a) Q. Returns those of ln a. Ends with a barrier."""
     o = tl.arange(0, CHUNK)
     total = tl.zeros((CHUNK,), tl.float32)
-    for half in range(0, 2):
+    for half in range(2):
         inputs, to = rows_from(parts.chunk.inputs, half * CHUNK, CHUNK), rows_from(parts.to_inputs, half * CHUNK, CHUNK)
         for k in range(0, inputs.columns, BLOCK):
             o_k = k + tl.arange(0, BLOCK)
@@ -133,9 +132,8 @@ def drift_cotangents(parts, whitened, reported, prior_var, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def store_decay_cotangents(to, to_log_scale, factor, exponent, mask, first, end, CHUNK: tl.constexpr):
+def store_decay_cotangents(to, to_log_scale, factor, exponent, steps, CHUNK: tl.constexpr):
     """Σ_{i ≥ s} of the cotangents of ln a, times what ln a has of each factor; 0 for steps that are masked."""
     o = tl.arange(0, CHUNK)
     later = tl.sum(tl.where(o[:, None] >= o[None, :], to_log_scale[:, None], 0.0), 0)
-    o_t = tl.where(o < end - first, first + o, to.size)
-    store_vector(to, tl.where(is_written(mask, first + o, end), exponent * later / factor, 0.0), o_t)
+    store_vector(to, tl.where(written_rows(steps, o), exponent * later / factor, 0.0), places_of(steps, o))

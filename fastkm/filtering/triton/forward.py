@@ -19,7 +19,6 @@ from fastkm._linalg.triton.launch import (
     warps,
     workspace,
 )
-from fastkm._linalg.triton.patterns import is_written
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     assume_aligned,
@@ -40,7 +39,15 @@ from fastkm.filtering.triton.chunk import (
     read_tile,
     whiten_chunk,
 )
-from fastkm.filtering.triton.steps import Steps, afresh, bounds_of_chunk, cut_segment, steps_of
+from fastkm.filtering.triton.steps import (
+    Steps,
+    afresh,
+    bounds_of_chunk,
+    cut_segment,
+    places_of,
+    steps_of,
+    written_rows,
+)
 
 
 class Results(NamedTuple):
@@ -62,25 +69,25 @@ def filter_kernel(
 ):  # fmt: skip
     """A sequence of steps through one memory.
 
-    Bytes moved: the arguments in and the results out, each once, and weights' and queries' copies. The memory, which lies
-    where the result goes, and the workspace of a chunk are read again for every chunk. At K = C = 64 they are 115 KiB,
-    at 128 they are 300 KiB, so they stay in the caches.
+    Bytes moved: the arguments in and the results out, each once. The memory, which lies where the result goes, and the
+    workspace of a chunk are read and written again for every chunk. Both together have 140 KiB at K = C = 64 and 324
+    KiB at 128, so they stay in the caches, the smaller in that of the multiprocessor.
     """
     i_b = tl.program_id(0).to(tl.int64)
     status = load_symmetric(result_of(to.cov, i_b, K, K), matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
     copy(result_of(to.mean, i_b, K, C), matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
     log_evidence = tl.full((), 0, tl.float64)
-    sequence = steps_of(steps, i_b, T, K, C, ALIGNED)
+    sequence = steps_of(steps, i_b, 0, T, T, K, C, ALIGNED)
     for segment in range(0, T, CHUNK):
-        chunks, of_step = cut_segment(sequence, segment, T, CHUNK)
-        for i in range(0, chunks):
+        chunks, of_step = cut_segment(sequence, segment, CHUNK)
+        for i in range(chunks):
             first, end = bounds_of_chunk(of_step, i, segment, T)
             K_now, C_now = afresh(K, first, ALIGNED), afresh(C, first, ALIGNED)
             now, evidence = filter_chunk(
                 results_of_memory(to, i_b, T, K_now, C_now),
                 chunk_layout(workspaces.p + i_b * workspaces.s_b, K_now, C_now, CHUNK),
-                steps_of(steps, i_b, T, K_now, C_now, ALIGNED),
-                first, end, READ_BEFORE, PRECISION, CHUNK,
+                steps_of(steps, i_b, first, end, T, K_now, C_now, ALIGNED),
+                READ_BEFORE, PRECISION, CHUNK,
             )  # fmt: skip
             log_evidence += evidence
             status = tl.where(status == 0, now, status)
@@ -103,35 +110,32 @@ def results_of_memory(to, i_b, T, K, C):
 
 
 @triton.jit
-def filter_chunk(
-    to, parts, steps, first, end, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """Steps [first, end), with the memory where its result goes. Returns their status and log evidence."""
+def filter_chunk(to, parts, steps, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
+    """One chunk, with the memory where its result goes. Returns their status and log evidence."""
     memory = Memory(to.mean, to.cov)
-    whitened = whiten_chunk(parts, memory, steps, first, end, True, PRECISION, CHUNK)
-    evidence = report_chunk(to, parts, whitened, steps, first, end, READ_BEFORE, PRECISION, CHUNK)
+    whitened = whiten_chunk(parts, memory, steps, True, PRECISION, CHUNK)
+    evidence = report_chunk(to, parts, whitened, steps, READ_BEFORE, PRECISION, CHUNK)
     FORGETS: tl.constexpr = len(steps.forgetting) != 0
     return advance_memory(memory, parts, whitened.decay, whitened.status, FORGETS, PRECISION), evidence
 
 
 @triton.jit
 def report_chunk(
-    to, parts, whitened, steps, first, end,
-    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
+    to, parts, whitened, steps, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """Store the reads of a chunk, their variances, and s; returns its log evidence."""
     o = tl.arange(0, CHUNK)
-    o_t = tl.where(o < end - first, first + o, steps.noise.size)
+    o_t = places_of(steps, o)
     C = parts.error.columns
     variance = find_read_variance(parts, whitened, READ_BEFORE, CHUNK)
     store_vector(to.variance, tl.maximum(variance, 0.0), o_t)
     store_vector(to.s, whitened.pivots, o_t)
-    read_values = rows_from(to.read_values, first, end - first)
+    read_values = rows_from(to.read_values, steps.first, steps.end - steps.first)
     for c in range(0, C, BLOCK):
         o_c = c + tl.arange(0, BLOCK)
         tile = read_tile(parts, o, o_c, PRECISION, CHUNK)
         store_tile(read_values, tile / whitened.decay.value_scale[:, None], o, o_c)
-    return log_evidence_of(parts, whitened, is_written(steps.mask, first + o, end), C, CHUNK)
+    return log_evidence_of(parts, whitened, written_rows(steps, o), C, CHUNK)
 
 
 # ------------------------------------------------------------------------------------------------------------ launcher
@@ -154,11 +158,9 @@ def steps_as_arguments(
     weights, values, queries, noise_var, retention, prior_var, forgetting, mask
 ) -> Steps:  # fmt: skip
     return Steps(
-        *map(matrices, (weights, values, queries)),
-        *map(vectors, (noise_var, retention, forgetting)),
-        mask_vectors(mask),
-        numbers(prior_var),
-    )
+        matrices(weights), matrices(values), matrices(queries), vectors(noise_var), vectors(retention),
+        vectors(forgetting), mask_vectors(mask), numbers(prior_var),
+    )  # fmt: skip
 
 
 @implements("filter_posterior")
@@ -168,13 +170,13 @@ def filter_launcher(
     precision: int,
 ):  # fmt: skip
     (B, K, C), T = mean.shape, weights.shape[1]
-    per_step, per_memory = (mean.new_empty(B, T) for _ in range(2)), mean.new_empty(B)
     to = Results(
         mean.new_empty(mean.shape),
         mean.new_empty(cov.shape),
         mean.new_empty(B, T, C),
-        *per_step,
-        per_memory,
+        mean.new_empty(B, T),
+        mean.new_empty(B, T),
+        mean.new_empty(B),
         mean.new_empty(B, dtype=torch.int32),
     )
     if not B:

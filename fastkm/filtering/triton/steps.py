@@ -1,8 +1,8 @@
 """Steps of a sequence: how they are cut into chunks, how a chunk decays, and its rows in the workspace.
 
-A segment is ``CHUNK`` steps from a multiple of ``CHUNK`` on. Without forgetting it is one chunk. With forgetting, what a
-chunk subtracts from the covariance is up to Π 1/γ times what is left, and rounds at its own size; a segment is then cut
-into several chunks. A chunk always has ``CHUNK`` rows: those past its end hold zeros and do not decay.
+A segment is ``CHUNK`` steps from a multiple of ``CHUNK`` on. Without forgetting it is one chunk. With forgetting, what
+a chunk subtracts from the covariance is up to Π 1/γ times what is left, and rounds at its own size; a segment is then
+cut into several chunks. A chunk always has ``CHUNK`` rows: those past its end hold zeros and do not decay.
 """
 
 from typing import Any, NamedTuple
@@ -31,10 +31,7 @@ MOST_GROWTH = tl.constexpr(1.5)
 
 
 class Steps(NamedTuple):
-    """What a filter is given besides the memory; the laws of decay and the mask may be None.
-
-    As a kernel argument of every memory, and as ``steps_of`` returns it of one, with () for None and u as a number.
-    """
+    """What a filter is given besides the memory, as a kernel argument; the laws of decay and the mask may be None."""
 
     weights: Any
     z: Any
@@ -46,10 +43,25 @@ class Steps(NamedTuple):
     prior_var: Any
 
 
+class ChunkSteps(NamedTuple):
+    """Steps [first, end) of one memory. The tensors are those of the whole sequence, () for None, and u is a number."""
+
+    weights: Any
+    z: Any
+    queries: Any
+    noise: Any
+    retention: Any
+    forgetting: Any
+    mask: Any
+    prior_var: Any
+    first: Any
+    end: Any
+
+
 @triton.jit
-def steps_of(x, i_b, T, K, C, ALIGNED: tl.constexpr):
-    """The steps of memory ``i_b``. ALIGNED: every row is, as ``launch.rows_aligned`` found."""
-    return Steps(
+def steps_of(x, i_b, first, end, T, K, C, ALIGNED: tl.constexpr):
+    """Steps [first, end) of memory ``i_b``. ALIGNED: every row is, as ``launch.rows_aligned`` found."""
+    return ChunkSteps(
         matrix_of(assume_aligned(x.weights, ALIGNED), i_b, T, K),
         matrix_of(assume_aligned(x.z, ALIGNED), i_b, T, C),
         matrix_of(assume_aligned(x.queries, ALIGNED), i_b, T, K),
@@ -58,27 +70,41 @@ def steps_of(x, i_b, T, K, C, ALIGNED: tl.constexpr):
         optional_vector_of(x.forgetting, i_b, T),
         optional_vector_of(x.mask, i_b, T),
         number_of(x.prior_var, i_b),
+        first,
+        end,
     )
+
+
+@triton.jit
+def places_of(steps, o):
+    """Where rows ``o`` of a chunk lie in a vector of the sequence; past its last entry for rows that are none."""
+    return tl.where(o < steps.end - steps.first, steps.first + o, steps.noise.size)
+
+
+@triton.jit
+def written_rows(steps, o):
+    """Which rows ``o`` of a chunk are patterns that are written."""
+    return is_written(steps.mask, steps.first + o, steps.end)
 
 
 # -------------------------------------------------------------------------------------------------------------- chunks
 
 
 @triton.jit
-def load_factors(factors, mask, o_t, end):
-    """Factors of decay; 1 for steps that are masked or not before ``end``."""
-    return tl.where(is_written(mask, o_t, end), load_vector(factors, o_t, 1.0), 1.0)
+def load_factors(factors, steps, o):
+    """Factors of decay; 1 for rows that are masked or past the end."""
+    return tl.where(written_rows(steps, o), load_vector(factors, steps.first + o, 1.0), 1.0)
 
 
 @triton.jit
-def cut_segment(steps, segment, T, CHUNK: tl.constexpr):
-    """The number of chunks of the segment that starts at step ``segment``, and the chunk that each step belongs to."""
+def cut_segment(steps, segment, CHUNK: tl.constexpr):
+    """The number of chunks of the segment that starts at row ``segment``, and the chunk that each step belongs to."""
     o = tl.arange(0, CHUNK)
     chunk, of_step = tl.full((), 0, tl.int32), tl.zeros((CHUNK,), tl.int32)
     if len(steps.forgetting) != 0:
-        factors = load_factors(steps.forgetting, steps.mask, segment + o, T)
+        factors = load_factors(steps.forgetting, steps, segment + o)
         left = tl.full((), 1, tl.float32)
-        for t in range(0, CHUNK):
+        for t in range(CHUNK):
             factor = pick(factors, o, t)
             ends = (t > 0) & (left * factor * MOST_GROWTH < 1)
             left = tl.where(ends, factor, left * factor)
@@ -127,7 +153,7 @@ def kept_between(factor, o):
 
 
 @triton.jit
-def load_decay(drift, steps, first, end, CHUNK: tl.constexpr):
+def load_decay(drift, steps, CHUNK: tl.constexpr):
     """(F4) and (F6). With retention it stores D, both triangles. The caller puts a barrier behind it.
 
     Nothing is divided, and no difference cancels: 1 − a_i² is the sum of Π_{s<p≤i} α_p² (1 − α_s²) over s ≤ i.
@@ -136,7 +162,7 @@ def load_decay(drift, steps, first, end, CHUNK: tl.constexpr):
     one, none = tl.full((CHUNK,), 1, tl.float32), tl.zeros((CHUNK,), tl.float32)
     number_one, number_none = tl.full((), 1, tl.float32), tl.full((), 0, tl.float32)
     if len(steps.retention) != 0:
-        factor = load_factors(steps.retention, steps.mask, first + o, end)
+        factor = load_factors(steps.retention, steps, o)
         kept = kept_between(factor, o)
         lost = (1 - factor) * (1 + factor) * steps.prior_var
         relaxed = tl.sum(kept * kept * lost[None, :], 1)
@@ -148,7 +174,7 @@ def load_decay(drift, steps, first, end, CHUNK: tl.constexpr):
         last = CHUNK - 1
         return Decay(factor, scale, one, relaxed, pick(scale, o, last), pick(relaxed, o, last), number_one)
     elif len(steps.forgetting) != 0:
-        factor = load_factors(steps.forgetting, steps.mask, first + o, end)
+        factor = load_factors(steps.forgetting, steps, o)
         left = tl.cumprod(factor, 0)
         scale = 1 / tl.sqrt(left)
         return Decay(factor, scale, scale, none, number_one, number_none, 1 / pick(left, o, CHUNK - 1))
@@ -160,14 +186,14 @@ def load_decay(drift, steps, first, end, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(parts, steps, decay, cov, first, end, CHUNK: tl.constexpr):
+def load_rows(parts, steps, decay, cov, CHUNK: tl.constexpr):
     """Bring in W~ above Q~ and, with retention, W above Q. Ends with a barrier.
 
     Returns Σ_k w_k² of the covariance's diagonal as the chunk relaxes it, and ‖q‖².
     """
     o = tl.arange(0, CHUNK)
-    o_t = first + o
-    m_written, m_t = is_written(steps.mask, o_t, end), o_t < end
+    o_t = steps.first + o
+    m_written, m_t = written_rows(steps, o), o_t < steps.end
     variances, norms = tl.zeros((CHUNK,), tl.float32), tl.zeros((CHUNK,), tl.float32)
     for k in range(0, cov.columns, BLOCK):
         o_k = k + tl.arange(0, BLOCK)
