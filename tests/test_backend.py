@@ -289,18 +289,27 @@ def state_shapes(B, K, C=512):
 
 @pytest.mark.parametrize("operation", WITH_GPU_KERNELS)
 def test_few_large_memories_on_a_gpu_go_to_the_block_form(operation, gpu):
+    kernel = "native" if "cuda" in CAPABILITIES[operation]["native"].devices else "triton"
     for B, K, backend in (
         (1, 1024, "reference"),
         (4, 1024, "reference"),
-        (5, 1024, "native"),  # 256 · 5 > 1024
-        (1, 1023, "native"),
+        (5, 1024, kernel),  # 256 · 5 > 1024
+        (1, 1023, kernel),
         (16, 4096, "reference"),
-        (17, 4096, "native"),
+        (17, 4096, kernel),
     ):
         tensors = gpu(*state_shapes(B, K), (B, 1, 512))
         assert taken(operation, tensors) == backend, (B, K)
-        assert resolve(operation, "native", *tensors) == "native"
+        assert resolve(operation, kernel, *tensors) == kernel
         assert resolve(operation, "triton", *tensors) == "triton"
+
+
+def test_a_filter_on_a_gpu_is_triton_s(gpu):
+    """There is no CUDA kernel of it, and a call that names one is told so."""
+    tensors = gpu(*state_shapes(4, 64, 64), (4, 32, 64))
+    assert taken("filter_posterior", tensors) == "triton"
+    with pytest.raises(BackendUnavailableError, match="it runs on cpu, the tensors are on cuda"):
+        resolve("filter_posterior", "native", *tensors)
 
 
 def test_every_pattern_of_a_write_is_a_factorisation(gpu):

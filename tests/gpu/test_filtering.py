@@ -148,6 +148,17 @@ def test_empty_axes(kernels, shape, law):
         oracle.assert_close(x, expected[name].double(), name)
 
 
+def test_forgetting_loses_no_digits(kernels):
+    """The memory is the regression with the weights γ^(T−t): a chunk of 32 steps would round at 0.7^(−32) of it."""
+    p = problem(2, 32, 0, 3, 5, FLOAT32)
+    p = p._replace(noise_var=torch.full_like(p.noise_var, 20 * (1 / 0.7 - 1)))
+    exact = truth(map_tensors(p, widened), law="forgetting")
+    found = run_on(kernels, p, law="forgetting")
+    for name in ("mean", "cov"):
+        scale = 64 * torch.finfo(FLOAT32).eps * oracle.largest(exact[name])
+        assert oracle.error(found[name], exact[name]) <= scale, name
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,8 @@ WRITE = "tests/gpu/test_writing.py::test_each_pattern_is_addressed_then_stored"
 WRITE_GRADIENT = "tests/gpu/test_writing.py::test_gradients"
 READ = "tests/gpu/test_reading.py::test_every_read_out_is_the_next_query"
 READ_GRADIENT = "tests/gpu/test_reading.py::test_gradients"
+FILTER = "tests/gpu/test_filtering.py::test_filter_equals_the_steps"
+FILTER_GRADIENT = "tests/gpu/test_filtering.py::test_gradients"
 KL = "tests/gpu/test_matrix_normal.py::test_kl_is_the_sum_over_columns"
 NAMED = "tests/gpu/test_matrix_normal.py::test_a_covariance_that_is_none_is_named"
 
@@ -137,5 +139,56 @@ TRITON = [
         " tl.where(gap > scale * SQRT_EPS, IS_ASYMMETRIC, 0))",
         after="0)",
         tests=(NAMED,),
+    ),
+    triton(
+        "triton-filter-read-before",
+        "a read before the write sees the pattern of its own step",
+        before="tl.where(o[:, None] > o[None, :], tile, 0.0)",
+        within="if READ_BEFORE: tile = tl.where(o[:, None] > o[None, :], tile, 0.0) else:"
+        " tile = tl.where(o[:, None] >= o[None, :], tile, 0.0) store_tile(parts.read_gain",
+        after="tl.where(o[:, None] >= o[None, :], tile, 0.0)",
+        tests=(FILTER,),
+    ),
+    triton(
+        "triton-filter-retention-of-masked",
+        "a masked step decays",
+        before="tl.where(written_rows(steps, o), load_vector(factors, steps.first + o, 1.0), 1.0)",
+        after="tl.where(steps.first + o < steps.end, load_vector(factors, steps.first + o, 1.0), 1.0)",
+        tests=(FILTER,),
+    ),
+    triton(
+        "triton-filter-chunk-never-cut",
+        "with forgetting a chunk is not cut where it loses digits",
+        before="left * factor * MOST_GROWTH < 1",
+        after="left * factor * MOST_GROWTH < 0",
+        tests=("tests/gpu/test_filtering.py::test_forgetting_loses_no_digits",),
+    ),
+    triton(
+        "triton-filter-relaxed-end",
+        "the memory after a chunk lacks what it relaxes to",
+        before="tl.where(o_i[:, None] == o_j[None, :], decay.end_relaxed, 0.0)",
+        after="tl.where(o_i[:, None] == o_j[None, :], 0.0, 0.0)",
+        tests=(FILTER,),
+    ),
+    triton(
+        "triton-filter-backward-drift",
+        "weights receive the half of what passes through the drift",
+        before="2 * squares * drift",
+        after="squares * drift",
+        tests=(FILTER_GRADIENT,),
+    ),
+    triton(
+        "triton-filter-backward-first-chunk",
+        "a chunk inside a segment starts from the memory of the segment",
+        before="tl.where(i == 0, n, segments + i)",
+        after="n",
+        tests=(FILTER_GRADIENT,),
+    ),
+    triton(
+        "triton-filter-backward-energy",
+        "the evidence passes nothing to the errors",
+        before="-reported.log_evidence / (decay.value_scale",
+        after="0 * reported.log_evidence / (decay.value_scale",
+        tests=(FILTER_GRADIENT,),
     ),
 ]
