@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fastkm._linalg.triton.factor import load_symmetric
 from fastkm._linalg.triton.launch import implements, matrices, numbers, precision_of, rows_aligned, vectors, workspace
+from fastkm._linalg.triton.product import product
 from fastkm._linalg.triton.tiles import (
     BLOCK,
     Matrix,
@@ -239,6 +240,8 @@ def chunk_backward(
     to_log_scale, to_prior_var = tl.zeros((CHUNK,), tl.float32), tl.full((), 0, tl.float32)
     if len(steps.forgetting) != 0:
         scale_memory_cotangent(to.cov, decay.growth)
+    product(parts.to_gain, parts.chunk.gain, to.cov, scale=-2.0)
+    if len(steps.forgetting) != 0:
         to_log_scale += tl.where(o == CHUNK - 1, growth_cotangent(to, parts, memory), 0.0)
     back_through_memory(to, parts, reported, decay, PRECISION, CHUNK)
     back_through_reads(parts, reported, READ_BEFORE, PRECISION, CHUNK)

@@ -138,8 +138,7 @@ def load_reported(parts, grads, whitened, variance, steps, CHUNK: tl.constexpr):
 
 @triton.jit
 def back_through_memory(to, parts, reported, decay, PRECISION: tl.constexpr, CHUNK: tl.constexpr):
-    """(1) but for P̄. Ends with a barrier."""
-    product(parts.to_gain, parts.chunk.gain, to.cov, scale=-2.0)
+    """(1) but for P̄, where −2 G Ū' stands in the place of Ḡ. Ends with a barrier."""
     product(parts.to_gain, parts.chunk.error, transposed(to.mean), accumulate=True, precision=PRECISION)
     product(parts.to_error, parts.chunk.gain, to.mean, precision=PRECISION)
     reads = rows_from(parts.to_values, CHUNK, CHUNK)

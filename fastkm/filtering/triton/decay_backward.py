@@ -30,16 +30,11 @@ def scale_memory_cotangent(to_cov, growth):
 
 @triton.jit
 def growth_cotangent(to, parts, memory):
-    """2 ⟨Ū', U'⟩, what forgetting's scaling of the memory gives to ln a of the last step. Ū' has been scaled."""
-    chunk = parts.chunk
-    total = dot(to.cov, memory.cov)
-    for i in range(0, chunk.gain.rows, BLOCK):
-        o_i = i + tl.arange(0, BLOCK)
-        for k in range(0, chunk.gain.columns, BLOCK):
-            o_k = k + tl.arange(0, BLOCK)
-            lost = product_tile(chunk.gain, to.cov, o_i, o_k, 0, chunk.gain.columns)
-            total -= tl.sum(tl.sum(lost * load_tile(chunk.gain, o_i, o_k), 1).to(tl.float64), 0)
-    return (2 * total).to(tl.float32)
+    """2 ⟨Ū', U'⟩, what forgetting's scaling of the memory gives to ln a of the last step.
+
+    Ū' has been scaled, and −2 G Ū' stands in the place of Ḡ.
+    """
+    return (2 * dot(to.cov, memory.cov) + dot(parts.to_gain, parts.chunk.gain)).to(tl.float32)
 
 
 @triton.jit

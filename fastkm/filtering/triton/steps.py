@@ -104,7 +104,8 @@ def cut_segment(steps, segment, CHUNK: tl.constexpr):
     if len(steps.forgetting) != 0:
         factors = load_factors(steps.forgetting, steps, segment + o)
         left = tl.full((), 1, tl.float32)
-        for t in range(CHUNK):
+        of_step += CHUNK  # of none
+        for t in range(tl.minimum(CHUNK, steps.end - segment)):  # a number that is not known is not unrolled
             factor = pick(factors, o, t)
             ends = (t > 0) & (left * factor * MOST_GROWTH < 1)
             left = tl.where(ends, factor, left * factor)
