@@ -167,17 +167,23 @@ def filter_backward_kernel(
         for j in range(chunks):
             i = chunks - 1 - j
             first, end = bounds_of_chunk(of_step, i, segment, T)
-            K_now, C_now = afresh(K, first, ALIGNED), afresh(C, first, ALIGNED)
-            parts = parts_of(given, i_b, K_now, C_now, CHUNK)
-            of_chunk = chunk_backward(
-                gradients_of(to, i_b, K_now, C_now, T),
-                parts,
-                memory_in(parts.saved, tl.where(i == 0, n, segments + i), K_now),
-                steps_of(steps, i_b, first, end, T, K_now, C_now, ALIGNED),
-                cotangents_of(grads, i_b, K_now, C_now, T),
-                READ_BEFORE, PRECISION, CHUNK,
+            memory = tl.where(i == 0, n, segments + i)
+            whitened, variance = repeat_chunk(
+                given, i_b, memory, first, end, READ_BEFORE, PRECISION, ALIGNED, CHUNK
             )  # fmt: skip
-            to_prior_var += of_chunk.to(tl.float64)
+            # Another number than before, so that no address is kept from the one half for the other.
+            K_now, C_now = afresh(K, end, ALIGNED), afresh(C, end, ALIGNED)
+            parts = parts_of(given, i_b, K_now, C_now, CHUNK)
+            steps_now = steps_of(steps, i_b, first, end, T, K_now, C_now, ALIGNED)
+            reported = load_reported(
+                parts, cotangents_of(grads, i_b, K_now, C_now, T), whitened, variance, steps_now, CHUNK
+            )  # fmt: skip
+            of_chunk = chunk_backward(
+                gradients_of(to, i_b, K_now, C_now, T), parts, memory_in(parts.saved, memory, K_now), steps_now,
+                whitened, reported, READ_BEFORE, PRECISION, CHUNK,
+            )  # fmt: skip
+            if len(sequence.retention) != 0:
+                to_prior_var += of_chunk.to(tl.float64)
     tl.store(to.prior_var + i_b, to_prior_var.to(tl.float32))
 
 
@@ -228,15 +234,27 @@ def advance_copy(
 
 
 @triton.jit
+def repeat_chunk(
+    given, i_b, memory, first, end,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """What the forward knew of steps [first, end), from the memory before them. Ends with a barrier."""
+    K, C = afresh(given.K, first, ALIGNED), afresh(given.C, first, ALIGNED)
+    parts = parts_of(given, i_b, K, C, CHUNK)
+    steps = steps_of(given.steps, i_b, first, end, given.T, K, C, ALIGNED)
+    before = memory_in(parts.saved, memory, K)
+    whitened = whiten_chunk(parts.chunk, before, steps, True, PRECISION, CHUNK)
+    return whitened, find_read_variance(parts.chunk, whitened, READ_BEFORE, CHUNK)
+
+
+@triton.jit
 def chunk_backward(
-    to, parts, memory, steps, grads, READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr
+    to, parts, memory, steps, whitened, reported,
+    READ_BEFORE: tl.constexpr, PRECISION: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Backward of one chunk, from the memory before it. Returns what reaches u. Ends with a barrier."""
     o = tl.arange(0, CHUNK)
-    whitened = whiten_chunk(parts.chunk, memory, steps, True, PRECISION, CHUNK)
-    variance = find_read_variance(parts.chunk, whitened, READ_BEFORE, CHUNK)
     decay = whitened.decay
-    reported = load_reported(parts, grads, whitened, variance, steps, CHUNK)
     to_log_scale, to_prior_var = tl.zeros((CHUNK,), tl.float32), tl.full((), 0, tl.float32)
     if len(steps.forgetting) != 0:
         scale_memory_cotangent(to.cov, decay.growth)

@@ -124,7 +124,7 @@ def bounds_of_chunk(of_step, chunk, segment, T):
 
 @triton.jit
 def afresh(size, first, ALIGNED: tl.constexpr):
-    """``size``, as a number that the compiler takes for another in every chunk: ``first`` is less than 2³⁰.
+    """``size``, as a number that the compiler takes for another in every chunk: a step has a number below 2³⁰.
 
     Otherwise it computes the addresses of all matrices of a chunk before the loop over chunks, and spills them.
     """
