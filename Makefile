@@ -71,6 +71,7 @@ gpu: $(if $(SYSTEM),,setup) ## on a machine with a GPU: build, checks, timings, 
 
 kernels: setup ## what every GPU kernel compiles to, into docs/results/kernels.md; needs nvcc, minutes
 	$(BIN)/python tools/kernel_table.py
+	$(BIN)/python tools/sequence_table.py
 
 test: setup ## the tests of the package, in as many processes as there are processors
 	$(BIN)/python -m pytest $(PARALLEL) --dist loadfile $(ARGS)

@@ -217,7 +217,7 @@ def test_gradients(kernels, shape, masked, law, read):
     judge_gradient(kernels, problem(*shape, FLOAT32, masked=masked), law=law, read=read)
 
 
-@pytest.mark.parametrize(("output", "law"), zip(OUTPUTS, 2 * LAWS, strict=True))
+@pytest.mark.parametrize(("output", "law"), list(zip(OUTPUTS, 2 * LAWS, strict=True)))
 def test_the_gradient_of_each_output_alone(kernels, law, output):
     p = problem(2, 19, 0, 6, 5, FLOAT32, masked=True)
     judge_gradient(kernels, p, law=law, outputs=[output])
