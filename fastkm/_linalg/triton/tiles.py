@@ -83,11 +83,22 @@ def matrix_of(x, i_b, rows, columns):
 
 @triton.jit
 def optional_matrix_of(x, i_b, rows, columns):
-    """``matrix_of``, or () for None: Triton 3.6 returns no None from a device function."""
-    if x is None:
+    """``matrix_of``, or () for None and (): Triton 3.6 returns no None from a device function."""
+    if x is None:  # noqa: SIM114  Triton evaluates both sides of `or`
+        return ()
+    elif len(x) == 0:
         return ()
     else:
         return matrix_of(x, i_b, rows, columns)
+
+
+@triton.jit
+def or_empty(x):
+    """() for None, which Triton 3.6 loses from a tuple in a loop."""
+    if x is None:
+        return ()
+    else:
+        return x
 
 
 @triton.jit
@@ -98,8 +109,10 @@ def vector_of(x, i_b, size):
 
 @triton.jit
 def optional_vector_of(x, i_b, size):
-    """``vector_of``, or () for None."""
-    if x is None:
+    """``vector_of``, or () for None and ()."""
+    if x is None:  # noqa: SIM114  Triton evaluates both sides of `or`
+        return ()
+    elif len(x) == 0:
         return ()
     else:
         return vector_of(x, i_b, size)

@@ -24,6 +24,7 @@ from fastkm._linalg.triton.tiles import (
     number_of,
     optional_matrix_of,
     optional_vector_of,
+    or_empty,
     result_of,
     results_of,
     rows_from,
@@ -53,7 +54,15 @@ from fastkm.filtering.triton.decay_backward import (
     store_decay_cotangents,
 )
 from fastkm.filtering.triton.forward import chunk_of, options_of_a_head, steps_as_arguments
-from fastkm.filtering.triton.steps import afresh, bounds_of_chunk, cut_segment, places_of, steps_of, written_rows
+from fastkm.filtering.triton.steps import (
+    afresh,
+    bounds_of_chunk,
+    cut_segment,
+    places_of,
+    steps_of,
+    steps_without_none,
+    written_rows,
+)
 
 
 class Gradients(NamedTuple):
@@ -89,10 +98,28 @@ class Given(NamedTuple):
 
 
 @triton.jit
+def cotangents_without_none(x):
+    return Cotangents(
+        or_empty(x.mean),
+        or_empty(x.cov),
+        or_empty(x.read_values),
+        or_empty(x.variance),
+        or_empty(x.s),
+        or_empty(x.log_evidence),
+    )
+
+
+@triton.jit
+def gradients_without_none(x):
+    retention, forgetting = or_empty(x.retention), or_empty(x.forgetting)
+    return Gradients(x.mean, x.cov, x.weights, x.z, x.queries, x.noise, retention, x.prior_var, forgetting)
+
+
+@triton.jit
 def cotangents_of(x, i_b, K, C, T):
     """The cotangents of memory ``i_b``."""
     evidence = 0.0
-    if x.log_evidence is not None:
+    if len(x.log_evidence) != 0:
         evidence = number_of(x.log_evidence, i_b)
     return Cotangents(
         optional_matrix_of(x.mean, i_b, K, C),
@@ -108,10 +135,10 @@ def cotangents_of(x, i_b, K, C, T):
 def gradients_of(x, i_b, K, C, T):
     """Where the gradients of memory ``i_b`` go, but for the number; () for a law of decay that was not given."""
     retention, forgetting = (), ()
-    if x.retention is not None:
-        retention = results_of(x.retention, i_b, T)
-    if x.forgetting is not None:
-        forgetting = results_of(x.forgetting, i_b, T)
+    if len(x.retention) != 0:
+        retention = results_of(x.retention.p, i_b, T)
+    if len(x.forgetting) != 0:
+        forgetting = results_of(x.forgetting.p, i_b, T)
     return Gradients(
         result_of(x.mean, i_b, K, C),
         result_of(x.cov, i_b, K, K),
@@ -142,7 +169,8 @@ def filter_backward_kernel(
     Bytes moved: at least the arguments and cotangents in and the gradients out, each once, and K (K + C) numbers a
     segment out and in. Weights, queries and values are read a second time, for the memories between.
     """
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, steps = tl.program_id(0).to(tl.int64), steps_without_none(steps)
+    grads, to = cotangents_without_none(grads), gradients_without_none(to)
     given = Given(mean, cov, steps, grads, to, workspaces, K, C, T, memories)
     segments = tl.cdiv(T, CHUNK)
     start_backward(given, i_b, ALIGNED, CHUNK)
@@ -324,6 +352,8 @@ def filter_backward(
     returned = tuple(mean.new_empty(0) if x is None else x for x in to)
     if not B:
         return returned
+    laws = [None if x is None else vectors(x) for x in (to.retention, to.forgetting)]
+    in_kernel = to._replace(retention=laws[0], forgetting=laws[1])
     grads = Cotangents(
         *map(matrices, (grad_mean, grad_cov, grad_values)),
         *map(vectors, (grad_variance, grad_innovation_var)),
@@ -332,7 +362,7 @@ def filter_backward(
     steps = steps_as_arguments(weights, values, queries, noise_var, retention, prior_var, forgetting, mask)
     memories = max(1, memories_of(T, chunk, forgetting is not None))
     filter_backward_kernel[(B,)](
-        matrices(mean), matrices(cov), steps, grads, to,
+        matrices(mean), matrices(cov), steps, grads, in_kernel,
         workspace(mean, B, filter_backward_layout, K, C, memories, chunk), K, C, T, memories,
         READ_BEFORE=read_before, PRECISION=precision_of(precision),
         ALIGNED=rows_aligned(mean, cov, weights, values, queries), CHUNK=chunk, **options_of_a_head(),

@@ -46,6 +46,7 @@ from fastkm.filtering.triton.steps import (
     cut_segment,
     places_of,
     steps_of,
+    steps_without_none,
     written_rows,
 )
 
@@ -73,7 +74,7 @@ def filter_kernel(
     workspace of a chunk are read and written again for every chunk. Both together have 140 KiB at K = C = 64 and 324
     KiB at 128, so they stay in the caches, the smaller in that of the multiprocessor.
     """
-    i_b = tl.program_id(0).to(tl.int64)
+    i_b, steps = tl.program_id(0).to(tl.int64), steps_without_none(steps)
     status = load_symmetric(result_of(to.cov, i_b, K, K), matrix_of(assume_aligned(cov, ALIGNED), i_b, K, K))
     copy(result_of(to.mean, i_b, K, C), matrix_of(assume_aligned(mean, ALIGNED), i_b, K, C))
     log_evidence = tl.full((), 0, tl.float64)

@@ -19,6 +19,7 @@ from fastkm._linalg.triton.tiles import (
     matrix_of,
     number_of,
     optional_vector_of,
+    or_empty,
     pick,
     rows_from,
     store_tile,
@@ -41,6 +42,13 @@ class Steps(NamedTuple):
     forgetting: Any
     mask: Any
     prior_var: Any
+
+
+@triton.jit
+def steps_without_none(x):
+    """() for a law of decay or a mask that is not given."""
+    retention, forgetting, mask = or_empty(x.retention), or_empty(x.forgetting), or_empty(x.mask)
+    return Steps(x.weights, x.z, x.queries, x.noise, retention, forgetting, mask, x.prior_var)
 
 
 class ChunkSteps(NamedTuple):
