@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, NOT_WRITTEN, UNTOLD
 
 # A variance is lost when it is less than this many times the rounding of the sum that gives it.
 LEAST_DIGITS = 16
+# What a removal divides by has at least so many times the rounding of its sum: two digits.
+LEAST_DIGITS_LEFT = 256
 
 
 def symmetry(cov: Tensor) -> Tensor:
@@ -58,6 +60,18 @@ def variance_status(
     left = explained * (noise_var / (explained + noise_var))
     lost = ~(left >= LEAST_DIGITS * eps * scale).all(-1)
     return first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int()).int()
+
+
+def removal_status(noise_var: Tensor, left: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
+    """Status [B] of a chunk that is removed: whether it was in there, and whether enough digits say so.
+
+    ``left`` [B, t] is ``σ² − wᵀUw`` of each pattern after those before it were removed, ``scale`` ``Σ w_i² U_ii``. The
+    covariance without the pattern has the variance ``wᵀUw σ²/left``, so the digits of ``left`` are those of the result.
+    """
+    noise_var, left, scale = noise_var.detach(), left.detach(), scale.detach()
+    rounding = LEAST_DIGITS_LEFT * torch.finfo(left.dtype).eps * (scale + noise_var)
+    untold = ~(left >= rounding).all(-1)
+    return first_failure(NOT_WRITTEN * (failed != 0).int(), UNTOLD * untold.int()).int()
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ INTO = {
     for name, each in (("reference", REFERENCE), ("native", NATIVE), ("triton", TRITON))
 }
 ON_CPU = Capability({"cpu": DTYPES})
+ON_CPU_FORWARD = ON_CPU._replace(gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -52,11 +53,14 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
+    "remove_patterns": {"reference": REFERENCE, "native": ON_CPU},
+    "replace_patterns": {"reference": REFERENCE, "native": ON_CPU},
+    "update_square_root": {"reference": REFERENCE, "native": ON_CPU_FORWARD},
     "filter_posterior": {"reference": REFERENCE, "native": ON_CPU},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "stream": {"reference": Capability(gradients=False), "native": ON_CPU._replace(gradients=False)},
+    "stream": {"reference": Capability(gradients=False), "native": ON_CPU_FORWARD},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

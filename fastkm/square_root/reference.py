@@ -1,0 +1,27 @@
+"""The specification in plain PyTorch: Potter's update of a square root of the covariance, pattern by pattern."""
+
+import torch
+
+from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
+
+
+def update_sequential(mean, root, weights, values, noise_var, mask):
+    """With ``U = S Sᵀ``: ``p = Sᵀw``, ``s = pᵀp + σ²``, ``S' = S − (S p) pᵀ / (√s (√s + σ))``."""
+    if mask is not None:
+        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
+        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    for w, z, noise in zip(weights.split(1, 1), values.split(1, 1), noise_var.unbind(1), strict=True):
+        p = w @ root  # [B, 1, K]
+        deviation = (p.square().sum(-1, keepdim=True) + noise.view(-1, 1, 1)).sqrt()  # √s [B, 1, 1]
+        gain = root @ p.mT / deviation  # [B, K, 1]
+        mean = mean + gain @ ((z - w @ mean) / deviation)
+        root = root - gain @ (p / (deviation + noise.sqrt().view(-1, 1, 1)))
+    finite = mean.detach().isfinite().flatten(1).all(-1) & root.detach().isfinite().flatten(1).all(-1)
+    return mean, root, (NOT_POSITIVE_DEFINITE * ~finite).int()
+
+
+def to_root(cov):
+    """The lower Cholesky factor of U, and the status of each memory."""
+    factor, failed = torch.linalg.cholesky_ex((cov + cov.mT) / 2)
+    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return factor, (NOT_POSITIVE_DEFINITE * bad.int()).int()
