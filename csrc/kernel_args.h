@@ -239,6 +239,8 @@ struct Kernels {
   void (*remove_patterns_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin, int64_t end);
   void (*replace_patterns)(const ReplacingArgs<Real>&, int64_t begin, int64_t end);
   void (*update_square_root)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `cov` is a root
+  void (*update_square_root_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin,
+                                      int64_t end);
   void (*filter_posterior)(const FilteringArgs<Real>&, int64_t begin, int64_t end);
   void (*filter_posterior_backward)(const FilteringArgs<Real>&, const FilteringGrads<Real>&, int64_t begin,
                                     int64_t end);

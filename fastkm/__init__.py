@@ -11,7 +11,14 @@ from fastkm.posterior import PosteriorUpdate, update_posterior
 from fastkm.reading import AttractorResult, ReadResult, attractor_read, read, read_factored
 from fastkm.removal import remove_patterns, replace_patterns
 from fastkm.square_root import from_square_root, to_square_root, update_square_root
-from fastkm.state import AddressingFactor, InformationState, MemoryState, SquareRootState, load_memory_state, save_memory_state
+from fastkm.state import (
+    AddressingFactor,
+    InformationState,
+    MemoryState,
+    SquareRootState,
+    load_memory_state,
+    save_memory_state,
+)
 from fastkm.streaming import MemoryStream, StreamUpdate, StreamWrite
 from fastkm.writing import WriteResult, write
 

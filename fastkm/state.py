@@ -63,7 +63,7 @@ FORMS: dict[type, tuple[str, str]] = {
     InformationState: ("BKK", "BKC"),
     SquareRootState: ("BKC", "BKK"),
 }
-Form = TypeVar("Form", MemoryState, InformationState, SquareRootState)
+Form = TypeVar("Form", bound=MemoryState | InformationState | SquareRootState)
 
 
 @result
@@ -105,7 +105,10 @@ def save_memory_state(state: MemoryState | InformationState | SquareRootState, p
 
 
 def load_memory_state(
-    path: AnyPath, device: str | torch.device = "cpu", *, form: type[Form] = MemoryState
+    path: AnyPath,
+    device: str | torch.device = "cpu",
+    *,
+    form: type[Form] = MemoryState,  # type: ignore[assignment]
 ) -> Form:
     """Read back what :func:`save_memory_state` wrote (needs the ``safetensors`` extra).
 
@@ -133,7 +136,7 @@ def load_memory_state(
             held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
             raise ValueError(f"it must hold {' and '.join(form._fields)} and nothing else, it holds {held}")
         checked = check_form("state", form(**tensors), form)
-        return form(*(tensor.to(device, copy=True) for tensor in checked))
+        return form(*(tensor.to(device, copy=True) for tensor in checked))  # type: ignore[return-value]
     except (SafetensorError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{path} holds no {_WORDS[form]}: {error}") from error
@@ -142,11 +145,9 @@ def load_memory_state(
 _WORDS = {MemoryState: "memory state", InformationState: "information state", SquareRootState: "square-root state"}
 
 
-def check_form(
-    name: str, value: object, form: type, signature: guards.Signature | None = None
-) -> tuple[Tensor, Tensor]:
+def check_form(name: str, value: object, form: type) -> tuple[Tensor, Tensor]:
     """The two tensors of a state of ``form`` that a caller gives as ``name``, or an error in words."""
-    signature = signature or guards.Signature()
+    signature = guards.Signature()
     first, second = form._fields  # type: ignore[attr-defined]
     pair = guards.pair(name, value, f"{form.__name__}({first}, {second})")
     tensors = [

@@ -10,41 +10,11 @@ namespace fastkm {
 
 using Removed = std::tuple<Tensor, Tensor, Tensor>;
 
-// The memory that a removal or a replacement makes.
-struct RemovalOutputs {
-  Tensor mean, cov, info;
-
-  explicit RemovalOutputs(const Tensor& old_mean)
-      : mean(make_tensor(old_mean, {old_mean.size(0), old_mean.size(1), old_mean.size(2)})),
-        cov(make_tensor(old_mean, {old_mean.size(0), old_mean.size(1), old_mean.size(1)})),
-        info(make_tensor(old_mean, {old_mean.size(0)}, ScalarType::Int)) {}
-
-  template <class Real>
-  void into(PosteriorArgs<Real>& args) const {
-    args.new_mean = batch_of<Real>(mean);
-    args.new_cov = batch_of<Real>(cov);
-    args.info = data_of<int32_t>(info);
-  }
-};
-
-// Patterns with their weights.
-struct Patterns {
-  const Tensor &weights, &values, &noise_var;
-};
-
-template <class Real, class Place>
-static PosteriorArgs<Real> patterns_args(const Place& place, const Tensor& mean, const Tensor& cov,
-                                         const Patterns& patterns, const std::optional<Tensor>& mask) {
-  PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, patterns.values, patterns.noise_var, mask, kIeee);
-  set_weights(place, args, patterns.weights, mean);
-  return args;
-}
-
 template <class Place>
 static Removed remove_patterns(const Tensor& mean, const Tensor& cov, const Tensor& weights, const Tensor& values,
                                const Tensor& noise_var, const std::optional<Tensor>& mask) {
   const Place place(mean, cov, weights, values, noise_var, mask);
-  const RemovalOutputs out(mean);
+  const NewMemory out(mean);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     PosteriorArgs<Real> args = patterns_args<Real>(place, mean, cov, {weights, values, noise_var}, mask);
@@ -60,7 +30,7 @@ static Removed replace_patterns(const Tensor& mean, const Tensor& cov, const Ten
                                 const Tensor& noise_var, const Tensor& old_noise_var,
                                 const std::optional<Tensor>& mask) {
   const Place place(mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var, mask);
-  const RemovalOutputs out(mean);
+  const NewMemory out(mean);
   place.for_dtype(mean.scalar_type(), [&](auto scalar) {
     using Real = decltype(scalar);
     PosteriorArgs<Real> args = patterns_args<Real>(place, mean, cov, {weights, values, noise_var}, mask);
@@ -73,22 +43,6 @@ static Removed replace_patterns(const Tensor& mean, const Tensor& cov, const Ten
   });
   return {out.mean, out.cov, out.info};
 }
-
-// Cotangents of a memory and of patterns.
-struct PatternsGradOutputs {
-  PosteriorGradOutputs of;
-  Tensor weights;
-
-  PatternsGradOutputs(const Tensor& mean, const Tensor& values)
-      : of(mean, values), weights(make_tensor(mean, {values.size(0), values.size(1), mean.size(1)})) {}
-
-  template <class Real>
-  PosteriorGrads<Real> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov) const {
-    PosteriorGrads<Real> grads = of.grads<Real>(grad_mean, grad_cov, std::nullopt, std::nullopt);
-    grads.to_weights = batch_of<Real>(weights);
-    return grads;
-  }
-};
 
 template <class Place>
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> remove_patterns_backward(

@@ -62,16 +62,18 @@ def variance_status(
     return first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int()).int()
 
 
-def removal_status(noise_var: Tensor, left: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
+def removal_status(rows: int, noise_var: Tensor, left: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
     """Status [B] of a chunk that is removed: whether it was in there, and whether enough digits say so.
 
     ``left`` [B, t] is ``σ² − wᵀUw`` of each pattern after those before it were removed, ``scale`` ``Σ w_i² U_ii``. The
     covariance without the pattern has the variance ``wᵀUw σ²/left``, so the digits of ``left`` are those of the result.
     """
     noise_var, left, scale = noise_var.detach(), left.detach(), scale.detach()
-    rounding = LEAST_DIGITS_LEFT * torch.finfo(left.dtype).eps * (scale + noise_var)
-    untold = ~(left >= rounding).all(-1)
-    return first_failure(NOT_WRITTEN * (failed != 0).int(), UNTOLD * untold.int()).int()
+    rounding = torch.finfo(left.dtype).eps * (scale.abs() + noise_var)
+    indefinite = (left - noise_var > 4 * (rows + left.shape[-1]) * rounding).any(-1)
+    untold = ~(left >= LEAST_DIGITS_LEFT * rounding).all(-1)
+    status = first_failure(NOT_WRITTEN * (failed != 0).int(), NOT_POSITIVE_DEFINITE * indefinite.int())
+    return first_failure(status, UNTOLD * untold.int()).int()
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

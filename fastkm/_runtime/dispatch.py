@@ -42,7 +42,6 @@ INTO = {
     for name, each in (("reference", REFERENCE), ("native", NATIVE), ("triton", TRITON))
 }
 ON_CPU = Capability({"cpu": DTYPES})
-ON_CPU_FORWARD = ON_CPU._replace(gradients=False)
 
 # operation -> backend -> what it can do; an absent backend has no kernel for the operation.
 CAPABILITIES: dict[str, dict[str, Capability]] = {
@@ -55,12 +54,12 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write_into": INTO,
     "remove_patterns": {"reference": REFERENCE, "native": ON_CPU},
     "replace_patterns": {"reference": REFERENCE, "native": ON_CPU},
-    "update_square_root": {"reference": REFERENCE, "native": ON_CPU_FORWARD},
+    "update_square_root": {"reference": REFERENCE, "native": ON_CPU},
     "filter_posterior": {"reference": REFERENCE, "native": ON_CPU},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
-    "stream": {"reference": Capability(gradients=False), "native": ON_CPU_FORWARD},
+    "stream": {"reference": Capability(gradients=False), "native": ON_CPU._replace(gradients=False)},
     "kl_memory": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "kl_memory_deepmind": {"reference": REFERENCE},
     "logdet": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

@@ -341,6 +341,15 @@ def _(mean, cov, weights, values, noise_var, mask, *grads):
 
 
 @_operator(
+    "update_square_root_backward(Tensor mean, Tensor root, Tensor weights, Tensor values, Tensor noise_var,"
+    " Tensor? mask, Tensor? grad_mean, Tensor? grad_root)"
+    " -> (Tensor mean, Tensor root, Tensor weights, Tensor values, Tensor noise_var)"
+)
+def _(mean, root, weights, values, noise_var, mask, *grads):
+    return _like(mean, root, weights, values, noise_var)
+
+
+@_operator(
     "replace_patterns_backward(Tensor mean, Tensor cov, Tensor old_weights, Tensor old_values, Tensor weights,"
     " Tensor values, Tensor noise_var, Tensor old_noise_var, Tensor? mask, Tensor? grad_mean, Tensor? grad_cov)"
     " -> (Tensor mean, Tensor cov, Tensor old_weights, Tensor old_values, Tensor weights, Tensor values,"

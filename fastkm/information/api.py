@@ -23,7 +23,7 @@ def to_information(state: MemoryState) -> InformationState:
     have: the sums of float32 lose the digits of the first, by a factor of about ``wᵀ U w / σ²``.
 
     Args:
-        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64; ``cov`` must be symmetric positive definite.
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, symmetric positive definite; float32 or float64.
 
     Returns:
         :class:`fastkm.InformationState`, float64. Gradients flow through.
@@ -105,8 +105,10 @@ def update_information(
     values = signature.tensor("values", values, "BTC", low_precision=True)
     noise = signature.noise("noise_var", noise_var)
     mask = signature.mask("mask", mask, "BT")
-    inputs = (x.double() for x in (precision, information, weights, values, noise))
-    new = reference.update_information(*inputs, mask)
+    precision64, information64, weights, values, noise = (
+        x.double() for x in (precision, information, weights, values, noise)
+    )
+    new = reference.update_information(precision64, information64, weights, values, noise, mask)
     return InformationState(*(x.to(precision.dtype) for x in new))
 
 

@@ -69,7 +69,9 @@ def differs_from_prior(mean, cov, prior_mean, prior_cov) -> tuple[Tensor, Tensor
     mean, prior_mean = inverse @ mean, inverse @ prior_mean
     moved = (directions.mT @ (mean - prior_mean)).norm(dim=-1)  # [B, K]
     untouched = (kept >= 1 - tolerance) & (tolerance < MOST_ROUNDING)
-    far = moved.masked_fill(~untouched, 0).norm(dim=-1) > MOST_MOVED * (mean.norm(dim=(-2, -1)) + prior_mean.norm(dim=(-2, -1)))
+    far = moved.masked_fill(~untouched, 0).norm(dim=-1) > MOST_MOVED * (
+        mean.norm(dim=(-2, -1)) + prior_mean.norm(dim=(-2, -1))
+    )
     return (kept > 1 + tolerance).any(-1), far
 
 

@@ -74,8 +74,8 @@ def remove_patterns(
 
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
     bfloat16 or float16. ``s`` is a difference, of which a write with ``x = wᵀUw / σ²`` (before it) leaves ``1/(1 + x)``
-    of σ². A removal for which rounding leaves ``s`` less than two digits is refused: in float32 from ``x`` of a few
-    hundred on. Keep a memory that must forget at small noise in float64, or in the information form. The CPU kernels
+    of σ². A removal for which rounding leaves ``s`` less than two digits is refused: in float32 from ``x`` of about
+    two hundred on. Keep a memory that must forget at small noise in float64, or in the information form. The CPU kernels
     compute a float32 memory that loses digits again in float64.
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form.
 
@@ -119,13 +119,14 @@ def replace_patterns(
         :class:`fastkm.MemoryState`.
 
     Numerics, and what is refused: as for :func:`remove_patterns` and :func:`update_posterior`. New patterns come in
-    before old ones leave, so where a new pattern has the weights of an old one, no digits are lost however small the
-    noise of the others is.
+    before old ones leave, so where a new pattern has the weights of an old one, at least half of ``σ²`` is left to
+    divide by, and the new memory has the digits that the old one had.
 
     Raises: as :func:`remove_patterns`.
     """
     if old_noise_var is None:
-        old_noise_var = noise_var
+        # A view, because torch.compile takes no tensor twice as an argument of one function with a gradient.
+        old_noise_var = noise_var.view_as(noise_var) if isinstance(noise_var, Tensor) else noise_var
     mean, cov, _ = call(
         REPLACE_PATTERNS, backend, state, old_weights, old_values, weights, values, noise_var, old_noise_var, mask
     )

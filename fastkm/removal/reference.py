@@ -30,14 +30,12 @@ def remove_block(mean, cov, weights, values, noise_var, mask):
         error = torch.linalg.solve_triangular(factor, z - w @ mean, upper=False)
         scale = (w.square() @ cov.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
         left = factor.diagonal(dim1=-2, dim2=-1).square()
-        info = first_failure(info, removal_status(noise, left, scale, failed))
+        info = first_failure(info, removal_status(cov.shape[-1], noise, left, scale, failed))
         mean, cov = mean - gain.mT @ error, cov + gain.mT @ gain
     return mean, cov, info
 
 
-def replace_block(
-    mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var, mask
-):
+def replace_block(mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var, mask):
     """New patterns in, old ones out. In this order no covariance on the way is wider than the last one."""
     mean, cov, *_, info = update_block(mean, cov, weights, values, noise_var, mask)
     mean, cov, removed = remove_block(mean, cov, old_weights, old_values, old_noise_var, mask)

@@ -30,7 +30,7 @@ def to_square_root(state: MemoryState) -> SquareRootState:
     """The square-root form of a memory: the lower Cholesky factor of its covariance, ``U = S Sᵀ``.
 
     Args:
-        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64; ``cov`` must be symmetric positive definite.
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, symmetric positive definite; float32 or float64.
 
     Returns:
         :class:`fastkm.SquareRootState`. Gradients flow through.
@@ -94,18 +94,17 @@ def update_square_root(
     bfloat16 or float16. Nothing is subtracted that could become negative, so no noise is too small; ``S S'ᵀ`` is a
     covariance whatever the rounding was. Reflections keep lengths: the error of ``S`` is that of rounding it once a
     chunk.
-    The CPU kernel has no gradient; a call that wants one runs the reference, pattern by pattern.
+    Second derivatives are those of the reference form, at its cost.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
         torch.linalg.LinAlgError: an argument is not finite; names the memories.
         fastkm.BackendUnavailableError: the named backend cannot run this call.
 
-    Source: Potter, "New statistical formulas", MIT 1963; Kaminski, Bryson and Schmidt, "Discrete square root filtering",
-    IEEE Transactions on Automatic Control, 1971.
+    Source: Potter, "New statistical formulas", MIT 1963; Kaminski, Bryson and Schmidt, "Discrete square root
+    filtering", IEEE Transactions on Automatic Control, 1971.
     """
-    memory = square_root_state
-    if type(memory) is not SquareRootState:
-        memory = guards.pair("square_root_state", memory, "SquareRootState(mean, root)")
-    mean, root, _ = call(UPDATE_SQUARE_ROOT, backend, *memory, weights, values, noise_var, mask)
+    if type(square_root_state) is not SquareRootState:
+        guards.pair("square_root_state", square_root_state, "SquareRootState(mean, root)")
+    mean, root, _ = call(UPDATE_SQUARE_ROOT, backend, *square_root_state, weights, values, noise_var, mask)
     return make_result(SquareRootState, (mean, root))

@@ -10,13 +10,13 @@ def update_sequential(mean, root, weights, values, noise_var, mask):
     if mask is not None:
         weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
         values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    for w, z, noise in zip(weights.split(1, 1), values.split(1, 1), noise_var.unbind(1), strict=True):
+    for w, z, noise in zip(*(x.split(1, 1) for x in (weights, values, noise_var.unsqueeze(-1))), strict=True):
         p = w @ root  # [B, 1, K]
-        deviation = (p.square().sum(-1, keepdim=True) + noise.view(-1, 1, 1)).sqrt()  # √s [B, 1, 1]
-        gain = root @ p.mT / deviation  # [B, K, 1]
+        deviation = (p.square().sum(-1, keepdim=True) + noise).sqrt()  # √s [B, 1, 1]
+        gain = root @ (p / deviation).mT  # [B, K, 1]
         mean = mean + gain @ ((z - w @ mean) / deviation)
-        root = root - gain @ (p / (deviation + noise.sqrt().view(-1, 1, 1)))
-    finite = mean.detach().isfinite().flatten(1).all(-1) & root.detach().isfinite().flatten(1).all(-1)
+        root = root - gain @ (p / (deviation + noise.sqrt()))
+    finite = root.detach().isfinite().flatten(1).all(-1)
     return mean, root, (NOT_POSITIVE_DEFINITE * ~finite).int()
 
 

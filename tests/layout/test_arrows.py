@@ -212,7 +212,13 @@ def test_a_wrong_import_is_noticed(importer, imported):
 
 def test_both_wings_have_the_same_rooms():
     cpu, cuda = ({path.name for path in (CSRC / wing).iterdir() if path.is_dir()} for wing in ("cpu", "cuda"))
-    assert cpu - cuda == {"levels", "streaming", "filtering", "removal", "square_root"}  # neither has a kernel for a GPU
+    assert cpu - cuda == {
+        "levels",
+        "streaming",
+        "filtering",
+        "removal",
+        "square_root",
+    }  # neither has a kernel for a GPU
     assert cuda <= cpu
 
 

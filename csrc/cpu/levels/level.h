@@ -26,6 +26,7 @@ template struct Tile<2, 1, float>;
 #include "cpu/removal/remove_backward.h"
 #include "cpu/removal/replace.h"
 #include "cpu/square_root/update.h"
+#include "cpu/square_root/update_backward.h"
 #include "cpu/streaming/stream.h"
 #include "cpu/writing/write.h"
 #include "cpu/writing/write_backward.h"
@@ -43,6 +44,7 @@ const Kernels<Real>& kernels() {
       .remove_patterns_backward = remove_patterns_backward<Real>,
       .replace_patterns = replace_patterns<Real>,
       .update_square_root = update_square_root<Real>,
+      .update_square_root_backward = update_square_root_backward<Real>,
       .filter_posterior = filter_posterior<Real>,
       .filter_posterior_backward = filter_posterior_backward<Real>,
       .read = read<Real>,

@@ -23,6 +23,7 @@ template <class Real>
 struct Reflections {
   Matrix<Real> forward;   // F [t, K], zero in its padding
   Matrix<Real> backward;  // H [t, K], likewise
+  Matrix<Real> along;     // f_i · x of each reflection that makes a row of H, below the diagonal [t, t]
   Factor<Real> factor;    // L [t, t]
   Real* scale;            // 1/c [t]
 };
@@ -40,7 +41,8 @@ Real reflect(Real* x, const Real* f, Real scale, int64_t padded) {
 template <class Real>
 Reflections<Real> find_reflections(const Matrix<Real>& projected, const Real* noise_var, Arena& arena) {
   const int64_t count = projected.rows, K = projected.columns, padded = round_up(K, kLanes<Real>);
-  const Reflections<Real> found{projected, allocate_zero<Real>(arena, count, K), allocate_factor<Real>(arena, count),
+  const Reflections<Real> found{projected, allocate_zero<Real>(arena, count, K),
+                                allocate_matrix<Real>(arena, count, count), allocate_factor<Real>(arena, count),
                                 arena.allocate<Real>(count)};
   for (int64_t t = 0; t < count; ++t) {
     Real *const f = found.forward.row(t), *const h = found.backward.row(t), *const lower = found.factor.lower.row(t);
@@ -50,32 +52,50 @@ Reflections<Real> find_reflections(const Matrix<Real>& projected, const Real* no
     lower[t] = deviation;
     found.scale[t] = 1 / (deviation * (deviation + std::sqrt(noise_var[t])));
     __builtin_memcpy(h, f, static_cast<size_t>(padded) * sizeof(Real));
-    for (int64_t i = t - 1; i >= 0; --i) reflect(h, found.forward.row(i), found.scale[i], padded);
+    for (int64_t i = t - 1; i >= 0; --i)
+      found.along.row(t)[i] = reflect(h, found.forward.row(i), found.scale[i], padded);
     for (int64_t k = 0; k < padded; ++k) h[k] /= deviation;
   }
   invert_blocks(found.factor);
   return found;
 }
 
-// One chunk. `after` may be `before`.
+// A chunk of patterns against the memory before it.
 template <class Real>
-void update_root(const MemoryRows<Real>& after, const MemoryRows<Real>& before, const Matrix<Real>& weights,
-                 const Matrix<Real>& values, const Observations<Real>& observed, Arena& arena) {
-  const int64_t K = before.cov.rows, C = before.mean.columns, count = weights.rows;
+struct ReflectedRows {
+  Reflections<Real> found;
+  Matrix<Real> gain_transposed;  // Gᵀ [K, t]
+  Matrix<Real> shrunk;           // diag(1/(√s + σ)) F [t, K]
+  Matrix<Real> values;           // E [t, C]
+};
+
+// (1) to (4) but for the new memory. The `cov` of a memory is its root.
+template <class Real>
+ReflectedRows<Real> reflect_rows(const MemoryRows<Real>& memory, const Matrix<Real>& weights,
+                                 const Matrix<Real>& values, const Observations<Real>& observed, Arena& arena) {
+  const int64_t K = memory.cov.rows, C = memory.mean.columns, count = weights.rows;
   const Matrix<Real> projected = allocate_zero<Real>(arena, count, K);
-  product<Into::kSet>(projected, K, operand(weights), before.cov);  // (1)
+  product<Into::kSet>(projected, K, operand(weights), memory.cov);
   clear_padding(projected);
-  const Reflections<Real> found = find_reflections(projected, observed.noise_var, arena);
-  const Matrix<Real> gain_transposed = allocate_matrix<Real>(arena, K, count);
-  product<Into::kSet>(gain_transposed, K, operand(before.cov), transposed_copy(found.backward, arena));
-  const WhitenedRows<Real> chunk{.gain = {}, .values = allocate_cleared<Real>(arena, count, C), .observed = observed};
-  whiten_values(chunk, found.factor, before.mean, weights, values, arena);
-  for (int64_t t = 0; t < count; ++t) {
-    const Real scale = 1 / (found.factor.lower.row(t)[t] + std::sqrt(observed.noise_var[t]));
-    for (int64_t k = 0; k < K; ++k) found.forward.row(t)[k] *= scale;
-  }
-  product<Into::kAdd>(after.mean, before.mean, count, operand(gain_transposed), chunk.values);
-  product<Into::kSubtract>(after.cov, before.cov, count, operand(gain_transposed), found.forward);
+  const ReflectedRows<Real> chunk{find_reflections(projected, observed.noise_var, arena),
+                                  allocate_matrix<Real>(arena, K, count), allocate_matrix<Real>(arena, count, K),
+                                  allocate_cleared<Real>(arena, count, C)};
+  const Factor<Real>& factor = chunk.found.factor;
+  product<Into::kSet>(chunk.gain_transposed, K, operand(memory.cov), transposed_copy(chunk.found.backward, arena));
+  copy_rows(chunk.shrunk, chunk.found.forward);
+  for (int64_t t = 0; t < count; ++t)
+    scale(chunk.shrunk.rows_from(t, 1), 1 / (factor.lower.row(t)[t] + std::sqrt(observed.noise_var[t])));
+  const WhitenedRows<Real> whitened{.gain = {}, .values = chunk.values, .observed = observed};
+  whiten_values(whitened, factor, memory.mean, weights, values, arena);
+  return chunk;
+}
+
+// The new memory of (4). `after` may be `before`.
+template <class Real>
+void update_root(const MemoryRows<Real>& after, const MemoryRows<Real>& before, const ReflectedRows<Real>& chunk) {
+  const int64_t count = chunk.values.rows;
+  product<Into::kAdd>(after.mean, before.mean, count, operand(chunk.gain_transposed), chunk.values);
+  product<Into::kSubtract>(after.cov, before.cov, count, operand(chunk.gain_transposed), chunk.shrunk);
 }
 
 // Whether all entries are finite.
@@ -107,11 +127,11 @@ Status update_square_root_one(const PosteriorArgs<Real>& args, int64_t b) {
     };
     const Matrix<Real> weights = load(args.weights, weights_work), values = load(args.values, values_work);
     const MemoryRows<Real>& after = first + count < T ? work : result;
-    update_root(after, memory, weights, values, observed, arena);
+    update_root(after, memory, reflect_rows(memory, weights, values, observed, arena));
     memory = after;
   }
   store_memory(memory, args, b);
-  return is_finite(memory.mean) && is_finite(memory.cov) ? kGood : kNotPositiveDefinite;
+  return is_finite(memory.cov) ? kGood : kNotPositiveDefinite;
 }
 
 template <class Real>
