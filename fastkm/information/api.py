@@ -103,6 +103,8 @@ def update_information(
     signature = _signature_beside(precision, information, weights)
     weights = signature.tensor("weights", weights, "BTK", low_precision=True)
     values = signature.tensor("values", values, "BTC", low_precision=True)
+    if not isinstance(noise_var, Tensor):
+        signature.first = ("information_state.precision", precision)  # a number has the digits of the state
     noise = signature.noise("noise_var", noise_var)
     mask = signature.mask("mask", mask, "BT")
     precision64, information64, weights, values, noise = (

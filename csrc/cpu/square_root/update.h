@@ -98,13 +98,28 @@ void update_root(const MemoryRows<Real>& after, const MemoryRows<Real>& before, 
   product<Into::kSubtract>(after.cov, before.cov, count, operand(chunk.gain_transposed), chunk.shrunk);
 }
 
-// Whether all entries are finite.
+// Whether all entries are finite: x − x is zero if x is, and else NaN.
 template <class Real>
 bool is_finite(const Matrix<Real>& m) {
-  bool finite = true;
-  for (int64_t i = 0; i < m.rows; ++i)
-    for (int64_t j = 0; j < m.columns; ++j) finite &= m.row(i)[j] - m.row(i)[j] == 0;
-  return finite;
+  constexpr int64_t W = kLanes<Real>;
+  Vec<Real> sum = {};
+  Real rest = 0;
+  for (int64_t i = 0; i < m.rows; ++i) {
+    const Real* row = m.row(i);
+    int64_t j = 0;
+    for (; j + W <= m.columns; j += W) sum += load(row + j) - load(row + j);
+    for (; j < m.columns; ++j) rest += row[j] - row[j];
+  }
+  return lane_sum<Real>(sum) + rest == 0;
+}
+
+// Copy the root in if its rows would evict each other from the cache: in G it is a left operand, whose rows are read
+// side by side.
+template <class Real>
+Matrix<Real> view_or_copy_root(const Batch<const Real>& from, int64_t b, const Matrix<Real>& work) {
+  if (!shares_cache_sets<Real>(from.stride[1])) return view_or_copy(from, b, work);
+  load_matrix(work, from, b);
+  return work;
 }
 
 // Memory `b`, whose `cov` is a root. It ends in working memory or in the caller's rows.
@@ -114,7 +129,7 @@ Status update_square_root_one(const PosteriorArgs<Real>& args, int64_t b) {
   Arena& arena = Arena::fresh();
   const MemoryRows<Real> work{allocate_cleared<Real>(arena, K, C), allocate_cleared<Real>(arena, K, K)};
   const MemoryRows<Real> result{view_or_work(args.new_mean, b, work.mean), view_or_work(args.new_cov, b, work.cov)};
-  MemoryRows<Real> memory{view_or_copy(args.mean, b, work.mean), view_or_copy(args.cov, b, work.cov)};
+  MemoryRows<Real> memory{view_or_copy(args.mean, b, work.mean), view_or_copy_root(args.cov, b, work.cov)};
   const Matrix<Real> weights_work = allocate_matrix<Real>(arena, largest, K);
   const Matrix<Real> values_work = allocate_matrix<Real>(arena, largest, C);
   const Arena::Mark chunk_start = arena.mark();
