@@ -167,7 +167,7 @@ def replace_normal_equations(e: Episode) -> Result:
     return exchange_normal_equations(e, new_patterns(e))
 
 
-# The root of the covariance: pattern by pattern, and by LAPACK's reflections of the whole array.
+# The root of the covariance: pattern by pattern, and by the product of all reflections.
 
 SQUARE_ROOT = ("mean", "root")
 
@@ -183,10 +183,14 @@ def update_root_one_by_one(e: Episode) -> Result:
 
 
 def update_root_by_reflections(e: Episode) -> Result:
-    """``[diag σ; (W S)ᵀ] = Q [±Lᵀ; 0]``, ``S' = S Q₂₂`` with the last K rows and columns of Q."""
-    (mean, root), T = square_root_of(e), e.weights.shape[1]
-    array = torch.cat((torch.diag_embed(e.noise_var.sqrt()), (e.weights @ root).mT), 1)
-    root = root @ torch.linalg.qr(array, "complete").Q[:, T:, T:]
+    """``B = Π (I − f fᵀ/c)``, ``f = Bᵀ Sᵀ w``, ``S' = S B``; the mean by the gain ``U' Wᵀ/σ²``."""
+    mean, root = square_root_of(e)
+    turn = torch.eye(root.shape[-1]).to(root).expand_as(root)
+    for p, noise in zip((e.weights @ root).split(1, 1), e.noise_var.unsqueeze(-1).split(1, 1), strict=True):
+        f = p @ turn
+        s = f.square().sum(-1, keepdim=True) + noise
+        turn = turn - turn @ f.mT @ f / (s + (s * noise).sqrt())
+    root = root @ turn
     gain = root @ (root.mT @ (e.weights.mT / e.noise_var.unsqueeze(1)))
     return dict(zip(SQUARE_ROOT, (mean + gain @ (e.values - e.weights @ mean), root), strict=True))
 
