@@ -20,6 +20,20 @@ def symmetry(cov: Tensor) -> Tensor:
     return torch.where(finite, status, NOT_POSITIVE_DEFINITE).int()
 
 
+def clear_masked(weights: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The patterns, zero where they are masked: there they may hold anything, even NaN."""
+    if mask is not None:
+        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
+        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    return weights, values
+
+
+def factor_status(factor: Tensor, failed: Tensor) -> Tensor:
+    """Status [B] of Cholesky factors: NOT_POSITIVE_DEFINITE where there is none."""
+    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return (NOT_POSITIVE_DEFINITE * bad.int()).int()
+
+
 def variance_divergence(ratio: Tensor, excess: Tensor) -> Tensor:
     """``r − 1 − ln r ≥ 0``: twice the KL of two centred normal laws whose variances have the ratio ``r``.
 
@@ -62,18 +76,24 @@ def variance_status(
     return first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int()).int()
 
 
-def removal_status(rows: int, noise_var: Tensor, left: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
+def removal_status(rows: int, noise_var: Tensor, factor: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
     """Status [B] of a chunk that is removed: whether it was in there, and whether enough digits say so.
 
-    ``left`` [B, t] is ``σ² − wᵀUw`` of each pattern after those before it were removed, ``scale`` ``Σ w_i² U_ii``. The
-    covariance without the pattern has the variance ``wᵀUw σ²/left``, so the digits of ``left`` are those of the result.
+    ``factor`` [B, t, t] is that of ``S = diag σ² − W U Wᵀ``. What all patterns leave of the noise of one is
+    ``1/(S⁻¹)_tt``, and its digits are those of the covariance without the patterns. It is a difference from σ² of a
+    sum, whose rounding is ``eps scale``, ``scale = Σ w_i² U_ii``; and what was written into a memory rounded as the
+    wider memory before it did, which is ``σ² (S⁻¹)_tt`` times as wide.
     """
-    noise_var, left, scale = noise_var.detach(), left.detach(), scale.detach()
-    rounding = torch.finfo(left.dtype).eps * (scale.abs() + noise_var)
-    indefinite = (left - noise_var > 4 * (rows + left.shape[-1]) * rounding).any(-1)
-    untold = ~(left >= LEAST_DIGITS_LEFT * rounding).all(-1)
+    factor, noise_var, scale = factor.detach(), noise_var.detach(), scale.detach()
+    eye = torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
+    inverse_variance = torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(-2)  # (S⁻¹)_tt [B, t]
+    rounding, size = torch.finfo(factor.dtype).eps, scale.abs() + noise_var
+    explained_less = factor.diagonal(dim1=-2, dim2=-1).square() - noise_var  # −wᵀUw
+    indefinite = (explained_less > 4 * (rows + factor.shape[-1]) * rounding * size).any(-1)
+    least = LEAST_DIGITS_LEFT * rounding
+    told = (least * size * inverse_variance <= 1) & (least * (noise_var * inverse_variance).square() <= 1)
     status = first_failure(NOT_WRITTEN * (failed != 0).int(), NOT_POSITIVE_DEFINITE * indefinite.int())
-    return first_failure(status, UNTOLD * untold.int()).int()
+    return first_failure(status, UNTOLD * (~told.all(-1)).int()).int()
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

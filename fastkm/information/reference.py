@@ -6,7 +6,7 @@ PyTorch's own libraries compute these at the speed of the machine, so there are 
 import torch
 from torch import Tensor
 
-from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
+from fastkm._linalg.reference import clear_masked, factor_status
 
 # For each row of a memory, the roundings by which two computations of a covariance may differ.
 ROUNDINGS = 32
@@ -21,7 +21,7 @@ def to_information(mean, cov):
     """Λ = U⁻¹ and η = Λ R, and the status of each memory."""
     factor, failed = torch.linalg.cholesky_ex((cov + cov.mT) / 2)
     precision = torch.cholesky_inverse(factor)
-    return (precision + precision.mT) / 2, torch.cholesky_solve(mean, factor), _status(factor, failed)
+    return (precision + precision.mT) / 2, torch.cholesky_solve(mean, factor), factor_status(factor, failed)
 
 
 def from_information(precision, information):
@@ -31,10 +31,8 @@ def from_information(precision, information):
 
 
 def update_information(precision, information, weights, values, noise_var, mask):
-    """Λ + Wᵀ diag(σ²)⁻¹ W and η + Wᵀ diag(σ²)⁻¹ Z. Masked patterns may hold anything, even NaN."""
-    if mask is not None:
-        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    """Λ + Wᵀ diag(σ²)⁻¹ W and η + Wᵀ diag(σ²)⁻¹ Z."""
+    weights, values = clear_masked(weights, values, mask)
     scale = noise_var.rsqrt().unsqueeze(-1)
     weights, values = scale * weights, scale * values  # the product of a matrix with itself is symmetric
     return precision + weights.mT @ weights, information + weights.mT @ values
@@ -73,8 +71,3 @@ def differs_from_prior(mean, cov, prior_mean, prior_cov) -> tuple[Tensor, Tensor
         mean.norm(dim=(-2, -1)) + prior_mean.norm(dim=(-2, -1))
     )
     return (kept > 1 + tolerance).any(-1), far
-
-
-def _status(factor: Tensor, failed: Tensor) -> Tensor:
-    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    return (NOT_POSITIVE_DEFINITE * bad.int()).int()

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastkm._linalg.reference import first_failure, removal_status, symmetry
+from fastkm._linalg.reference import clear_masked, first_failure, removal_status, symmetry
 from fastkm.posterior.reference import CHUNK, update_block
 
 
@@ -19,9 +19,7 @@ def remove_sequential(mean, cov, weights, values, noise_var):
 
 def remove_block(mean, cov, weights, values, noise_var, mask):
     """``V = W U``, ``diag σ² − V Wᵀ = L Lᵀ``, ``G = L⁻¹V``, ``E = L⁻¹(Z − W R)``, ``R − GᵀE``, ``U + GᵀG``."""
-    if mask is not None:
-        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    weights, values = clear_masked(weights, values, mask)
     info = symmetry(cov)
     for w, z, noise in zip(*(x.split(CHUNK, 1) for x in (weights, values, noise_var)), strict=True):
         projected = w @ cov
@@ -29,8 +27,7 @@ def remove_block(mean, cov, weights, values, noise_var, mask):
         gain = torch.linalg.solve_triangular(factor, projected, upper=False)
         error = torch.linalg.solve_triangular(factor, z - w @ mean, upper=False)
         scale = (w.square() @ cov.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).squeeze(-1)
-        left = factor.diagonal(dim1=-2, dim2=-1).square()
-        info = first_failure(info, removal_status(cov.shape[-1], noise, left, scale, failed))
+        info = first_failure(info, removal_status(cov.shape[-1], noise, factor, scale, failed))
         mean, cov = mean - gain.mT @ error, cov + gain.mT @ gain
     return mean, cov, info
 

@@ -2,14 +2,13 @@
 
 import torch
 
+from fastkm._linalg.reference import clear_masked, factor_status
 from fastkm._runtime.status import NOT_POSITIVE_DEFINITE
 
 
 def update_sequential(mean, root, weights, values, noise_var, mask):
     """With ``U = S Sᵀ``: ``p = Sᵀw``, ``s = pᵀp + σ²``, ``S' = S − (S p) pᵀ / (√s (√s + σ))``."""
-    if mask is not None:
-        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    weights, values = clear_masked(weights, values, mask)
     for w, z, noise in zip(*(x.split(1, 1) for x in (weights, values, noise_var.unsqueeze(-1))), strict=True):
         p = w @ root  # [B, 1, K]
         deviation = (p.square().sum(-1, keepdim=True) + noise).sqrt()  # √s [B, 1, 1]
@@ -23,5 +22,4 @@ def update_sequential(mean, root, weights, values, noise_var, mask):
 def to_root(cov):
     """The lower Cholesky factor of U, and the status of each memory."""
     factor, failed = torch.linalg.cholesky_ex((cov + cov.mT) / 2)
-    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
-    return factor, (NOT_POSITIVE_DEFINITE * bad.int()).int()
+    return factor, factor_status(factor, failed)

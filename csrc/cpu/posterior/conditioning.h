@@ -186,25 +186,33 @@ Status chunk_status(bool positive, const Whitened& chunk, Real taken, const Obse
   return holds ? kGood : kLost;
 }
 
-// (1) of a removal, from −W U Wᵀ in the lower triangle of `factor`: what the patterns leave of σ² must be positive, and
-// kLeastDigitsLeft times the rounding of the sum that gives it. `diagonal` is that of U.
+// (1) of a removal, from −W U Wᵀ in the lower triangle of `factor`. What the other patterns and this one leave of its
+// σ², 1/(S⁻¹)_tt, must be positive. It is a difference from σ² of a sum, whose rounding is ε Σ w_i² U_ii; and what was
+// written into a memory rounded as the wider memory before it did, which is σ² (S⁻¹)_tt times as wide. Of either,
+// kLeastDigitsLeft times the rounding must be left. `diagonal` is that of U.
 constexpr int kLeastDigitsLeft = 256;
 template <class Real, size_t MOST>
 Status factor_removal(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST],
                       const Matrix<Real>& weights, const Real* noise_var, const Real* diagonal,
                       const Limits<Real>& limits, Arena& arena) {
   const int64_t count = factor.size();
+  const Real rounding = kLeastDigitsLeft * limits.eps;
+  const Matrix<Real> inverse = allocate_matrix<Real>(arena, count, count);
   for (int64_t t = 0; t < count; ++t) factor.lower.row(t)[t] += noise_var[t];
   const bool positive = cholesky(factor, arena);
+  invert_lower(factor, inverse, arena);
   bool inexact = false, told = true, definite = true;
   for (int64_t t = 0; t < count; ++t) {
     const Real root = factor.lower.row(t)[t], noise = noise_var[t];
     const Real size = noise + weighted_norm(weights.columns, weights.row(t), diagonal);
+    Real inverse_variance = 0;
+    for (int64_t i = t; i < count; ++i) inverse_variance += inverse.row(i)[t] * inverse.row(i)[t];
     pivot[t] = root * root;
     explained[t] = pivot[t] - noise;
     definite &= explained[t] <= rounding_slack(weights.columns, count, size, limits.eps);
-    told &= pivot[t] >= kLeastDigitsLeft * limits.eps * size;
-    inexact |= size > pivot[t] * limits.removal;
+    told &=
+        rounding * size * inverse_variance <= 1 && rounding * noise * noise * inverse_variance * inverse_variance <= 1;
+    inexact |= size * inverse_variance > limits.removal;
   }
   if (!positive) return kNotWritten;
   if (!definite) return kNotPositiveDefinite;
