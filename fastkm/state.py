@@ -15,7 +15,7 @@ Layout is batch first: values ``[B, T, C]``, weights ``[B, T, K]``, mean ``[B, K
 """
 
 import os
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -104,12 +104,11 @@ def save_memory_state(state: MemoryState | InformationState | SquareRootState, p
         save_file(tensors, partial)
 
 
-def load_memory_state(
-    path: AnyPath,
-    device: str | torch.device = "cpu",
-    *,
-    form: type[Form] = MemoryState,  # type: ignore[assignment]
-) -> Form:
+@overload
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> MemoryState: ...
+@overload
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form: type[Form]) -> Form: ...
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form: Any = MemoryState) -> Any:
     """Read back what :func:`save_memory_state` wrote (needs the ``safetensors`` extra).
 
     The tensors are copies: they stay as they are when the file is written again.
@@ -136,7 +135,7 @@ def load_memory_state(
             held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
             raise ValueError(f"it must hold {' and '.join(form._fields)} and nothing else, it holds {held}")
         checked = check_form("state", form(**tensors), form)
-        return form(*(tensor.to(device, copy=True) for tensor in checked))  # type: ignore[return-value]
+        return form(*(tensor.to(device, copy=True) for tensor in checked))
     except (SafetensorError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{path} holds no {_WORDS[form]}: {error}") from error
