@@ -39,8 +39,9 @@ struct Limits {
   Real eps = std::numeric_limits<Real>::epsilon();  // the rounding of the arguments
 
   bool exist() const { return condition < std::numeric_limits<Real>::infinity(); }
-  // Whether a memory with this status is to be computed again. One that failed may fail by rounding alone.
-  bool again(Status status) const { return exist() && status != kGood && status != kAsymmetric; }
+  // Whether a memory with this status is to be computed again. One that failed may fail by rounding alone; that it was
+  // rounded before it came here, no computation mends.
+  bool again(Status status) const { return exist() && status != kGood && status != kAsymmetric && status != kUntold; }
 };
 
 // A variance is lost when it is less than this many times the rounding of the sum that gives it.
