@@ -103,6 +103,25 @@ def test_threads_and_neighbours_change_no_bit(shape, dtype):
     assert all(torch.equal(x[:1], y) for x, y in zip(one, alone, strict=True))
 
 
+def test_autocast_rounds_no_conversion():
+    state = problem(2, 1, 1, 9, 5, torch.float32).state
+    root, sums = to_square_root(state), fastkm.to_information(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = (
+            from_square_root(root),
+            to_square_root(state),
+            fastkm.from_information(sums),
+            fastkm.to_information(state),
+        )
+    outside = (
+        from_square_root(root),
+        to_square_root(state),
+        fastkm.from_information(sums),
+        fastkm.to_information(state),
+    )
+    assert all(oracle.equal(x, y) for x, y in zip(inside, outside, strict=True))
+
+
 def test_what_is_refused(backend):
     p = problem(3, 3, 1, 4, 5)
     start = to_square_root(p.state)

@@ -16,6 +16,7 @@ from fastkm.state import InformationState, MemoryState, check_form
 __all__ = ["from_information", "merge_memories", "to_information", "update_information"]
 
 
+@in_float32
 def to_information(state: MemoryState) -> InformationState:
     """The information form of a memory, in float64: ``Λ = U⁻¹``, ``η = U⁻¹ R``.
 
@@ -39,6 +40,7 @@ def to_information(state: MemoryState) -> InformationState:
     return InformationState(precision, information)
 
 
+@in_float32
 def from_information(
     information_state: InformationState,
     *,
@@ -114,6 +116,7 @@ def update_information(
     return InformationState(*(x.to(precision.dtype) for x in new))
 
 
+@in_float32
 def merge_memories(states: Sequence[MemoryState], prior: MemoryState) -> MemoryState:
     """The memory that has seen all that ``states`` have seen, each written from ``prior`` on data of its own.
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fastkm._linalg.reference import symmetry
 from fastkm._runtime import arguments, guards
+from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.call import call, make_result
 from fastkm._runtime.operation import Operation
 from fastkm._runtime.status import raise_failures
@@ -26,6 +27,7 @@ UPDATE_SQUARE_ROOT = Operation(
 )
 
 
+@in_float32
 def to_square_root(state: MemoryState) -> SquareRootState:
     """The square-root form of a memory: the lower Cholesky factor of its covariance, ``U = S Sᵀ``.
 
@@ -46,6 +48,7 @@ def to_square_root(state: MemoryState) -> SquareRootState:
     return SquareRootState(mean, root)
 
 
+@in_float32
 def from_square_root(square_root_state: SquareRootState) -> MemoryState:
     """The memory of a square-root form: ``U = S Sᵀ``, rounded to its dtype once.
 
