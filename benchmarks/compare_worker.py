@@ -22,6 +22,9 @@ from fastkm.matrix_normal import logdet
 
 GRADIENT_INPUTS = {
     "update_posterior": ("prior", "weights", "values", "noise_var"),
+    "remove_patterns": ("written", "weights", "values", "noise_var"),
+    "replace_patterns": ("written", "weights", "values", "noise_var"),
+    "update_square_root": ("prior", "weights", "values", "noise_var"),
     "filter_posterior": ("prior", "weights", "values", "noise_var", "ridge"),
     "write": ("prior", "values", "noise_var", "ridge"),
     "read": ("written", "queries", "ridge"),
@@ -32,6 +35,14 @@ GRADIENT_INPUTS = {
 def forward(operation: str, e: dict) -> object:
     if operation == "update_posterior":
         return fastkm.update_posterior(e["prior"], e["weights"], e["values"], e["noise_var"], backend="native")
+    if operation == "remove_patterns":
+        return fastkm.remove_patterns(e["written"], e["weights"], e["values"], e["noise_var"], backend="native")
+    if operation == "replace_patterns":
+        new = 0.5 * e["weights"].flip(1), 0.5 * e["values"]
+        return fastkm.replace_patterns(e["written"], e["weights"], e["values"], *new, e["noise_var"], backend="native")
+    if operation == "update_square_root":
+        root = fastkm.SquareRootState(e["prior"].mean, torch.linalg.cholesky_ex(e["prior"].cov).L)
+        return fastkm.update_square_root(root, e["weights"], e["values"], e["noise_var"], backend="native")
     if operation == "filter_posterior":
         decay = {"retention": torch.exp(-0.05 * e["noise_var"]), "prior_var": e["ridge"]}
         rows = e["weights"], e["values"], e["weights"].flip(1)

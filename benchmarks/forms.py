@@ -12,9 +12,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.filter_forms import filter_chunks
+from benchmarks.living_forms import remove_at_once, replace_at_once, update_root_at_once
 from fastkm.addressing.reference import solve_addressing
 from fastkm.posterior.reference import information, update_sequential
-from fastkm.testing.definitions import Result, filter_one_by_one, update_one_by_one, write_literal
+from fastkm.testing.definitions import (
+    Result,
+    filter_one_by_one,
+    remove_one_by_one,
+    replace_one_by_one,
+    update_one_by_one,
+    update_root_one_by_one,
+    write_literal,
+)
 from fastkm.testing.episodes import Episode
 from fastkm.testing.gradients import gradient_of
 from fastkm.testing.operations import OPERATIONS, Case
@@ -283,6 +292,9 @@ FORMS: dict[Case, dict[str, Form]] = {
         "block form": on(update_inputs, update_block),
         "gain form, state only": on(update_inputs, update_gain),
     },
+    Case("remove_patterns"): {LOOP: remove_one_by_one, "block form": remove_at_once},
+    Case("replace_patterns"): {LOOP: replace_one_by_one, "gain and block form": replace_at_once},
+    Case("update_square_root"): {LOOP: update_root_one_by_one, "block form": update_root_at_once},
     Case("filter_posterior"): {LOOP: filter_one_by_one, "block form": filter_chunks},
     Case("write"): {
         LOOP: on(write_inputs, write_loop),
@@ -314,6 +326,15 @@ FORMS: dict[Case, dict[str, Form]] = {
     Case("update_posterior", True): {
         LOOP: update_one_by_one,
         "block form": on(update_inputs, update_block),
+    },
+    Case("remove_patterns", True): {LOOP: remove_one_by_one, "block form": remove_at_once},
+    Case("replace_patterns", True): {
+        LOOP: replace_one_by_one,
+        "gain and block form": replace_at_once,
+    },
+    Case("update_square_root", True): {
+        LOOP: update_root_one_by_one,
+        "block form": update_root_at_once,
     },
     Case("filter_posterior", True): {LOOP: filter_one_by_one, "block form": filter_chunks},
     Case("write", True): {

@@ -40,7 +40,15 @@ enum Precision : int64_t { kIeee = 0, kTf32x3 = 1, kTf32 = 2 };
 enum Element : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // What a kernel reports of each memory, in `info`. fastkm/_runtime/status.py turns it into words.
-enum Status : int32_t { kGood = 0, kAsymmetric = 1, kNotPositiveDefinite = 2, kLost = 3, kOutOfRange = 4 };
+enum Status : int32_t {
+  kGood = 0,
+  kAsymmetric = 1,
+  kNotPositiveDefinite = 2,
+  kLost = 3,
+  kOutOfRange = 4,
+  kNotWritten = 5,
+  kUntold = 6
+};
 
 // An update of memories with given weights. It is part of a write too.
 template <class Real>
@@ -75,6 +83,15 @@ struct PosteriorGrads {
   Batch<Real> to_mean, to_cov;           // like mean and cov
   Batch<Real> to_weights, to_values;     // [B, T, K], [B, T, C]
   Batch<Real> to_noise_var;              // [B, T]
+};
+
+// Patterns that take the place of others: `posterior` has the new ones, and no reports.
+template <class Real>
+struct ReplacingArgs {
+  PosteriorArgs<Real> posterior;
+  Batch<const Real> old_weights;    // [B, T, K]
+  Batch<const Real> old_values;     // [B, T, C]
+  Batch<const Real> old_noise_var;  // [B, T]
 };
 
 // A write. Its forward finds the weights, so `posterior.weights` is null; its backward reads the weights there that the
@@ -218,6 +235,12 @@ struct Kernels {
   void (*update_posterior_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin,
                                     int64_t end);
   void (*write_backward)(const WritingArgs<Real>&, const WritingGrads<Real>&, int64_t begin, int64_t end);
+  void (*remove_patterns)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);
+  void (*remove_patterns_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin, int64_t end);
+  void (*replace_patterns)(const ReplacingArgs<Real>&, int64_t begin, int64_t end);
+  void (*update_square_root)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `cov` is a root
+  void (*update_square_root_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin,
+                                      int64_t end);
   void (*filter_posterior)(const FilteringArgs<Real>&, int64_t begin, int64_t end);
   void (*filter_posterior_backward)(const FilteringArgs<Real>&, const FilteringGrads<Real>&, int64_t begin,
                                     int64_t end);

@@ -15,7 +15,7 @@ Layout is batch first: values ``[B, T, C]``, weights ``[B, T, K]``, mean ``[B, K
 """
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -38,6 +38,35 @@ class MemoryState(NamedTuple):
 
 
 @result
+class InformationState(NamedTuple):
+    """The same law in information form: ``precision = cov⁻¹`` and ``information = cov⁻¹ mean``.
+
+    What patterns teach the memory is added here, and what they taught is subtracted. See
+    :func:`fastkm.to_information`.
+    """
+
+    precision: Tensor  # [B, K, K], Λ, symmetric positive definite
+    information: Tensor  # [B, K, C], η = Λ R
+
+
+@result
+class SquareRootState(NamedTuple):
+    """The same law with a square root of the covariance: ``cov = root rootᵀ``. See :func:`fastkm.to_square_root`."""
+
+    mean: Tensor  # [B, K, C]
+    root: Tensor  # [B, K, K], any matrix S with cov = S Sᵀ; it need not be triangular
+
+
+# The forms of a memory, and the axes of their tensors.
+FORMS: dict[type, tuple[str, str]] = {
+    MemoryState: ("BKC", "BKK"),
+    InformationState: ("BKK", "BKC"),
+    SquareRootState: ("BKC", "BKK"),
+}
+Form = TypeVar("Form", bound=MemoryState | InformationState | SquareRootState)
+
+
+@result
 class AddressingFactor(NamedTuple):
     """What addressing needs of memories, computed once by :func:`fastkm.factor_addressing`.
 
@@ -52,13 +81,14 @@ class AddressingFactor(NamedTuple):
     gram: Tensor  # [B, K, K], R Rᵀ, for "deepmind"; else [B, 0, K]
 
 
-def save_memory_state(state: MemoryState, path: AnyPath) -> None:
+def save_memory_state(state: MemoryState | InformationState | SquareRootState, path: AnyPath) -> None:
     """Write ``state`` to ``path`` in the safetensors format (needs the ``safetensors`` extra).
 
     The file is written beside ``path`` and then takes its place, so ``path`` never holds a part of a state.
 
     Args:
-        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64; any pair of tensors.
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, float32 or float64; any pair of tensors. Or an
+            :class:`InformationState` or a :class:`SquareRootState`.
         path: a file in a folder that exists. A file that is there is replaced and keeps its permissions.
 
     Raises:
@@ -67,20 +97,29 @@ def save_memory_state(state: MemoryState, path: AnyPath) -> None:
     """
     from safetensors.torch import save_file
 
-    mean, cov = guards.Signature().state("state", state)
+    form = type(state) if type(state) in FORMS else MemoryState
     # A clone has the values that a negated or expanded view stands for, and shares no memory with the other tensor.
-    tensors = {"mean": _own_copy(mean), "cov": _own_copy(cov)}
+    tensors = dict(zip(form._fields, map(_own_copy, check_form("state", state, form)), strict=True))
     with replace_file(path) as partial:
         save_file(tensors, partial)
 
 
-def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> MemoryState:
+@overload
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> MemoryState: ...
+@overload
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form: type[Form]) -> Form: ...
+def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form: Any = MemoryState) -> Any:
     """Read back what :func:`save_memory_state` wrote (needs the ``safetensors`` extra).
 
     The tensors are copies: they stay as they are when the file is written again.
 
+    Args:
+        path: the file.
+        device: where the tensors go.
+        form: what the file holds: ``MemoryState``, ``InformationState`` or ``SquareRootState``.
+
     Raises:
-        TypeError, ValueError: the file holds something else than one state.
+        TypeError, ValueError: the file holds something else than one state of this form.
         OSError: ``path`` cannot be read.
     """
     from safetensors import SafetensorError
@@ -91,16 +130,30 @@ def load_memory_state(path: AnyPath, device: str | torch.device = "cpu") -> Memo
         content = file.read()  # once, for another process may replace the file meanwhile
     try:
         tensors = load(content)
-        if tensors.keys() != set(MemoryState._fields):
+        if tensors.keys() != set(form._fields):
             names = sorted(tensors)
             held = ", ".join(names[:4]) + (", …" if names[4:] else "") if names else "nothing"
-            raise ValueError(f"it must hold mean and cov and nothing else, it holds {held}")
-        state = MemoryState(**tensors)
-        guards.Signature().state("state", state)
-        return MemoryState(*(tensor.to(device, copy=True) for tensor in state))
+            raise ValueError(f"it must hold {' and '.join(form._fields)} and nothing else, it holds {held}")
+        checked = check_form("state", form(**tensors), form)
+        return form(*(tensor.to(device, copy=True) for tensor in checked))
     except (SafetensorError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{path} holds no memory state: {error}") from error
+        raise kind(f"{path} holds no {_WORDS[form]}: {error}") from error
+
+
+_WORDS = {MemoryState: "memory state", InformationState: "information state", SquareRootState: "square-root state"}
+
+
+def check_form(name: str, value: object, form: type) -> tuple[Tensor, Tensor]:
+    """The two tensors of a state of ``form`` that a caller gives as ``name``, or an error in words."""
+    signature = guards.Signature()
+    first, second = form._fields  # type: ignore[attr-defined]
+    pair = guards.pair(name, value, f"{form.__name__}({first}, {second})")
+    tensors = [
+        signature.tensor(f"{name}.{field}", x, letters)
+        for field, x, letters in zip((first, second), pair, FORMS[form], strict=True)
+    ]
+    return tensors[0], tensors[1]
 
 
 def _own_copy(tensor: Tensor) -> Tensor:

@@ -90,6 +90,12 @@ void run(int64_t K, int64_t C, int64_t patterns, int64_t Q, bool masked, bool sh
   grads.to_noise_var = make.numbers(patterns);
   kernels.update_posterior_backward(update, grads, 0, B);
 
+  kernels.remove_patterns(update, 0, B);
+  kernels.remove_patterns_backward(update, grads, 0, B);
+  kernels.replace_patterns({update, update.weights, update.values, update.noise_var}, 0, B);
+  kernels.update_square_root(update, 0, B);
+  kernels.update_square_root_backward(update, grads, 0, B);
+
   FilteringArgs<Real> filter{};
   filter.posterior = update, filter.queries = read_only(make.matrices(patterns, K));
   filter.prior_var = read_only(make.numbers(1, 0, 1));

@@ -7,6 +7,8 @@ from fastkm.filtering.api import FILTER_POSTERIOR
 from fastkm.matrix_normal.api import KL_MEMORY, LOGDET
 from fastkm.posterior.api import UPDATE_POSTERIOR
 from fastkm.reading.api import READ, READ_FACTORED
+from fastkm.removal.api import REMOVE_PATTERNS, REPLACE_PATTERNS
+from fastkm.square_root.api import UPDATE_SQUARE_ROOT
 from fastkm.writing.api import WRITE
 
 KERNELS = {
@@ -20,6 +22,9 @@ KERNELS = {
         WRITE,
         READ,
         READ_FACTORED,
+        REMOVE_PATTERNS,
+        REPLACE_PATTERNS,
+        UPDATE_SQUARE_ROOT,
         KL_MEMORY,
         LOGDET,
     )

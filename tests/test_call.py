@@ -94,7 +94,9 @@ def test_an_error_of_the_operator_surfaces_unchanged(operation, error, backend, 
 
 
 @NATIVE_MISSING
-@pytest.mark.parametrize("operation", ["update_posterior", "filter_posterior", "write", "kl_memory", "logdet"])
+@pytest.mark.parametrize(
+    "operation", ["update_posterior", "remove_patterns", "filter_posterior", "write", "kl_memory", "logdet"]
+)
 def test_a_bad_status_is_computed_once(operation, given, computed):
     cov = given.state.cov.detach().clone()
     cov[1] = -cov[1]
@@ -262,7 +264,13 @@ def test_the_checks_make_what_the_operator_takes(operation):
             assert str(argument.type) == "int"
         else:
             assert str(argument.type) in ("Tensor", "Optional[Tensor]", "Optional[int]")
-    assert {arguments[position].name for position in operation.codes_to_widen} <= {"values", "queries", "weights"}
+    assert {arguments[position].name for position in operation.codes_to_widen} <= {
+        "values",
+        "queries",
+        "weights",
+        "old_values",
+        "old_weights",
+    }
 
 
 def test_private_names_of_torch_stand_in_one_file():

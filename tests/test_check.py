@@ -370,7 +370,7 @@ def sick(p, which, disease):
     return p._replace(state=p.state._replace(cov=cov))
 
 
-COVARIANCES = ["update_posterior", "filter_posterior", "write", "kl_memory"]
+COVARIANCES = ["update_posterior", "remove_patterns", "replace_patterns", "filter_posterior", "write", "kl_memory"]
 WHICH = [[2], [0, 3], [0, 1, 2, 3, 4]]
 
 

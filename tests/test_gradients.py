@@ -18,6 +18,9 @@ pytestmark = pytest.mark.skipif(schema.unavailable is not None, reason=str(schem
 METHODS = ("ridge", "deepmind")
 CASES = {
     "update_posterior": [{}],
+    "update_square_root": [{}],
+    "remove_patterns": [{}],
+    "replace_patterns": [{}],
     "filter_posterior": [{}, {"read": "before"}],
     "write": [{"num_opt_iters": n, "method": method} for n in (1, 2, 3) for method in METHODS],
     "read": [{"num_iters": n, "method": method} for n in (1, 3) for method in METHODS],
@@ -27,6 +30,9 @@ CASES = {
 }
 USES = {  # the tensors of a problem that an operation is a function of
     "update_posterior": ("mean", "cov", "weights", "values", "noise_var"),
+    "update_square_root": ("mean", "cov", "weights", "values", "noise_var"),
+    "remove_patterns": ("mean", "cov", "weights", "values", "noise_var"),
+    "replace_patterns": ("mean", "cov", "weights", "values", "noise_var"),
     # its queries are made of the weights, its retention of the noise, and the variance of its prior is the ridge
     "filter_posterior": ("mean", "cov", "weights", "values", "noise_var", "ridge"),
     "write": ("mean", "cov", "values", "noise_var", "ridge"),
@@ -35,6 +41,8 @@ USES = {  # the tensors of a problem that an operation is a function of
     "kl_memory": ("mean", "cov"),
     "logdet": ("cov",),
 }
+# Their arguments are made of the problem, by the caller.
+MAKES_ARGUMENTS = ("kl_memory", "filter_posterior", "remove_patterns", "replace_patterns", "update_square_root")
 # B, T, Q, K, C: one of everything, rows beside the vector widths, C < K, K < T, and T in several chunks.
 SHAPES = [(1, 1, 1, 1, 1), (3, 5, 3, 13, 6), (2, 9, 2, 4, 7), (2, 3, 9, 3, 40), (2, 33, 6, 31, 20), (2, 70, 3, 17, 9)]
 
@@ -396,7 +404,7 @@ def test_only_inputs_and_weights_are_saved(operation, options):
     assert saved
     for x in saved:
         assert x.numel() <= largest_known
-        assert x.data_ptr() in known or operation in ("kl_memory", "filter_posterior"), "made by the caller here"
+        assert x.data_ptr() in known or operation in MAKES_ARGUMENTS, "made by the caller here"
 
 
 @every_operation
@@ -406,6 +414,13 @@ def test_status_has_no_gradient(operation):
     p = replaced(p, leaves(operation, p))
     native = {
         "update_posterior": lambda: fastkm.posterior.native.update_posterior(*p.state, *p[1:3], p.noise_var, None, 0),
+        "update_square_root": lambda: fastkm.square_root.native.update_square_root(
+            *p.state, *p[1:3], p.noise_var, None
+        ),
+        "remove_patterns": lambda: fastkm.removal.native.remove_patterns(*p.state, *p[1:3], p.noise_var, None),
+        "replace_patterns": lambda: fastkm.removal.native.replace_patterns(
+            *p.state, *p[1:3], *p[1:3], p.noise_var, p.noise_var, None
+        ),
         "filter_posterior": lambda: fastkm.filtering.native.filter_posterior(
             *p.state, *p[1:3], p.weights, p.noise_var, None, p.ridge, None, False, None, 0
         ),
@@ -433,6 +448,19 @@ def backward_arguments(operator, p: Problem):
     write = (*p.state, p.values, p.noise_var, p.ridge, 2, False, p.mask, 0, p.weights)
     return {
         "update_posterior": (*update, mean, cov, None, per_pattern, per_memory),
+        "remove_patterns": (*p.state, 0.05 * p.weights, p.values, p.noise_var, p.mask, mean, cov),
+        "update_square_root": (*update[:-1], mean, cov),
+        "replace_patterns": (
+            *p.state,
+            0.05 * p.weights,
+            p.values,
+            p.weights,
+            p.values,
+            *[p.noise_var] * 2,
+            p.mask,
+            mean,
+            None,
+        ),
         "filter_posterior": (*filtered, mean, None, torch.ones_like(p.values), per_pattern, None, per_memory),
         "write": (*write, mean, None, weights, per_pattern, per_pattern),
         "read": (p.state.mean, p.queries, p.ridge, 2, False, 0, torch.ones_like(p.queries), None),
@@ -442,7 +470,20 @@ def backward_arguments(operator, p: Problem):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 37, 3, 13, 6), (2, 0, 2, 4, 5), (2, 3, 2, 0, 5)], ids=str)
-@pytest.mark.parametrize("operator", ["update_posterior", "filter_posterior", "write", "read", "kl_memory", "logdet"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "update_posterior",
+        "update_square_root",
+        "remove_patterns",
+        "replace_patterns",
+        "filter_posterior",
+        "write",
+        "read",
+        "kl_memory",
+        "logdet",
+    ],
+)
 def test_opcheck_of_the_backward_operators(operator, shape, dtype):
     """Schema, fake, and the traced graph with dynamic shapes."""
     backward = getattr(torch.ops.fastkm, f"{operator}_backward").default

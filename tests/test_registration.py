@@ -73,6 +73,8 @@ def test_fakes_agree_with_the_reference(operator, dtype):
     from fastkm.matrix_normal.reference import kl_memory, logdet
     from fastkm.posterior.reference import update_block
     from fastkm.reading.reference import read, read_factored
+    from fastkm.removal.reference import remove_block, replace_block
+    from fastkm.square_root.reference import update_sequential
     from fastkm.writing.reference import write_sequential
 
     reference = {
@@ -80,6 +82,9 @@ def test_fakes_agree_with_the_reference(operator, dtype):
         "factor_addressing": factor_addressing,
         "solve_factored": solve_factored,
         "update_posterior": update_block,
+        "remove_patterns": remove_block,
+        "replace_patterns": replace_block,
+        "update_square_root": update_sequential,
         "filter_posterior": filter_block,
         "write": write_sequential,
         "read": read,

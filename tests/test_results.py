@@ -17,7 +17,20 @@ from fastkm import KanervaMemory
 from fastkm.models import EpisodeLoss, PatternRead
 from fastkm.nn.memory import MemoryPass
 
-ROOMS = ("state", "posterior", "filtering", "addressing", "reading", "writing", "matrix_normal", "nn", "models")
+ROOMS = (
+    "state",
+    "posterior",
+    "information",
+    "removal",
+    "square_root",
+    "filtering",
+    "addressing",
+    "reading",
+    "writing",
+    "matrix_normal",
+    "nn",
+    "models",
+)
 
 
 def named_tuples() -> set[type]:

@@ -26,6 +26,24 @@ assert_type(update.innovation_var, Tensor)
 assert_type(update.kl, Tensor)
 assert_type(update.log_evidence, Tensor)
 
+removed = fastkm.remove_patterns(update.state, weights, values, 0.5, mask=mask, backend="reference")
+assert_type(removed, fastkm.MemoryState)
+replaced = fastkm.replace_patterns(update.state, weights, values, weights, -values, 0.5, old_noise_var=0.5, mask=mask)
+assert_type(replaced, fastkm.MemoryState)
+
+sums = fastkm.update_information(fastkm.to_information(state), weights, values, 0.5, mask=mask)
+assert_type(sums, fastkm.InformationState)
+assert_type(sums.precision, Tensor)
+assert_type(sums.information, Tensor)
+assert_type(fastkm.from_information(sums, dtype=torch.float32), fastkm.MemoryState)
+assert_type(fastkm.merge_memories([update.state], state), fastkm.MemoryState)
+
+root = fastkm.update_square_root(fastkm.to_square_root(state), weights, values, 1e-10, mask=mask, backend="reference")
+assert_type(root, fastkm.SquareRootState)
+assert_type(root.mean, Tensor)
+assert_type(root.root, Tensor)
+assert_type(fastkm.from_square_root(root), fastkm.MemoryState)
+
 written = fastkm.write(state, values, torch.ones(2, 5), torch.ones(2), num_opt_iters=1, method="ridge", mask=mask)
 assert_type(written, fastkm.WriteResult)
 assert_type(written.state, fastkm.MemoryState)
@@ -70,6 +88,8 @@ assert_type(filtered.log_evidence, Tensor)
 
 stream = fastkm.MemoryStream(state, 0.5, 1.0)
 stream_written = stream.write(values)
+stream.replace(stream_written.weights, values, stream_written.weights, -values)
+stream.remove(stream_written.weights, -values)
 assert_type(stream_written, fastkm.StreamWrite)
 assert_type(stream_written.weights, Tensor)
 assert_type(stream_written.innovation_var, Tensor)
@@ -97,6 +117,8 @@ with tempfile.TemporaryDirectory() as folder:
         print("safetensors is not installed")
     else:
         assert_type(fastkm.load_memory_state(path), fastkm.MemoryState)
+        fastkm.save_memory_state(root, path)
+        assert_type(fastkm.load_memory_state(path, form=fastkm.SquareRootState), fastkm.SquareRootState)
 
 try:
     fastkm.read(state.mean.to(torch.float16), queries, 1.0, backend="native")

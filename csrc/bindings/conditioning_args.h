@@ -105,4 +105,50 @@ struct PosteriorGradOutputs {
   }
 };
 
+// The new memory of an operation that reports nothing but the status.
+struct NewMemory {
+  Tensor mean, cov, info;
+
+  explicit NewMemory(const Tensor& old_mean)
+      : mean(make_tensor(old_mean, {old_mean.size(0), old_mean.size(1), old_mean.size(2)})),
+        cov(make_tensor(old_mean, {old_mean.size(0), old_mean.size(1), old_mean.size(1)})),
+        info(make_tensor(old_mean, {old_mean.size(0)}, ScalarType::Int)) {}
+
+  template <class Real>
+  void into(PosteriorArgs<Real>& args) const {
+    args.new_mean = batch_of<Real>(mean);
+    args.new_cov = batch_of<Real>(cov);
+    args.info = data_of<int32_t>(info);
+  }
+};
+
+// Patterns with their weights.
+struct Patterns {
+  const Tensor &weights, &values, &noise_var;
+};
+
+template <class Real, class Place>
+PosteriorArgs<Real> patterns_args(const Place& place, const Tensor& mean, const Tensor& cov, const Patterns& patterns,
+                                  const std::optional<Tensor>& mask) {
+  PosteriorArgs<Real> args = posterior_args<Real>(place, mean, cov, patterns.values, patterns.noise_var, mask, kIeee);
+  set_weights(place, args, patterns.weights, mean);
+  return args;
+}
+
+// Cotangents of a memory and of patterns.
+struct PatternsGradOutputs {
+  PosteriorGradOutputs of;
+  Tensor weights;
+
+  PatternsGradOutputs(const Tensor& mean, const Tensor& values)
+      : of(mean, values), weights(make_tensor(mean, {values.size(0), values.size(1), mean.size(1)})) {}
+
+  template <class Real>
+  PosteriorGrads<Real> grads(const std::optional<Tensor>& grad_mean, const std::optional<Tensor>& grad_cov) const {
+    PosteriorGrads<Real> grads = of.grads<Real>(grad_mean, grad_cov, std::nullopt, std::nullopt);
+    grads.to_weights = batch_of<Real>(weights);
+    return grads;
+  }
+};
+
 }  // namespace fastkm

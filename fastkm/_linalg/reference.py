@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, NOT_WRITTEN, UNTOLD
 
 # A variance is lost when it is less than this many times the rounding of the sum that gives it.
 LEAST_DIGITS = 16
+# What a removal divides by has at least so many times the rounding of its sum: two digits.
+LEAST_DIGITS_LEFT = 256
 
 
 def symmetry(cov: Tensor) -> Tensor:
@@ -16,6 +18,20 @@ def symmetry(cov: Tensor) -> Tensor:
     finite = cov.isfinite().flatten(1).all(-1)
     status = torch.where((gap > tolerance * scale).any(-1), ASYMMETRIC, 0)
     return torch.where(finite, status, NOT_POSITIVE_DEFINITE).int()
+
+
+def clear_masked(weights: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The patterns, zero where they are masked: there they may hold anything, even NaN."""
+    if mask is not None:
+        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
+        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    return weights, values
+
+
+def factor_status(factor: Tensor, failed: Tensor) -> Tensor:
+    """Status [B] of Cholesky factors: NOT_POSITIVE_DEFINITE where there is none."""
+    bad = (failed != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    return (NOT_POSITIVE_DEFINITE * bad.int()).int()
 
 
 def variance_divergence(ratio: Tensor, excess: Tensor) -> Tensor:
@@ -58,6 +74,26 @@ def variance_status(
     left = explained * (noise_var / (explained + noise_var))
     lost = ~(left >= LEAST_DIGITS * eps * scale).all(-1)
     return first_failure(NOT_POSITIVE_DEFINITE * indefinite.int(), LOST * lost.int()).int()
+
+
+def removal_status(rows: int, noise_var: Tensor, factor: Tensor, scale: Tensor, failed: Tensor) -> Tensor:
+    """Status [B] of a chunk that is removed: whether it was in there, and whether enough digits say so.
+
+    ``factor`` [B, t, t] is that of ``S = diag σ² − W U Wᵀ``. What all patterns leave of the noise of one is
+    ``1/(S⁻¹)_tt``, and its digits are those of the covariance without the patterns. It is a difference from σ² of a
+    sum, whose rounding is ``eps scale``, ``scale = Σ w_i² U_ii``; and what was written into a memory rounded as the
+    wider memory before it did, which is ``σ² (S⁻¹)_tt`` times as wide.
+    """
+    factor, noise_var, scale = factor.detach(), noise_var.detach(), scale.detach()
+    eye = torch.eye(factor.shape[-1]).to(factor).expand_as(factor)
+    inverse_variance = torch.linalg.solve_triangular(factor, eye, upper=False).square().sum(-2)  # (S⁻¹)_tt [B, t]
+    rounding, size = torch.finfo(factor.dtype).eps, scale.abs() + noise_var
+    explained_less = factor.diagonal(dim1=-2, dim2=-1).square() - noise_var  # −wᵀUw
+    indefinite = (explained_less > 4 * (rows + factor.shape[-1]) * rounding * size).any(-1)
+    least = LEAST_DIGITS_LEFT * rounding
+    told = (least * size * inverse_variance <= 1) & (least * (noise_var * inverse_variance).square() <= 1)
+    status = first_failure(NOT_WRITTEN * (failed != 0).int(), NOT_POSITIVE_DEFINITE * indefinite.int())
+    return first_failure(status, UNTOLD * (~told.all(-1)).int()).int()
 
 
 def first_failure(status: Tensor, later: Tensor) -> Tensor:

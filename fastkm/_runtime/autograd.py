@@ -24,6 +24,7 @@ from fastkm._runtime.torch_private import (
 # takes, and the argument that has the same leading axes.
 VARIANCE_AXES = {
     "noise_var": ("values", 2),
+    "old_noise_var": ("values", 2),
     "ridge": ("mean", 1),
     "retention": ("values", 2),
     "prior_var": ("mean", 1),

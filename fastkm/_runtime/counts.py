@@ -43,6 +43,31 @@ def update_posterior_backward(K: int, C: int, T: int, Q: int) -> Flops:
     return Flops(5 * product(T, C, K), 3 * product(T, K, K) + 2 * symmetric_product(K, T))
 
 
+# A removal is an update of −U, and a replacement an update and a removal.
+remove_patterns, remove_patterns_backward = update_posterior, update_posterior_backward
+
+
+def replace_patterns(K: int, C: int, T: int, Q: int) -> Flops:
+    return Flops(*(2 * count for count in update_posterior(K, C, T, Q)))
+
+
+def replace_patterns_backward(K: int, C: int, T: int, Q: int) -> Flops:
+    # The memory between the two is computed again.
+    once, back = update_posterior(K, C, T, Q), update_posterior_backward(K, C, T, Q)
+    return Flops(once.codes + 2 * back.codes, once.other + 2 * back.other)
+
+
+def update_square_root(K: int, C: int, T: int, Q: int) -> Flops:
+    # Codes as an update. Other: Sᵀw, S p, and p (S p)ᵀ, which is not symmetric.
+    return Flops(2 * product(T, C, K), 3 * product(T, K, K))
+
+
+def update_square_root_backward(K: int, C: int, T: int, Q: int) -> Flops:
+    # Codes as an update's. Other: Sᵀw and S p again; with the cotangent of S', its products with p and with S p; for
+    # the cotangents of p and w two more; and three outer products.
+    return Flops(5 * product(T, C, K), 9 * product(T, K, K))
+
+
 def filter_posterior(K: int, C: int, T: int, Q: int) -> Flops:
     # An update, and step by step Rᵀq and U q.
     update = update_posterior(K, C, T, Q)

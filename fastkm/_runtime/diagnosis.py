@@ -16,7 +16,9 @@ from fastkm._runtime.status import (
     ASYMMETRIC,
     LOST,
     NOT_POSITIVE_DEFINITE,
+    NOT_WRITTEN,
     OUT_OF_RANGE,
+    UNTOLD,
     WORDS,
     describe_failures,
     in_memories,
@@ -91,6 +93,10 @@ def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) ->
             by_rounding = -values[0] <= ROUNDINGS * torch.finfo(dtype).eps * values[-1]
             advice = f"it is so by rounding; {use} more noise or fewer updates" if by_rounding else ""
             return Finding(name, WORDS[NOT_POSITIVE_DEFINITE], advice)
+    if code == NOT_WRITTEN:
+        return Finding("what is removed", WORDS[code], "remove what was written, with the same weights and noise")
+    if code == UNTOLD:
+        return Finding("what is removed", WORDS[code], f"{use} more noise when writing")
     if (
         code == NOT_POSITIVE_DEFINITE
         and "ridge" in tensors

@@ -52,6 +52,9 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
+    "remove_patterns": {"reference": REFERENCE, "native": ON_CPU},
+    "replace_patterns": {"reference": REFERENCE, "native": ON_CPU},
+    "update_square_root": {"reference": REFERENCE, "native": ON_CPU},
     "filter_posterior": {"reference": REFERENCE, "native": ON_CPU, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},

@@ -133,10 +133,10 @@ def spread_variance(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return (value.unsqueeze(-1) if 0 < value.dim() < len(sizes) else value).expand(sizes)
 
 
-def pair(name: str, value: object) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of the state that a caller gives, which may be any pair."""
+def pair(name: str, value: object, form: str = "MemoryState(mean, cov)") -> tuple[Tensor, Tensor]:
+    """The two tensors of the state that a caller gives, which may be any pair."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name} must be a MemoryState(mean, cov), got {type(value).__name__}")
+        raise TypeError(f"{name} must be {'an' if form[0] == 'I' else 'a'} {form}, got {type(value).__name__}")
     return value[0], value[1]
 
 

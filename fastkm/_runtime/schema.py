@@ -105,6 +105,10 @@ def _empty_info(like: Tensor) -> Tensor:
     return like.new_empty(like.shape[:1], dtype=torch.int32)
 
 
+def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
+
+
 def _weights_like(mean: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     return mean.new_empty((*queries.shape[:2], mean.shape[1])), _empty_info(mean)
 
@@ -129,6 +133,31 @@ def _(mean, cov, weights, values, noise_var, mask, precision):
         mean.new_empty(mean.shape[:1]),
         _empty_info(mean),
     )
+
+
+@_operator(
+    "remove_patterns(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask)"
+    " -> (Tensor mean, Tensor cov, Tensor info)"
+)
+def _(mean, cov, weights, values, noise_var, mask):
+    return *_like(mean, cov), _empty_info(mean)
+
+
+# The old patterns have the noise `old_noise_var`; as many come as leave.
+@_operator(
+    "replace_patterns(Tensor mean, Tensor cov, Tensor old_weights, Tensor old_values, Tensor weights, Tensor values,"
+    " Tensor noise_var, Tensor old_noise_var, Tensor? mask) -> (Tensor mean, Tensor cov, Tensor info)"
+)
+def _(mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var, mask):
+    return *_like(mean, cov), _empty_info(mean)
+
+
+@_operator(
+    "update_square_root(Tensor mean, Tensor root, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask)"
+    " -> (Tensor mean, Tensor root, Tensor info)"
+)
+def _(mean, root, weights, values, noise_var, mask):
+    return *_like(mean, root), _empty_info(mean)
 
 
 @_operator(
@@ -292,10 +321,6 @@ def _(mean, inverse, ridge):
 # A cotangent that is None is zero. A backward computes again what else it needs.
 
 
-def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
-
-
 @_operator(
     "update_posterior_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
     " int precision,"
@@ -304,6 +329,34 @@ def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
 )
 def _(mean, cov, weights, values, noise_var, mask, precision, *grads):
     return _like(mean, cov, weights, values, noise_var)
+
+
+@_operator(
+    "remove_patterns_backward(Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var, Tensor? mask,"
+    " Tensor? grad_mean, Tensor? grad_cov)"
+    " -> (Tensor mean, Tensor cov, Tensor weights, Tensor values, Tensor noise_var)"
+)
+def _(mean, cov, weights, values, noise_var, mask, *grads):
+    return _like(mean, cov, weights, values, noise_var)
+
+
+@_operator(
+    "update_square_root_backward(Tensor mean, Tensor root, Tensor weights, Tensor values, Tensor noise_var,"
+    " Tensor? mask, Tensor? grad_mean, Tensor? grad_root)"
+    " -> (Tensor mean, Tensor root, Tensor weights, Tensor values, Tensor noise_var)"
+)
+def _(mean, root, weights, values, noise_var, mask, *grads):
+    return _like(mean, root, weights, values, noise_var)
+
+
+@_operator(
+    "replace_patterns_backward(Tensor mean, Tensor cov, Tensor old_weights, Tensor old_values, Tensor weights,"
+    " Tensor values, Tensor noise_var, Tensor old_noise_var, Tensor? mask, Tensor? grad_mean, Tensor? grad_cov)"
+    " -> (Tensor mean, Tensor cov, Tensor old_weights, Tensor old_values, Tensor weights, Tensor values,"
+    " Tensor noise_var, Tensor old_noise_var)"
+)
+def _(mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var, mask, *grads):
+    return _like(mean, cov, old_weights, old_values, weights, values, noise_var, old_noise_var)
 
 
 # What is not given gets an empty gradient.

@@ -14,12 +14,15 @@ from fastkm._runtime.deferred import assert_later, is_value_unknown
 
 # LOST: the matrices were good, and the covariance that follows from them has lost its digits to rounding.
 # OUT_OF_RANGE: likewise, and it is larger than its dtype holds.
-ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST, OUT_OF_RANGE = 1, 2, 3, 4
+# NOT_WRITTEN: what is removed was not all in there. UNTOLD: whether it was is lost to rounding.
+ASYMMETRIC, NOT_POSITIVE_DEFINITE, LOST, OUT_OF_RANGE, NOT_WRITTEN, UNTOLD = 1, 2, 3, 4, 5, 6
 WORDS = {
     ASYMMETRIC: "not symmetric",
     NOT_POSITIVE_DEFINITE: "not positive definite",
     LOST: "lost to rounding",
     OUT_OF_RANGE: "beyond the range of its dtype",
+    NOT_WRITTEN: "not all in there",
+    UNTOLD: "lost in the rounding of the memory",
 }
 
 

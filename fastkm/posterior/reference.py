@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm._linalg.reference import first_failure, symmetry, variance_divergence, variance_status
+from fastkm._linalg.reference import clear_masked, first_failure, symmetry, variance_divergence, variance_status
 
 # Patterns that are absorbed at once. The subtraction U − GᵀG rounds at the size of U, which more patterns would leave
 # further behind.
@@ -28,9 +28,7 @@ def update_sequential(mean, cov, weights, values, noise_var):
 
 def update_block(mean, cov, weights, values, noise_var, mask, precision=0):
     """A chunk of patterns at once; see :func:`fastkm.update_posterior` for the equations. ``precision`` is for GPUs."""
-    if mask is not None:
-        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
+    weights, values = clear_masked(weights, values, mask)
     info, explained, energy = symmetry(cov), [], []
     for w, z, noise in zip(*(x.split(CHUNK, 1) for x in (weights, values, noise_var)), strict=True):
         whitened = whiten(mean, cov, w, z, noise)

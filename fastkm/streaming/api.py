@@ -11,10 +11,13 @@ from fastkm._linalg.reference import symmetry
 from fastkm._runtime import dispatch, guards, status
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.autograd import wants_gradient
+from fastkm._runtime.diagnosis import raise_failures
+from fastkm._runtime.operation import Operation
 from fastkm._runtime.out import mark_changed
 from fastkm._runtime.results import result
 from fastkm._runtime.torch_private import is_transformed
 from fastkm.reading import ReadResult
+from fastkm.removal.api import REMOVE_PATTERNS, REPLACE_PATTERNS
 from fastkm.state import MemoryState
 from fastkm.streaming import native, reading, reference
 
@@ -169,6 +172,59 @@ class MemoryStream:
         return StreamUpdate(innovation_var, kl, log_evidence)
 
     @in_float32
+    def remove(
+        self,
+        weights: Tensor,  # [B, T, K]
+        values: Tensor,  # [B, T, C]
+        *,
+        mask: Tensor | None = None,  # [B, T], bool
+    ) -> None:
+        """Take patterns out as if they had never been written, as :func:`fastkm.remove_patterns` does, in place.
+
+        A memory in which they were not all there is refused as a whole: nothing of it changes, and the others lose
+        their patterns. ``H`` is computed anew for the memories that changed.
+
+        Args:
+            weights: those with which the patterns were written; :meth:`write` returned them.
+            values: the patterns, as they were written, with the stream's noise.
+            mask: where False the pattern is not removed.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong kind, dtype, shape or device. The stream is as before.
+            torch.linalg.LinAlgError: names the memories that were refused, for the reasons of ``remove_patterns``.
+        """
+        if weights is None:  # the check takes none for weights to be found
+            raise TypeError("weights must be a tensor of shape [B, T, K], got NoneType")
+        given = self._check(weights, values, mask)
+        noise = self._noise_var.unsqueeze(-1).expand(given[1].shape[:2])
+        self._exchange(REMOVE_PATTERNS, (*given[:2], noise, given[2]))
+
+    @in_float32
+    def replace(
+        self,
+        old_weights: Tensor,  # [B, T, K]
+        old_values: Tensor,  # [B, T, C]
+        weights: Tensor,  # [B, T, K]
+        values: Tensor,  # [B, T, C]
+        *,
+        mask: Tensor | None = None,  # [B, T], bool
+    ) -> None:
+        """Write patterns with given weights in the place of others, as :func:`fastkm.replace_patterns` does, in place.
+
+        Args, Raises: as :meth:`remove`.
+        """
+        signature = self._signature()
+        old_weights = signature.tensor("old_weights", old_weights, "BTK", low_precision=True)
+        old_values = signature.tensor("old_values", old_values, "BTC", low_precision=True)
+        weights = signature.tensor("weights", weights, "BTK", low_precision=True)
+        values = signature.tensor("values", values, "BTC", low_precision=True)
+        mask = signature.mask("mask", mask, "BT")
+        patterns = (old_weights, old_values, weights, values)
+        _refuse_gradients(*patterns)
+        noise = self._noise_var.unsqueeze(-1).expand(values.shape[:2])
+        self._exchange(REPLACE_PATTERNS, (*(x.detach().to(self._mean.dtype) for x in patterns), noise, noise, mask))
+
+    @in_float32
     def read(
         self,
         queries: Tensor,  # [B, Q, C]
@@ -259,6 +315,23 @@ class MemoryStream:
         if bool(info.any()):
             raise _refusal(info, weights, values)
         return tuple(reports)
+
+    @torch.no_grad()
+    def _exchange(self, operation: Operation, given: tuple) -> None:
+        """Put what ``operation`` makes of each memory in its place, but of those that it refuses."""
+        inputs = [*self.state, *given]
+        mean, cov, info = operation.kernels[self.backend](*inputs)
+        unknown = ~(mean.isfinite().flatten(1).all(-1) & cov.isfinite().flatten(1).all(-1))
+        info = torch.where(unknown & (info == 0), status.NOT_POSITIVE_DEFINITE, info).int()
+        good = (info == 0).view(-1, 1, 1)
+        for held, new in zip(self.state, (mean, cov), strict=True):
+            held.copy_(torch.where(good, new, held))
+        inverse = self._inverse.clone()
+        failed = self._refresh(self._mean, inverse, self._ridge)
+        self._inverse.copy_(torch.where(good & (failed == 0).view(-1, 1, 1), inverse, self._inverse))
+        self._refreshes += good.flatten()
+        mark_changed((self._mean, self._cov, self._inverse, self._refreshes))
+        raise_failures(info, operation, inputs)
 
     def _is_plain(self, weights: Tensor | None, values: Tensor) -> bool:
         """Whether the operator can take the arguments as they are."""

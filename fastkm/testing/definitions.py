@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from fastkm._runtime.guards import DTYPES
 from fastkm.addressing import reference as addressing
 from fastkm.filtering import reference as filtering
 from fastkm.matrix_normal import reference as matrix_normal
 from fastkm.posterior import reference as posterior
 from fastkm.reading import reference as reading
+from fastkm.removal import reference as removal
+from fastkm.square_root import reference as square_root
+from fastkm.state import SquareRootState
 from fastkm.testing.episodes import Episode
 from fastkm.writing import reference as writing
 
@@ -124,6 +128,71 @@ def update_normal_equations(e: Episode) -> Result:
         variances.append(s)
         kls.append(matrix_normal.kl_memory(mean, cov, *before)[0])
     return dict(zip(UPDATE, (mean, cov, torch.cat(variances, 1), torch.stack(kls, 1), evidence), strict=True))
+
+
+# Removing what an episode has written, and replacing it by the same codes with other weights.
+
+MEMORY = ("mean", "cov")
+
+
+def new_patterns(e: Episode) -> tuple[Tensor, Tensor]:
+    return 0.5 * e.weights.flip(1), 0.5 * e.values
+
+
+def remove_one_by_one(e: Episode) -> Result:
+    return dict(zip(MEMORY, removal.remove_sequential(*e.written, e.weights, e.values, e.noise_var), strict=True))
+
+
+def replace_one_by_one(e: Episode) -> Result:
+    mean, cov, _ = posterior.update_sequential(*e.written, *new_patterns(e), e.noise_var)
+    return dict(zip(MEMORY, removal.remove_sequential(mean, cov, e.weights, e.values, e.noise_var), strict=True))
+
+
+def exchange_normal_equations(e: Episode, *coming: tuple[Tensor, Tensor]) -> Result:
+    """``U⁻¹`` and ``U⁻¹R``, less the sums over the patterns that leave, plus those over the new ones."""
+    precision = torch.cholesky_inverse(torch.linalg.cholesky(e.written.cov))
+    shift = precision @ e.written.mean
+    for sign, (w, z) in ((-1, (e.weights, e.values)), *((1, patterns) for patterns in coming)):
+        scaled = sign * w.mT / e.noise_var.unsqueeze(1)
+        precision, shift = precision + scaled @ w, shift + scaled @ z
+    cov = torch.cholesky_inverse(torch.linalg.cholesky((precision + precision.mT) / 2))
+    return dict(zip(MEMORY, (cov @ shift, cov), strict=True))
+
+
+def remove_normal_equations(e: Episode) -> Result:
+    return exchange_normal_equations(e)
+
+
+def replace_normal_equations(e: Episode) -> Result:
+    return exchange_normal_equations(e, new_patterns(e))
+
+
+# The root of the covariance: pattern by pattern, and by the product of all reflections.
+
+SQUARE_ROOT = ("mean", "root")
+
+
+def square_root_of(e: Episode) -> SquareRootState:
+    cov = e.prior.cov if e.prior.cov.dtype in DTYPES else e.prior.cov.float()  # under autocast
+    return SquareRootState(e.prior.mean, torch.linalg.cholesky_ex(cov).L)
+
+
+def update_root_one_by_one(e: Episode) -> Result:
+    mean, root, _ = square_root.update_sequential(*square_root_of(e), e.weights, e.values, e.noise_var, None)
+    return dict(zip(SQUARE_ROOT, (mean, root), strict=True))
+
+
+def update_root_by_reflections(e: Episode) -> Result:
+    """``B = Π (I − f fᵀ/c)``, ``f = Bᵀ Sᵀ w``, ``S' = S B``; the mean by the gain ``U' Wᵀ/σ²``."""
+    mean, root = square_root_of(e)
+    turn = torch.eye(root.shape[-1]).to(root).expand_as(root)
+    for p, noise in zip((e.weights @ root).split(1, 1), e.noise_var.unsqueeze(-1).split(1, 1), strict=True):
+        f = p @ turn
+        s = f.square().sum(-1, keepdim=True) + noise
+        turn = turn - turn @ f.mT @ f / (s + (s * noise).sqrt())
+    root = root @ turn
+    gain = root @ (root.mT @ (e.weights.mT / e.noise_var.unsqueeze(1)))
+    return dict(zip(SQUARE_ROOT, (mean + gain @ (e.values - e.weights @ mean), root), strict=True))
 
 
 # Filtering, one step at a time, and by precisions. The queries are the weights in the opposite order; what is learnt is

@@ -41,8 +41,11 @@ class Episode(NamedTuple):
 
 
 def reverse_rows(name: str, x: Tensor) -> Tensor:
-    """A tensor with axes of K rows, as of a mean [B, K, C], with these reversed; anything else as it is."""
-    axes = {"mean": (-2,), "cov": (-2, -1), "weights": (-1,), "pseudoinverse": (-1,)}
+    """A tensor with axes of K rows, as of a mean [B, K, C], with these reversed; anything else as it is.
+
+    The columns of a root that began as the identity have the order of its rows.
+    """
+    axes = {"mean": (-2,), "cov": (-2, -1), "root": (-2, -1), "weights": (-1,), "pseudoinverse": (-1,)}
     return x.flip(axes[name]) if name in axes else x
 
 

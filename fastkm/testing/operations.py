@@ -89,6 +89,30 @@ def update_backward_arguments(o: Operands) -> tuple:
     return *update_arguments(o), o.mean, o.cov, o.noise_var, o.noise_var, o.ridge
 
 
+def remove_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.weights * 0.05, o.values, o.noise_var, o.mask  # a memory may hold so little of a pattern
+
+
+def remove_backward_arguments(o: Operands) -> tuple:
+    return *remove_arguments(o), o.mean, o.cov
+
+
+def replace_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.weights * 0.05, o.values, o.weights, o.values, o.noise_var, o.noise_var, o.mask
+
+
+def replace_backward_arguments(o: Operands) -> tuple:
+    return *replace_arguments(o), o.mean, o.cov
+
+
+def square_root_arguments(o: Operands) -> tuple:
+    return o.mean, o.cov, o.weights, o.values, o.noise_var, o.mask
+
+
+def square_root_backward_arguments(o: Operands) -> tuple:
+    return *square_root_arguments(o), o.mean, o.cov
+
+
 def filter_arguments(o: Operands) -> tuple:
     factors = (o.noise_var / (1 + o.noise_var), o.ridge.expand(o.mean.shape[:1]), None)
     return (*o[:2], o.weights, o.values, o.weights, o.noise_var, *factors, False, o.mask, o.precision)
@@ -176,6 +200,55 @@ ENTRIES = (
         inputs=Inputs("prior", ("values", "noise_var", "ridge")),
         operator=Operator("write", write_arguments, counts.write),
         backward=Operator("write_backward", write_backward_arguments, counts.write_backward),
+    ),
+    Operation(
+        "remove_patterns",
+        fastkm.remove_patterns,
+        lambda e: {"state": e.written, "weights": e.weights, "values": e.values, "noise_var": e.noise_var},
+        definitions.remove_one_by_one,
+        definitions.remove_normal_equations,
+        "patterns",
+        loop=definitions.remove_one_by_one,
+        inputs=Inputs("written", ("weights", "values", "noise_var")),
+        operator=Operator("remove_patterns", remove_arguments, counts.remove_patterns),
+        backward=Operator("remove_patterns_backward", remove_backward_arguments, counts.remove_patterns_backward),
+    ),
+    Operation(
+        "replace_patterns",
+        fastkm.replace_patterns,
+        lambda e: {
+            "state": e.written,
+            "old_weights": e.weights,
+            "old_values": e.values,
+            **dict(zip(("weights", "values"), definitions.new_patterns(e), strict=True)),
+            "noise_var": e.noise_var,
+        },
+        definitions.replace_one_by_one,
+        definitions.replace_normal_equations,
+        "patterns",
+        loop=definitions.replace_one_by_one,
+        inputs=Inputs("written", ("weights", "values", "noise_var")),
+        operator=Operator("replace_patterns", replace_arguments, counts.replace_patterns),
+        backward=Operator("replace_patterns_backward", replace_backward_arguments, counts.replace_patterns_backward),
+    ),
+    Operation(
+        "update_square_root",
+        fastkm.update_square_root,
+        lambda e: {
+            "square_root_state": definitions.square_root_of(e),
+            "weights": e.weights,
+            "values": e.values,
+            "noise_var": e.noise_var,
+        },
+        definitions.update_root_one_by_one,
+        definitions.update_root_by_reflections,
+        "patterns",
+        loop=definitions.update_root_one_by_one,
+        inputs=Inputs("prior", ("weights", "values", "noise_var")),
+        operator=Operator("update_square_root", square_root_arguments, counts.update_square_root),
+        backward=Operator(
+            "update_square_root_backward", square_root_backward_arguments, counts.update_square_root_backward
+        ),
     ),
     Operation(
         "filter_posterior",

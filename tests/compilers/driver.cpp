@@ -8,6 +8,7 @@
 #include FASTKM_LEVEL_SOURCE
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -223,6 +224,72 @@ bool answer_conditioning(const Call& call, const Kernels<Real>& table, const Run
   return false;
 }
 
+// The cotangents of a memory and of patterns, at these places.
+template <class Real>
+PosteriorGrads<Real> patterns_grads(const Call& call, size_t grad_mean, const std::array<size_t, 5>& to) {
+  PosteriorGrads<Real> grads{};
+  grads.mean = call.in<Real>(grad_mean), grads.cov = call.in<Real>(grad_mean + 1);
+  grads.to_mean = call.out<Real>(to[0]), grads.to_cov = call.out<Real>(to[1]);
+  grads.to_weights = call.out<Real>(to[2]), grads.to_values = call.out<Real>(to[3]);
+  grads.to_noise_var = call.out<Real>(to[4]);
+  return grads;
+}
+
+template <class Real>
+PosteriorArgs<Real> replacing_args(const Call& call) {
+  PosteriorArgs<Real> args = posterior_args<Real>(call, 5, 8);
+  args.weights = call.in<Real>(4);
+  return args;
+}
+
+// As csrc/bindings/removal.cpp: through the memory between the update and the removal.
+template <class Real, class Run>
+bool replace_backward(const Call& call, const Kernels<Real>& table, const Run& run) {
+  PosteriorArgs<Real> args = replacing_args<Real>(call);
+  const int64_t B = call.size(0)[0], K = args.K, C = args.C, T = args.T;
+  std::vector<Real> held(static_cast<size_t>(B * (2 * K * C + 2 * K * K + 2 * T + 1)));
+  std::vector<int32_t> info(static_cast<size_t>(B));
+  Real* next = held.data();
+  const auto take = [&](int64_t rows, int64_t columns) {
+    const Batch<Real> taken{next, {rows * columns, columns, 1}};
+    next += B * rows * columns;
+    return taken;
+  };
+  const auto read_only = [](const Batch<Real>& of) {
+    return Batch<const Real>{of.data, {of.stride[0], of.stride[1], of.stride[2]}};
+  };
+  args.new_mean = take(K, C), args.new_cov = take(K, K), args.innovation_var = take(T, 1), args.kl = take(T, 1);
+  args.log_evidence = take(1, 1).data, args.info = info.data();
+  run(table.update_posterior, args);
+  PosteriorArgs<Real> old = args;
+  old.mean = read_only(args.new_mean), old.cov = read_only(args.new_cov);
+  old.weights = call.in<Real>(2), old.values = call.in<Real>(3), old.noise_var = call.in<Real>(7);
+  PosteriorGrads<Real> grads = patterns_grads<Real>(call, 9, {0, 1, 2, 3, 7});
+  grads.to_mean = take(K, C), grads.to_cov = take(K, K);
+  run(table.remove_patterns_backward, old, grads);
+  PosteriorGrads<Real> new_grads = patterns_grads<Real>(call, 9, {0, 1, 4, 5, 6});
+  new_grads.mean = read_only(grads.to_mean), new_grads.cov = read_only(grads.to_cov);
+  return run(table.update_posterior_backward, args, new_grads);
+}
+
+template <class Real, class Run>
+bool answer_living(const Call& call, const Kernels<Real>& table, const Run& run) {
+  const auto with_results = [&](PosteriorArgs<Real> args) {
+    args.new_mean = call.out<Real>(0), args.new_cov = call.out<Real>(1), args.info = call.out<int32_t>(2).data;
+    return args;
+  };
+  if (call.name == "remove_patterns") return run(table.remove_patterns, with_results(update_args<Real>(call)));
+  if (call.name == "update_square_root") return run(table.update_square_root, with_results(update_args<Real>(call)));
+  if (call.name == "replace_patterns")
+    return run(table.replace_patterns, ReplacingArgs<Real>{with_results(replacing_args<Real>(call)), call.in<Real>(2),
+                                                           call.in<Real>(3), call.in<Real>(7)});
+  if (call.name == "replace_patterns_backward") return replace_backward(call, table, run);
+  if (call.name != "remove_patterns_backward" && call.name != "update_square_root_backward") return false;
+  const bool removal = call.name == "remove_patterns_backward";
+  return run(removal ? table.remove_patterns_backward : table.update_square_root_backward, update_args<Real>(call),
+             patterns_grads<Real>(call, 6, {0, 1, 2, 3, 4}));
+}
+
 template <class Real, class Run>
 bool answer_reading(const Call& call, const Kernels<Real>& table, const Run& run) {
   if (call.name == "solve_addressing" || call.name == "read") {
@@ -278,7 +345,7 @@ bool answer(const Call& call) {
     call.over_threads(call.size(0)[0], [&](int64_t begin, int64_t end) { kernel(args..., begin, end); });
     return true;
   };
-  return answer_conditioning(call, table, run) || answer_reading(call, table, run) ||
+  return answer_conditioning(call, table, run) || answer_living(call, table, run) || answer_reading(call, table, run) ||
          answer_matrix_normal(call, table, run);
 }
 

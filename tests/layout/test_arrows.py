@@ -20,9 +20,21 @@ INCLUDES = {
     "cpu/writing": {"cpu/linalg", "cpu/posterior", "cpu/reading"},  # as an update conditions, and a read addresses
     "cpu/streaming": {"cpu/linalg", "cpu/posterior"},  # so does a stream
     "cpu/filtering": {"cpu/linalg", "cpu/posterior"},  # so does a filter
+    "cpu/removal": {"cpu/linalg", "cpu/posterior"},  # a removal is an update of -U
+    "cpu/square_root": {"cpu/linalg", "cpu/posterior"},  # it takes the same patterns
     "cpu/levels": {
         f"cpu/{wing}"
-        for wing in ("linalg", "posterior", "filtering", "reading", "matrix_normal", "writing", "streaming")
+        for wing in (
+            "linalg",
+            "posterior",
+            "filtering",
+            "reading",
+            "matrix_normal",
+            "writing",
+            "streaming",
+            "removal",
+            "square_root",
+        )
     },
     "cuda/kernels.h": set(),
     "cuda/linalg": {"cuda/kernels.h"},
@@ -35,7 +47,17 @@ INCLUDES = {
 SYSTEM = {"cuda/linalg": {"simt.h"}}  # the simulator that stands in for the CUDA runtime in tests
 
 # Room of fastkm/ -> the rooms it may import beside itself.
-FAMILIES = {"posterior", "filtering", "addressing", "reading", "writing", "matrix_normal"}
+FAMILIES = {
+    "posterior",
+    "filtering",
+    "addressing",
+    "reading",
+    "writing",
+    "matrix_normal",
+    "removal",
+    "information",
+    "square_root",
+}
 FLOOR = {"state", "_runtime", "_linalg", "_files"}
 IMPORTS = {
     "_files": set(),
@@ -48,7 +70,10 @@ IMPORTS = {
     "matrix_normal": FLOOR,
     "reading": FLOOR,
     "writing": FLOOR,
-    "streaming": FLOOR | {"reading"},  # it returns what a read returns
+    "removal": FLOOR,
+    "information": FLOOR,
+    "square_root": FLOOR,
+    "streaming": FLOOR | {"reading", "removal"},  # it returns what a read returns, and removes what a removal does
     "ops": FLOOR | FAMILIES,  # families in the layouts of other libraries
     "distributed": FLOOR | FAMILIES,  # families on the ranks of a process group
     "nn": FLOOR | FAMILIES | {"ops"},
@@ -64,6 +89,7 @@ REFERENCES = {
     "reading/attractor": {"matrix_normal/reference"},
     "writing/reference": {"addressing/reference", "posterior/reference"},
     "reading/reference": {"addressing/reference"},
+    "removal/reference": {"posterior/reference"},
 }
 
 
@@ -186,7 +212,13 @@ def test_a_wrong_import_is_noticed(importer, imported):
 
 def test_both_wings_have_the_same_rooms():
     cpu, cuda = ({path.name for path in (CSRC / wing).iterdir() if path.is_dir()} for wing in ("cpu", "cuda"))
-    assert cpu - cuda == {"levels", "streaming", "filtering"}  # neither has a kernel for a GPU
+    assert cpu - cuda == {
+        "levels",
+        "streaming",
+        "filtering",
+        "removal",
+        "square_root",
+    }  # neither has a kernel for a GPU
     assert cuda <= cpu
 
 

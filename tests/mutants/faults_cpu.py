@@ -191,10 +191,30 @@ POSTERIOR = [
     fault(
         "update-covariance-grows",
         "the covariance gains what it should lose",
-        before="product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain),"
-        " chunk.gain);",
-        after="product_lower<Into::kAdd>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);",
+        before="DIRECTION == Direction::kOut ? Into::kAdd : Into::kSubtract",
+        after="DIRECTION == Direction::kOut ? Into::kAdd : Into::kAdd",
         tests=(UPDATE,),
+    ),
+    fault(
+        "removal-of-what-was-not-written",
+        "a removal never asks whether the pattern was in there",
+        before="if (!positive) return kNotWritten;",
+        after="",
+        tests=("tests/test_removal.py::test_what_was_not_all_in_there_is_refused_by_name",),
+    ),
+    fault(
+        "replacement-forgets-the-new-patterns",
+        "old patterns are removed from the memory before the new ones came",
+        before="product<Into::kSubtract>(half(innovations, true), count, operand(crossed), half(both.values, false));",
+        after="",
+        tests=("tests/test_removal.py::test_a_replacement_is_a_removal_and_an_update",),
+    ),
+    fault(
+        "root-reflects-too-far",
+        "a reflection of the root leaves the deviation of the noise out",
+        before="found.scale[t] = 1 / (deviation * (deviation + std::sqrt(noise_var[t])));",
+        after="found.scale[t] = 1 / (deviation * deviation);",
+        tests=("tests/test_square_root.py::test_it_is_the_update_of_the_covariance",),
     ),
     fault(
         "update-backward-evidence-sign",

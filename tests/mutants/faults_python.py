@@ -160,6 +160,13 @@ REFERENCES = [
         tests=("tests/test_posterior.py::test_what_a_masked_pattern_holds_is_never_read",),
     ),
     fault(
+        "merge-counts-the-prior-again",
+        "every memory that is merged brings the prior along",
+        before="precision + (learnt_precision - prior[0])",
+        after="precision + learnt_precision",
+        tests=("tests/test_information.py::test_merged_memories_are_one",),
+    ),
+    fault(
         "indefinite-slack-reference",
         "a thousandfold slack for indefinite covariances in the reference",
         before="4 * (rows + explained.shape[-1])",

@@ -1,6 +1,7 @@
 """Problems of every shape, and how each operation of the package is called on one."""
 
 import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -17,6 +18,9 @@ from fastkm.testing.operands import Operands
 # Operations that are differentiated, mapped, compiled and exported as functions of tensors.
 TRANSFORMED = (
     "update_posterior",
+    "remove_patterns",
+    "replace_patterns",
+    "update_square_root",
     "filter_posterior",
     "write",
     "read",
@@ -98,6 +102,8 @@ def as_episode(operation: str, p: Problem) -> Episode:
     e = Episode(p.state, p.values, p.weights, p.state, p.queries, p.noise_var, p.ridge, 3, torch.tanh)
     if operation == "attractor_read":
         return e._replace(noise_var=p.ridge.unsqueeze(-1))  # one variance a memory, whatever T is
+    if operation in ("remove_patterns", "replace_patterns"):
+        return e._replace(weights=0.05 * p.weights)  # any memory holds so little of a pattern
     if operation == "kl_memory":
         return e._replace(prior=MemoryState(p.state.mean * 0.5, p.state.cov * 1.5))
     return e
@@ -105,7 +111,7 @@ def as_episode(operation: str, p: Problem) -> Episode:
 
 def call(operation: str, p: Problem, backend: str | None, **options):
     """Run an operation of the package on a problem."""
-    if operation in ("update_posterior", "filter_posterior", "write"):
+    if "mask" in inspect.signature(operations.OPERATIONS[operation].function).parameters:
         options = {"mask": p.mask, **options}
     if operation == "attractor_read":
         options = {"weight_var": 0.0, **options}

@@ -22,6 +22,11 @@ template struct Tile<2, 1, float>;
 #include "cpu/reading/read.h"
 #include "cpu/reading/read_backward.h"
 #include "cpu/reading/read_factored.h"
+#include "cpu/removal/remove.h"
+#include "cpu/removal/remove_backward.h"
+#include "cpu/removal/replace.h"
+#include "cpu/square_root/update.h"
+#include "cpu/square_root/update_backward.h"
 #include "cpu/streaming/stream.h"
 #include "cpu/writing/write.h"
 #include "cpu/writing/write_backward.h"
@@ -35,6 +40,11 @@ const Kernels<Real>& kernels() {
       .write = write<Real>,
       .update_posterior_backward = update_posterior_backward<Real>,
       .write_backward = write_backward<Real>,
+      .remove_patterns = remove_patterns<Real>,
+      .remove_patterns_backward = remove_patterns_backward<Real>,
+      .replace_patterns = replace_patterns<Real>,
+      .update_square_root = update_square_root<Real>,
+      .update_square_root_backward = update_square_root_backward<Real>,
       .filter_posterior = filter_posterior<Real>,
       .filter_posterior_backward = filter_posterior_backward<Real>,
       .read = read<Real>,

@@ -24,7 +24,8 @@ constexpr Status kInexactSystem = static_cast<Status>(-1), kInexactCovariance = 
 template <class Real>
 constexpr bool kHasDouble = std::is_same_v<Real, float>;
 
-// How much a kernel may lose before its result is inexact. All but the last two are ratios of what was to what is left.
+// How much a kernel may lose before its result is inexact. All but `chunk` and `eps` are ratios of what was to what is
+// left.
 template <class Real>
 struct Limits {
   Real chunk_variance;  // of a variance before a chunk to that before a pattern, and of the traces around a chunk
@@ -33,12 +34,14 @@ struct Limits {
   Real growth;     // of the terms that add up to a changed system to their sum
   Real explained;  // of ‖z‖² to ‖δ‖²
   Real sum;        // of the squared bound of a sum to its square
+  Real removal;    // of a variance and its noise to what a removal leaves of the noise
   int64_t chunk = 1 << 20;                          // most patterns of a chunk
   Real eps = std::numeric_limits<Real>::epsilon();  // the rounding of the arguments
 
   bool exist() const { return condition < std::numeric_limits<Real>::infinity(); }
-  // Whether a memory with this status is to be computed again. One that failed may fail by rounding alone.
-  bool again(Status status) const { return exist() && status != kGood && status != kAsymmetric; }
+  // Whether a memory with this status is to be computed again. One that failed may fail by rounding alone; that it was
+  // rounded before it came here, no computation mends.
+  bool again(Status status) const { return exist() && status != kGood && status != kAsymmetric && status != kUntold; }
 };
 
 // A variance is lost when it is less than this many times the rounding of the sum that gives it.
@@ -49,7 +52,7 @@ template <class Real>
 Limits<Real> no_limits() {
   constexpr Real kNone = std::numeric_limits<Real>::infinity();
   constexpr Real kVariance = 1 / (kLeastDigits * std::numeric_limits<Real>::epsilon());
-  return {kNone, kVariance, kNone, kNone, kNone, kNone};
+  return {kNone, kVariance, kNone, kNone, kNone, kNone, kNone};
 }
 
 // In float32, where the kernel keeps the digits of the literal loop. With few rows every pattern takes from the same
@@ -66,7 +69,8 @@ Limits<Real> limits_of(int64_t K, int64_t C) {
           .condition = 32 * codes,
           .growth = 2,
           .explained = 5e3f * codes,
-          .sum = 64};
+          .sum = 64,
+          .removal = 64};
 }
 
 // In double, where a result is exact to float32.
@@ -77,6 +81,7 @@ inline Limits<double> limits_for_float32() {
           .growth = 1e4,
           .explained = 1e9,
           .sum = std::numeric_limits<double>::infinity(),
+          .removal = 1e9,
           .eps = std::numeric_limits<float>::epsilon()};
 }
 inline Limits<double> limits_for_float32_by_pattern() {

@@ -21,7 +21,8 @@
 // so it loses the digits that the patterns before have taken away. In float32 a memory is therefore computed again in
 // double when an e or tr U falls too far below what the chunk began with.
 //
-// An update and a write share this file: a write finds weights and then conditions on them.
+// An update and a write share this file: a write finds weights and then conditions on them. So does a removal, which is
+// an update of −U: with −W U for W U, S is diag(σ²) − W U Wᵀ, R' is R − (L⁻¹ W U)ᵀ E, and U grows.
 #pragma once
 
 #include <cmath>
@@ -40,6 +41,9 @@ namespace fastkm::FASTKM_LEVEL {
 // cache; large chunks round more.
 constexpr int64_t kChunk = 16, kLargestChunk = 256;
 static_assert(kChunk <= kBlock, "the factor of a small chunk has one diagonal block");
+
+// Patterns are conditioned on, or taken out as if they had never been.
+enum class Direction { kIn, kOut };
 
 template <class Real>
 int64_t chunk_size(int64_t K, int64_t C) {
@@ -182,6 +186,62 @@ Status chunk_status(bool positive, const Whitened& chunk, Real taken, const Obse
   return holds ? kGood : kLost;
 }
 
+// (1) of a removal, from −W U Wᵀ in the lower triangle of `factor`. What the other patterns and this one leave of its
+// σ², 1/(S⁻¹)_tt, must be positive. It is a difference from σ² of a sum, whose rounding is ε Σ w_i² U_ii; and what was
+// written into a memory rounded as the wider memory before it did, which is σ² (S⁻¹)_tt times as wide. Of either,
+// kLeastDigitsLeft times the rounding must be left. `diagonal` is that of U.
+constexpr int kLeastDigitsLeft = 256;
+template <class Real, size_t MOST>
+Status factor_removal(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&explained)[MOST],
+                      const Matrix<Real>& weights, const Real* noise_var, const Real* diagonal,
+                      const Limits<Real>& limits, Arena& arena) {
+  const int64_t count = factor.size();
+  const Real rounding = kLeastDigitsLeft * limits.eps;
+  const Matrix<Real> inverse = allocate_matrix<Real>(arena, count, count);
+  for (int64_t t = 0; t < count; ++t) factor.lower.row(t)[t] += noise_var[t];
+  const bool positive = cholesky(factor, arena);
+  invert_lower(factor, inverse, arena);
+  bool inexact = false, told = true, definite = true;
+  for (int64_t t = 0; t < count; ++t) {
+    const Real root = factor.lower.row(t)[t], noise = noise_var[t];
+    const Real size = noise + weighted_norm(weights.columns, weights.row(t), diagonal);
+    Real inverse_variance = 0;
+    for (int64_t i = t; i < count; ++i) inverse_variance += inverse.row(i)[t] * inverse.row(i)[t];
+    pivot[t] = root * root;
+    explained[t] = pivot[t] - noise;
+    definite &= explained[t] <= rounding_slack(weights.columns, count, size, limits.eps);
+    told &=
+        rounding * size * inverse_variance <= 1 && rounding * noise * noise * inverse_variance * inverse_variance <= 1;
+    inexact |= size * inverse_variance > limits.removal;
+  }
+  if (!positive) return kNotWritten;
+  if (!definite) return kNotPositiveDefinite;
+  return !told ? kUntold : inexact && limits.exist() ? kInexactCovariance : kGood;
+}
+
+// (1) and G of (2), from `projected`, which is W U or, of a removal, −W U.
+template <Direction DIRECTION, class Real>
+void whiten_gain(WhitenedRows<Real>& chunk, const Factor<Real>& factor, const Matrix<Real>& projected,
+                 const Matrix<Real>& weights, const Matrix<Real>& cov, const Limits<Real>& limits, Arena& arena) {
+  const int64_t K = cov.rows;
+  const Matrix<Real> weights_transposed = allocate_matrix<Real>(arena, K, weights.rows);
+  const Observations<Real>& observed = chunk.observed;
+  transpose(weights_transposed, weights);
+  product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
+  if constexpr (DIRECTION == Direction::kOut) {
+    const Real* diagonal = copy_diagonal(operand(cov), K, arena);
+    chunk.status =
+        factor_removal(factor, chunk.pivot, chunk.explained, weights, observed.noise_var, diagonal, limits, arena);
+    solve_lower(chunk.gain, factor, projected, 0, {}, projected);
+  } else {
+    const bool positive =
+        factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena, limits.eps);
+    solve_lower(chunk.gain, factor, projected, 0, {}, projected);
+    const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
+    chunk.status = chunk_status(positive, chunk, taken, observed, operand(cov), weights, limits, arena);
+  }
+}
+
 // E of (2). A long product W R is summed from parts, which does not fit into the registers of the solve.
 template <class Real>
 void whiten_values(const WhitenedRows<Real>& chunk, const Factor<Real>& factor, const Matrix<Real>& mean,
@@ -196,33 +256,28 @@ void whiten_values(const WhitenedRows<Real>& chunk, const Factor<Real>& factor, 
 }
 
 // (1) and (2). `values` may be overwritten if they are padded.
-template <class Real>
+template <Direction DIRECTION = Direction::kIn, class Real>
 WhitenedRows<Real> whiten_rows(const MemoryRows<Real>& memory, const Matrix<Real>& weights, const Matrix<Real>& values,
                                const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena,
                                Prefetch* prefetch = nullptr) {
   const int64_t K = memory.cov.rows, count = weights.rows;
   WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
   const Matrix<Real> projected = allocate_cleared<Real>(arena, count, K);
-  const Matrix<Real> weights_transposed = allocate_matrix<Real>(arena, K, count);
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  transpose(weights_transposed, weights);
   product<Into::kSet>(projected, K, operand(weights), memory.cov, prefetch);
-  product_lower<Into::kSet>(factor.lower, K, operand(projected), weights_transposed);
-  const bool positive =
-      factor_variances(factor, chunk.pivot, chunk.explained, K, observed.noise_var, arena, limits.eps);
-  solve_lower(chunk.gain, factor, projected, 0, {}, projected);
-  const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
-  chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);
+  if constexpr (DIRECTION == Direction::kOut) scale(projected, Real(-1));
+  whiten_gain<DIRECTION>(chunk, factor, projected, weights, memory.cov, limits, arena);
   whiten_values(chunk, factor, memory.mean, weights, values, arena, prefetch);
   return chunk;
 }
 
 // (3). `after` may be `before`.
-template <class Real>
+template <Direction DIRECTION = Direction::kIn, class Real>
 void update_memory(const MemoryRows<Real>& after, const MemoryRows<Real>& before, const WhitenedRows<Real>& chunk,
                    Prefetch* prefetch = nullptr) {
   product<Into::kAdd>(after.mean, before.mean, chunk.count(), transposed(chunk.gain), chunk.values, prefetch);
-  product_lower<Into::kSubtract>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
+  constexpr Into OF_COV = DIRECTION == Direction::kOut ? Into::kAdd : Into::kSubtract;
+  product_lower<OF_COV>(after.cov, before.cov, chunk.count(), transposed(chunk.gain), chunk.gain);
   mirror(after.cov);
 }
 

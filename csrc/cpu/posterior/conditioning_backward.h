@@ -129,8 +129,8 @@ WhitenedColumns<Real> allocate_whitened_columns(int64_t K, int64_t C, int64_t co
   return {.inputs = allocate_matrix<Real>(arena, K + C, count), .inverse = allocate_matrix<Real>(arena, count, count)};
 }
 
-// (1) and (2) of conditioning.h.
-template <class Real>
+// (1) and (2) of conditioning.h. A removal has −U in the place of U.
+template <Direction DIRECTION = Direction::kIn, class Real>
 void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& memory, const ChunkColumns<Real>& chunk,
                     const Limits<Real>& limits, Arena& arena) {
   const int64_t K = chunk.weights.columns, C = chunk.values.rows, count = chunk.count();
@@ -140,11 +140,20 @@ void whiten_columns(WhitenedColumns<Real>& whitened, const MemoryView<Real>& mem
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
   product<Into::kSet>(projected, K, memory.cov, weights_transposed);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.weights), projected);
-  const bool positive =
-      factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, arena, limits.eps);
+  bool positive = true;
+  if constexpr (DIRECTION == Direction::kOut) {
+    Real* diagonal = copy_diagonal(memory.cov, K, arena);
+    for (int64_t k = 0; k < K; ++k) diagonal[k] = -diagonal[k];
+    whitened.status = factor_removal(factor, whitened.pivot, whitened.explained, chunk.weights,
+                                     chunk.observed.noise_var, diagonal, limits, arena);
+  } else {
+    positive =
+        factor_variances(factor, whitened.pivot, whitened.explained, K, chunk.observed.noise_var, arena, limits.eps);
+  }
   invert_lower(factor, whitened.inverse, arena);
   product<Into::kSubtract>(innovations, chunk.values, K, memory.mean_transposed, weights_transposed);
   product_of_triangle<true>(whitened.inputs, inputs, transposed_copy(whitened.inverse, arena));
+  if constexpr (DIRECTION == Direction::kOut) return;
   const Matrix<Real> gain = whitened.inputs.rows_from(0, K);
   const Real taken = static_cast<Real>(inner_product(gain, gain));
   whitened.status = chunk_status(positive, whitened, taken, chunk.observed, memory.cov, chunk.weights, limits, arena);
@@ -345,7 +354,7 @@ Episode<Real> load_episode(const PosteriorArgs<Real>& args, const PosteriorGrads
 
 // Whiten every chunk against the memory before it. The memory before a chunk is the one before the previous chunk,
 // updated. Returns early if the episode is to be computed again.
-template <class Real>
+template <Direction DIRECTION = Direction::kIn, class Real>
 Status whiten_episode(const Episode<Real>& episode, const Limits<Real>& limits, Arena& arena) {
   for (int64_t n = 0; n < episode.count; ++n) {
     arena.release(episode.end);
@@ -357,7 +366,7 @@ Status whiten_episode(const Episode<Real>& episode, const Limits<Real>& limits, 
       }
       update_memory(memory, episode.whitened[n - 1], arena);
     }
-    whiten_columns(episode.whitened[n], episode.before(n), episode.chunks[n], limits, arena);
+    whiten_columns<DIRECTION>(episode.whitened[n], episode.before(n), episode.chunks[n], limits, arena);
     if (limits.again(episode.whitened[n].status)) return episode.whitened[n].status;
   }
   return kGood;

@@ -1,0 +1,193 @@
+"""The information form of a memory: patterns are added and subtracted, and memories are merged."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastkm._linalg.reference import symmetry
+from fastkm._runtime import guards
+from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.deferred import is_value_unknown, known
+from fastkm._runtime.status import raise_failures
+from fastkm.information import reference
+from fastkm.state import InformationState, MemoryState, check_form
+
+__all__ = ["from_information", "merge_memories", "to_information", "update_information"]
+
+
+@in_float32
+def to_information(state: MemoryState) -> InformationState:
+    """The information form of a memory, in float64: ``Λ = U⁻¹``, ``η = U⁻¹ R``.
+
+    It is always float64, because a memory holds directions that no pattern has reached beside directions that many
+    have: the sums of float32 lose the digits of the first, by a factor of about ``wᵀ U w / σ²``.
+
+    Args:
+        state: mean ``[B, K, C]`` and cov ``[B, K, K]``, symmetric positive definite; float32 or float64.
+
+    Returns:
+        :class:`fastkm.InformationState`, float64. Gradients flow through.
+
+    Raises:
+        TypeError, ValueError: ``state`` is of the wrong kind, dtype, shape or device.
+        torch.linalg.LinAlgError: ``cov`` is not symmetric positive definite; names the memories.
+    """
+    mean, cov = guards.Signature().state("state", state)
+    raise_failures(symmetry(cov), "state.cov")
+    precision, information, info = reference.to_information(mean.double(), cov.double())
+    raise_failures(info, "state.cov")
+    return InformationState(precision, information)
+
+
+@in_float32
+def from_information(
+    information_state: InformationState,
+    *,
+    dtype: torch.dtype | None = None,
+) -> MemoryState:
+    """The memory of an information form: ``U = Λ⁻¹``, ``R = Λ⁻¹ η``, by one Cholesky factor a memory.
+
+    Args:
+        information_state: precision ``[B, K, K]``, symmetric positive definite, and information ``[B, K, C]``.
+        dtype: of the memory, float32 or float64. None keeps that of ``information_state``. The inverse is computed in
+            float64 and rounded.
+
+    Returns:
+        :class:`fastkm.MemoryState`. Gradients flow through.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape or device.
+        torch.linalg.LinAlgError: ``precision`` is not symmetric positive definite: more was subtracted than was in
+            there; names the memories.
+    """
+    precision, information = check_form("information_state", information_state, InformationState)
+    if dtype is None:
+        dtype = precision.dtype
+    elif dtype not in guards.DTYPES:
+        raise TypeError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
+    raise_failures(symmetry(precision), "information_state.precision")
+    mean, cov, info = reference.from_information(precision.double(), information.double())
+    raise_failures(info, "information_state.precision")
+    return MemoryState(mean.to(dtype), cov.to(dtype))
+
+
+@in_float32
+def update_information(
+    information_state: InformationState,
+    weights: Tensor,  # [B, T, K]
+    values: Tensor,  # [B, T, C]
+    noise_var: float | Tensor,  # float, 0-d, [B] or [B, T]
+    *,
+    mask: Tensor | None = None,  # [B, T], bool
+) -> InformationState:
+    """Add patterns: ``Λ' = Λ + Wᵀ diag(σ²)⁻¹ W``, ``η' = η + Wᵀ diag(σ²)⁻¹ Z``. The same memory as an update gives.
+
+    Sums commute, so patterns may come in any order, and from any number of places.
+
+    Args:
+        information_state: what is added to, float64 as :func:`to_information` gives it, or float32.
+        weights: how much each row of the memory takes part in each pattern.
+        values: the patterns. Beside a float64 state ``weights``, ``values`` and ``noise_var`` may also be float32.
+        noise_var: variance σ² of the observation noise, positive; one for all, one a memory, or one a pattern.
+        mask: where False the pattern changes nothing.
+
+    Returns:
+        :class:`fastkm.InformationState`, in the dtype of ``information_state``. Products and sums are float64; a
+        float32 state is rounded once. Gradients flow through.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, dtype, shape, device or value.
+
+    Source: math of the Kalman filter in information form; Anderson and Moore, "Optimal Filtering", 1979, §6.3.
+    """
+    precision, information = check_form("information_state", information_state, InformationState)
+    signature = _signature_beside(precision, information, weights)
+    weights = signature.tensor("weights", weights, "BTK", low_precision=True)
+    values = signature.tensor("values", values, "BTC", low_precision=True)
+    if not isinstance(noise_var, Tensor):
+        signature.first = ("information_state.precision", precision)  # a number has the digits of the state
+    noise = signature.noise("noise_var", noise_var)
+    mask = signature.mask("mask", mask, "BT")
+    precision64, information64, weights, values, noise = (
+        x.double() for x in (precision, information, weights, values, noise)
+    )
+    new = reference.update_information(precision64, information64, weights, values, noise, mask)
+    return InformationState(*(x.to(precision.dtype) for x in new))
+
+
+@in_float32
+def merge_memories(states: Sequence[MemoryState], prior: MemoryState) -> MemoryState:
+    """The memory that has seen all that ``states`` have seen, each written from ``prior`` on data of its own.
+
+    With ``Λ = U⁻¹`` and ``η = U⁻¹ R``, what the memories have learnt adds up::
+
+        Λ = Σ_i Λ_i − (n − 1) Λ_0        η = Σ_i η_i − (n − 1) η_0
+
+    Computed in float64 and rounded to the dtype of the memories. Patterns that several memories have seen count as
+    often as they were seen.
+
+    Args:
+        states: at least one memory; all of one shape, dtype and device.
+        prior: the memory that each was written from.
+
+    Returns:
+        :class:`fastkm.MemoryState`. Gradients flow through.
+
+    Raises:
+        TypeError, ValueError: a memory of the wrong kind, dtype, shape or device; names it. Also a memory that cannot
+            come from ``prior``: it knows less than ``prior`` along some direction, or its mean differs from the
+            prior's along a direction that it has learnt nothing of. A prior that differs along directions that were
+            all written to cannot be told.
+        torch.linalg.LinAlgError: a covariance is not symmetric positive definite; names the memories.
+    """
+    if isinstance(states, MemoryState) or not isinstance(states, (tuple, list)):
+        raise TypeError(f"states must be a list of MemoryState, got {type(states).__name__}")
+    if not states:
+        raise ValueError("states must hold at least one memory, it is empty")
+    signature = guards.Signature()
+    pairs = [signature.state("prior", prior)]
+    pairs += [signature.state(f"states[{i}]", state) for i, state in enumerate(states)]
+    names = ["prior.cov", *(f"states[{i}].cov" for i in range(len(states)))]
+    forms = []
+    for name, (mean, cov) in zip(names, pairs, strict=True):
+        raise_failures(symmetry(cov), name)
+        *form, info = reference.to_information(mean.double(), cov.double())
+        raise_failures(info, name)
+        forms.append(form)
+    _refuse_other_priors(pairs)
+    precision, information = reference.merge(forms[1:], forms[0])
+    mean, cov, info = reference.from_information(precision, information)
+    raise_failures(info, "the merged precision")
+    return MemoryState(mean.to(pairs[0][0].dtype), cov.to(pairs[0][0].dtype))
+
+
+def _signature_beside(precision: Tensor, information: Tensor, weights: object) -> guards.Signature:
+    """The letters of an information state. Beside a float64 one, patterns may be float32: they are widened."""
+    signature = guards.Signature()
+    B, K, C = information.shape
+    signature.sizes.update(B=B, K=K, C=C)
+    dtype = precision.dtype
+    if dtype == torch.float64 and isinstance(weights, Tensor) and weights.dtype != torch.float64:
+        dtype = torch.float32
+    signature.first = ("information_state.precision", precision.detach().to(dtype))
+    return signature
+
+
+def _refuse_other_priors(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Refuse, by name, a memory that cannot have been written from the first of ``pairs``, which is the prior."""
+    (prior_mean, prior_cov), *written = ([x.detach() for x in pair] for pair in pairs)
+    for i, (mean, cov) in enumerate(written):
+        knows_less, moved = reference.differs_from_prior(mean, cov, prior_mean, prior_cov)
+        for failed, why in (
+            (knows_less, "it is less certain than prior along some direction"),
+            (moved, "its mean differs from that of prior where it has learnt nothing"),
+        ):
+            if is_value_unknown(failed):
+                continue
+            memories = known(failed).nonzero().flatten().tolist()
+            if memories:
+                raise ValueError(
+                    f"states[{i}] was not written from prior: {why}, in "
+                    f"{'memory' if len(memories) == 1 else 'memories'} {memories}"
+                )
