@@ -97,7 +97,8 @@ def test_a_memory_forgets_as_if_it_had_never_seen(run):
 
 
 def test_every_example_is_tested_shown_and_drawn():
-    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__"}
+    on_several_processes = {"sharded_memory"}  # tests/test_distributed.py runs it
+    names = {path.stem for path in EXAMPLES.glob("*.py")} - {"__init__"} - on_several_processes
     tested = Path(__file__).read_text()
     shown = (DOCS / "examples.md").read_text()
     for name in names:

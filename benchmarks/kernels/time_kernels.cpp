@@ -63,7 +63,7 @@ class Problem {
     if (name == "update_posterior_backward") return call(table.update_posterior_backward, update, update_grads), true;
     if (name == "write") return call(table.write, write), true;
     if (name == "write_backward") return call(table.write_backward, write, write_grads), true;
-    if (name == "read") return call(table.read_memories, read), true;
+    if (name == "read") return call(table.read, read), true;
     if (name == "read_backward") return call(table.read_backward, read, read_grads), true;
     if (name == "kl_memory") return call(table.kl_memory, divergence), true;
     if (name == "kl_memory_backward") return call(table.kl_memory_backward, divergence, divergence_grads), true;
