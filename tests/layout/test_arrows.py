@@ -78,6 +78,7 @@ IMPORTS = {
     "distributed": FLOOR | FAMILIES,  # families on the ranks of a process group
     "nn": FLOOR | FAMILIES | {"ops"},
     "models": FLOOR | FAMILIES | {"nn"},
+    "adapters": FLOOR | FAMILIES | {"nn"},
     "__init__": FLOOR | FAMILIES | {"nn", "streaming"},
     "testing": FLOOR | FAMILIES | {"nn", "models", "streaming", "__init__"},
     "cli": FLOOR | FAMILIES | {"nn", "models", "__init__", "testing"},

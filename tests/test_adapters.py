@@ -1,0 +1,238 @@
+"""The adapters: the numbers of the programs they stand for, written out in NumPy, and what they refuse."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import fastkm
+from fastkm.adapters import deepmind
+
+S, Q, B, K, C = 7, 3, 2, 6, 9
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def draw(*shape: int, seed: int = 0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def close(got, want, **options) -> None:
+    torch.testing.assert_close(got.detach(), torch.as_tensor(np.asarray(want)), **{**CLOSE, **options})
+
+
+def entries(module) -> dict:
+    return {name: x.clone() for name, x in module.state_dict().items()}
+
+
+# ---- dynamic-kanerva-machines ----------------------------------------------------------------------------------------
+
+
+def kanerva(**options) -> deepmind.KanervaMemory:
+    torch.manual_seed(0)
+    memory = deepmind.KanervaMemory(C, K, w_prior_stddev=0.8, obs_noise_stddev=0.7, **options).double()
+    memory.reset_parameters()
+    with torch.no_grad():
+        memory.memory.prior_log_var.fill_(0.3)
+    return memory
+
+
+def released_weights(R, z, ridge):
+    """Regularised least squares ``min ‖R z − R Rᵀ w‖² + λ‖w‖²``, as matrix_solve_ls solves it."""
+    gram = R @ R.T
+    return np.linalg.solve(gram.T @ gram + ridge * np.eye(len(R)), gram.T @ (R @ z))
+
+
+def paper_weights(R, z, ridge):
+    return np.linalg.solve(R @ R.T + ridge * np.eye(len(R)), R @ z)
+
+
+def written_out(solve, R, U, z_episode, noise, ridge, weight_var, prior_weight_var, num_opt_iters=1):
+    """One memory: mean, covariance, weights, KL of the weights, KL of each update."""
+    rows, columns = R.shape
+    weights, dkl_w, dkl_M = [], [], []
+    for z in z_episode:
+        new = R
+        for _ in range(num_opt_iters):
+            w = solve(new, z, ridge)
+            wU, delta = w @ U, z - w @ R
+            var_z = wU @ w + noise
+            new = R + np.outer(wU / var_z, delta)
+        beta = wU @ w / var_z
+        R, U = new, U - np.outer(wU / var_z, wU)
+        ratio = weight_var / prior_weight_var
+        weights.append(w)
+        dkl_w.append(0.5 * (rows * ratio + w @ w / prior_weight_var - rows - rows * np.log(ratio)))
+        dkl_M.append(-0.5 * (columns * beta - beta / var_z * delta @ delta + columns * np.log(1 - beta)))
+    return R, U, np.array(weights), np.array(dkl_w), np.array(dkl_M)
+
+
+@pytest.mark.parametrize("num_opt_iters", [1, 3])
+@pytest.mark.parametrize(("parity", "solve"), [(True, released_weights), (False, paper_weights)])
+def test_an_episode_has_the_numbers_of_the_formulas(parity, solve, num_opt_iters):
+    memory, z = kanerva(parity=parity, num_opt_iters=num_opt_iters), draw(S, B, C)
+    prior = memory.get_prior_state(B)
+    state, *rest = memory.update_state(z, prior)
+    for b in range(B):
+        R, U = (x[b].detach().numpy() for x in prior)
+        want = written_out(solve, R, U, z[:, b].numpy(), 0.49, 0.49 / 0.64, 0.09, 0.64, num_opt_iters)
+        for got, x in zip((state.M_mean[b], state.M_cov[b], *(x[:, b] for x in rest)), want, strict=True):
+            close(got, x)
+
+
+@pytest.mark.parametrize(("parity", "solve"), [(True, released_weights), (False, paper_weights)])
+def test_a_read_has_the_numbers_of_the_formulas(parity, solve):
+    memory, cues = kanerva(parity=parity), draw(Q, B, C, seed=1)
+    state = memory.update_state(draw(S, B, C), memory.get_prior_state(B)).final_memory
+    z_mean, dkl_w = memory.read_with_z(cues, state)
+    for q in range(Q):
+        for b in range(B):
+            R = state.M_mean[b].detach().numpy()
+            w = solve(R, cues[q, b].numpy(), 0.49 / 0.64)
+            close(z_mean[q, b], R.T @ w)
+            close(dkl_w[q, b], 0.5 * (K * 0.09 / 0.64 + w @ w / 0.64 - K + K * np.log(0.64 / 0.09)))
+
+
+def test_the_divergence_from_the_prior_is_exact_or_that_of_the_released_code():
+    for parity in (False, True):
+        memory = kanerva(parity=parity)
+        prior = memory.get_prior_state(B)
+        state = memory.update_state(draw(S, B, C), prior).final_memory
+        for b in range(B):
+            (R, U), (R0, U0) = ([x[b].detach().numpy() for x in belief] for belief in (state, prior))
+            if parity:
+                p, q = np.diag(U0), np.diag(U)
+                want = C * (q / p).sum() + ((R - R0) ** 2 / p[:, None]).sum() - C * K + C * np.log(p / q).sum()
+            else:
+                log_ratio = np.linalg.slogdet(U0)[1] - np.linalg.slogdet(U)[1]
+                shift = np.trace((R - R0).T @ np.linalg.solve(U0, R - R0))
+                want = 0.5 * (C * np.trace(np.linalg.solve(U0, U)) + shift - K * C + C * log_ratio)
+            close(memory.get_dkl_total(state)[b], want)
+
+
+def test_the_prior_is_that_of_the_released_code():
+    memory = kanerva()
+    state = memory.get_prior_state(B)
+    close(state.M_mean, memory.memory.prior_mean.detach().expand(B, K, C))
+    close(state.M_cov, (np.exp(0.3) + 1e-6) * np.broadcast_to(np.eye(K), (B, K, K)))
+    close(memory.prior_avg_var, np.exp(0.3) + 1e-6)
+    assert memory.memory.prior_mean.abs().max() <= 2
+    assert memory.memory.log_weight_stddev.item() == pytest.approx(np.log(0.3))
+
+
+def test_a_noise_that_is_not_positive_is_learned():
+    learned = deepmind.KanervaMemory(C, K, obs_noise_stddev=0.0)
+    assert learned.memory.log_noise_stddev.requires_grad
+    assert learned.memory.noise_var.item() == 1
+    assert not kanerva().memory.log_noise_stddev.requires_grad
+
+
+def test_without_a_spread_samples_are_means():
+    """σw and U near 0 leave nothing to draw, so that the loop over patterns must give what one write gives."""
+    plain, sampling = kanerva(), kanerva(sample_w=True, sample_M=True, num_opt_iters=1)
+    with torch.no_grad():
+        sampling.memory.log_weight_stddev.fill_(-40)
+    z, state = draw(S, B, C), plain.get_prior_state(B)
+    tight = deepmind.MemoryState(state.M_mean, 1e-24 * state.M_cov)
+    want, got = plain.update_state(z, tight), sampling.update_state(z, tight)
+    for name in ("M_mean", "M_cov"):
+        close(getattr(got.final_memory, name), getattr(want.final_memory, name).detach(), atol=1e-9)
+    close(got.w_mean_episode, want.w_mean_episode.detach(), atol=1e-9)
+    close(sampling.read_with_z(z, tight)[0], plain.read_with_z(z, tight)[0].detach(), atol=1e-9)
+
+
+def test_samples_of_weights_have_the_moments_of_their_law():
+    memory, n = kanerva(sample_w=True), 40_000
+    torch.manual_seed(0)
+    weights = memory.sample_w(torch.full((n, 1, K), 2.0, dtype=torch.float64)).detach()
+    prior = memory.sample_prior_w(n, 1)
+    assert prior.shape == (n, 1, K)
+    for sample, mean, stddev in ((weights, 2.0, 0.3), (prior, 0.0, 0.8)):
+        n_all = n * K  # six standard errors
+        assert abs(sample.mean() - mean) < 6 * stddev / n_all**0.5
+        assert abs(sample.std() - stddev) < 6 * stddev / (2 * n_all) ** 0.5
+
+
+def test_what_is_sampled_is_what_is_read_and_the_mean_is_written():
+    memory, plain = kanerva(sample_w=True), kanerva()
+    z, prior = draw(S, B, C), plain.get_prior_state(B)
+    got, want = memory.update_state(z, prior), plain.update_state(z, prior)
+    close(got.final_memory.M_mean, want.final_memory.M_mean.detach())
+    close(got.dkl_w_episode, want.dkl_w_episode.detach())
+    assert (got.w_mean_episode - want.w_mean_episode).abs().min() > 0
+    assert (memory.read_with_z(z, prior)[0] - plain.read_with_z(z, prior)[0]).abs().min() > 0
+
+
+def test_weights_decode_and_codes_have_a_density():
+    memory, w, R = kanerva(), draw(Q, B, K), draw(B, K, C, seed=1)
+    close(memory.get_w_to_z_mean(w, R), np.einsum("sbm,bmc->sbc", w.numpy(), R.numpy()))
+    z = draw(Q, B, C, seed=2)
+    want = -0.5 * ((z.numpy() / 0.7) ** 2).sum(-1) - C * np.log(0.7 * np.sqrt(2 * np.pi))
+    close(memory.wrap_z_dist(torch.zeros(Q, B, C).double()).log_prob(z), want)
+
+
+def test_gradients_reach_every_parameter_through_an_episode():
+    memory = kanerva(sample_w=True, sample_M=True)
+    update = memory.update_state(draw(S, B, C), memory.get_prior_state(B))
+    read_z, dkl_w = memory.read_with_z(draw(Q, B, C), update.final_memory)
+    (read_z.square().sum() + dkl_w.sum() + memory.get_dkl_total(update.final_memory).sum()).backward()
+    for name in ("prior_mean", "prior_log_var", "log_weight_stddev"):
+        assert getattr(memory.memory, name).grad.abs().sum() > 0, name
+
+
+def test_its_inner_memory_is_a_memory_of_the_package():
+    memory = kanerva()
+    other = fastkm.KanervaMemory(C, K, w_prior_stddev=0.8, obs_noise_stddev=0.7).double()
+    other.load_state_dict(memory.memory.state_dict())
+    z = draw(S, B, C)
+    state = memory.get_prior_state(B)
+    close(memory.update_state(z, state)[0].M_mean, other.write(z.transpose(0, 1), tuple(state)).state.mean.detach())
+
+
+@pytest.mark.parametrize("z", [draw(S, C), draw(S, B, C + 1), draw(S, B + 1, C)])
+def test_codes_of_a_wrong_shape_are_refused(z):
+    memory = kanerva()
+    state = memory.get_prior_state(B)
+    for method in (memory.update_state, memory.read_with_z):
+        with pytest.raises(ValueError, match=r"must (have shape|be a tensor)"):
+            method(z, state)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def changed(state_dict: dict, fault: str) -> tuple[dict, str]:
+    """A state_dict with one fault in its last entry, and what the error must name."""
+    changed, name = {key: x + 1 for key, x in state_dict.items()}, list(state_dict)[-1]
+    if fault == "foreign":
+        return changed | {"stranger": torch.zeros(1)}, "stranger is foreign"
+    x = changed.pop(name)
+    if fault == "missing":
+        return changed, f"{name} is missing"
+    wrong = torch.zeros(5, 5, 5) if fault == "misshapen" else x.tolist()
+    return changed | {name: wrong}, f"{name} must be a tensor of shape"
+
+
+MODULES = {"deepmind": kanerva}
+
+
+@pytest.mark.parametrize("fault", ["foreign", "missing", "misshapen", "no tensor"])
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_a_state_dict_that_does_not_fit_changes_nothing(make, fault):
+    module = make()
+    before = entries(module)
+    wrong, named = changed(before, fault)
+    with pytest.raises(RuntimeError, match=f"nothing was loaded: {named}"):
+        module.load_state_dict(wrong)
+    assert all(torch.equal(x, before[name]) for name, x in module.state_dict().items())
+
+
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_a_state_dict_that_fits_is_loaded_also_into_a_copy(make):
+    module = copy.deepcopy(make())
+    wanted = {name: x + 1 for name, x in entries(module).items()}
+    assert not any(module.load_state_dict(wanted))
+    assert all(torch.equal(x, wanted[name]) for name, x in module.state_dict().items())
+    partial = dict(list(wanted.items())[:1])
+    assert module.load_state_dict(partial, strict=False).missing_keys == list(wanted)[1:]
