@@ -5,9 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from oracle.tolerances import assert_close
 
 import fastkm
-from fastkm.adapters import deepmind
+from fastkm.adapters import deepmind, larimar
 
 S, Q, B, K, C = 7, 3, 2, 6, 9
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -19,7 +20,7 @@ def draw(*shape: int, seed: int = 0, dtype=torch.float64):
 
 
 def close(got, want, **options) -> None:
-    torch.testing.assert_close(got.detach(), torch.as_tensor(np.asarray(want)), **{**CLOSE, **options})
+    torch.testing.assert_close(got.detach(), torch.tensor(np.asarray(want)), **{**CLOSE, **options})
 
 
 def entries(module) -> dict:
@@ -199,6 +200,227 @@ def test_codes_of_a_wrong_shape_are_refused(z):
             method(z, state)
 
 
+# ---- larimar ---------------------------------------------------------------------------------------------------------
+
+LARIMAR = {"memory_mean": [K, C], "memory_logvar": [1], "ben_cohen_memory_init": [1]}
+W_LOGVAR = {
+    0: {"w_logvar": [1]},
+    1: {"w_logvar": [K]},
+    2: {"w_logvar.weight": [K, C], "w_logvar.bias": [K]},
+    3: {"w_logvar.weight": [K, C * K], "w_logvar.bias": [K]},
+    4: {"w_logvar.weight": [K, C + C * K], "w_logvar.bias": [K]},
+}
+T = 4
+
+
+def gpm(direct_writing: bool = True, ordering: bool = False, **options) -> larimar.GPM:
+    torch.manual_seed(0)
+    module = larimar.GPM(C, K, direct_writing, ordering, 15, **options).double()
+    with torch.no_grad():
+        module.memory_logvar.fill_(0.2)
+        for x in module.w_logvar.parameters() if isinstance(module.w_logvar, torch.nn.Linear) else [module.w_logvar]:
+            x.copy_(0.1 * torch.randn_like(x))
+    return module
+
+
+def mean_of(module) -> np.ndarray:
+    return module.memory_mean.detach().numpy()
+
+
+@pytest.mark.parametrize("setting", W_LOGVAR)
+def test_entries_have_the_names_and_shapes_of_larimar(setting):
+    shapes = {name: list(x.shape) for name, x in gpm(w_logvar_setting=setting).state_dict().items()}
+    assert shapes == LARIMAR | W_LOGVAR[setting]
+
+
+def test_an_lstm_orders_an_episode():
+    module = gpm(ordering=True).double()
+    assert len([name for name in module.state_dict() if name.startswith("lstm_z.")]) == 16
+    module = larimar.GPM(8, K, True, True)
+    assert module._z_attention(torch.randn(T, B, 8)).shape == (T, B, 8)
+
+
+def test_the_prior_starts_as_the_identity_or_as_noise():
+    assert torch.equal(gpm(identity=True).memory_mean, torch.eye(K, C).double())
+    assert gpm().memory_mean.abs().min() > 0
+    assert not gpm().memory_logvar.requires_grad
+
+
+@pytest.mark.parametrize("patterns", [1, T, 3 * K])
+@pytest.mark.parametrize("identity", [True, False])
+def test_direct_writing_is_the_least_squares_of_its_equations(identity, patterns):
+    module, z = gpm(identity=identity), draw(patterns, B, C)
+    (mean, cov), _ = module.write_to_memory(z)
+    U0 = (np.exp(0.2) + 1e-6) * np.eye(K)
+    for b in range(B):
+        values = z[:, b].numpy()
+        W = values @ np.linalg.pinv(mean_of(module))
+        close(mean[b], np.linalg.pinv(W) @ values, rtol=1e-8, atol=1e-8)
+        noise_var = np.finfo(float).eps ** 0.5 * np.einsum("ti,ij,tj->t", W, U0, W).max()
+        gain = np.linalg.solve(W @ U0 @ W.T + noise_var * np.eye(patterns), W @ U0)
+        close(cov[b], U0 - U0 @ W.T @ gain, rtol=0, atol=1e-7)  # rounding over √ε
+
+
+def test_pseudo_inverses_by_steps_end_where_the_solves_are():
+    equations = pytest.importorskip("benchmarks.larimar", reason="needs the source tree").Equations
+    module, z = gpm(identity=True, deterministic=True), draw(T, B, C)
+    by_steps = equations(module.memory_mean.detach(), steps=30)
+    state = module.write_to_memory(z)[0]
+    memory = by_steps.write(z)
+    close(state.mean, memory, rtol=1e-8, atol=1e-8)
+    cues = draw(Q, B, C, seed=1)
+    close(module.read_with_encoded_input(cues, state)[0], by_steps.read(cues, memory), rtol=1e-8, atol=1e-8)
+
+
+def test_sequential_writing_is_the_loop_of_its_equations():
+    module, z = gpm(direct_writing=False, observation_noise_std=0.3), draw(T, B, C)
+    (mean, cov), _ = module.write_to_memory(z)
+    for b in range(B):
+        U0 = (np.exp(0.2) + 1e-6) * np.eye(K)
+        R, U, *_ = written_out(paper_weights, mean_of(module), U0, z[:, b].numpy(), 0.09, 0.09, 1.0, 1.0)
+        close(mean[b], R)
+        close(cov[b], U)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_the_kl_of_the_memory_is_exact_or_that_of_larimar(direct):
+    for parity in (False, True):
+        module = gpm(direct, observation_noise_std=0.3, parity=parity)
+        (mean, cov), kl = module.write_to_memory(draw(T, B, C))
+        prior, want = (np.exp(0.2) + 1e-6) * np.eye(K), []
+        for R, U in zip(mean.detach().numpy(), cov.detach().numpy(), strict=True):
+            shift = ((R - mean_of(module)) ** 2).sum() / prior[0, 0]
+            if parity:
+                q, p = np.diag(U), np.diag(prior)
+                want.append(C * (q / p).sum() + shift - C * K + C * (np.log(p) - np.log(q)).sum())
+                assert not direct or np.array_equal(U, prior)
+            else:
+                log_ratio = np.linalg.slogdet(prior)[1] - np.linalg.slogdet(U)[1]
+                want.append(0.5 * (C * np.trace(U) / prior[0, 0] + shift - K * C + C * log_ratio))
+        close(kl, np.mean(want))
+
+
+@pytest.mark.parametrize("setting", W_LOGVAR)
+def test_a_read_has_the_numbers_of_the_equations(setting):
+    module, cues = gpm(w_logvar_setting=setting, deterministic=True), draw(Q, B, C, seed=1)
+    state = module.write_to_memory(draw(T, B, C))[0]
+    z, w, w_mean, w_logvar = module.read_with_encoded_input(cues, state, get_w=True)
+    w_logvar = w_logvar.expand(Q, B, K)
+    for q in range(Q):
+        for b in range(B):
+            M, cue = state.mean[b].detach().numpy(), cues[q, b].numpy()
+            want = cue @ np.linalg.pinv(M, rcond=1e-7)  # of rank T
+            close(w_mean[q, b], want, rtol=1e-5, atol=1e-5)  # rounding of M over λ = 1.5e-8
+            close(z[q, b], want @ M, rtol=1e-8, atol=1e-8)
+            entries = {name: x.numpy() for name, x in module.state_dict().items()}
+            taken = {2: cue, 3: M.ravel(), 4: np.concatenate([cue, M.ravel()])}.get(setting)
+            logvar = (
+                entries["w_logvar"] if taken is None else entries["w_logvar.weight"] @ taken + entries["w_logvar.bias"]
+            )
+            close(w_logvar[q, b], np.broadcast_to(logvar, K))
+    assert w is w_mean
+    want = 0.5 * (w_logvar.exp() + w_mean**2 - 1 - w_logvar).detach()
+    close(module.read_with_encoded_input(cues, state, reduce_kl=False)[1], want)
+    close(module.read_with_encoded_input(cues, state)[1], want.sum(-1))
+
+
+def test_samples_of_a_read_have_the_moments_of_their_law():
+    n, module = 20_000, gpm(observation_noise_std=0.5)
+    state = module.write_to_memory(draw(T, 1, C))[0]
+    cue = draw(1, 1, C, seed=1).expand(n, 1, C)
+    torch.manual_seed(0)
+    z, w, w_mean, w_logvar = module.read_with_encoded_input(cue, state, get_w=True)
+    noise = (w - w_mean) / (0.5 * w_logvar).exp(), (z - w @ state.mean) / 0.5
+    more = module.read_with_encoded_input(cue, state, get_w=True, deterministic=True, sigma_w=0.2)
+    for sample in (*noise, (more[1] - more[2]) / 0.2):
+        count = sample.numel()  # six standard errors
+        assert abs(sample.mean()) < 6 / count**0.5
+        assert abs(sample.std() - 1) < 6 / (2 * count) ** 0.5
+
+
+def test_nothing_is_drawn_in_a_deterministic_read():
+    module, cues = gpm(observation_noise_std=0.5), draw(Q, B, C, seed=1)
+    state = module.write_to_memory(draw(T, B, C))[0]
+    before = torch.get_rng_state()
+    first = module.read_with_encoded_input(cues, state, deterministic=True)[0]
+    module.deterministic = True
+    assert torch.equal(module.read_with_encoded_input(cues, state)[0], first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("identity", [True, False])
+def test_float32_reads_what_it_wrote_at_every_scale(identity, scale):
+    """Also where patterns repeat, and the least squares have no full rank."""
+    torch.manual_seed(0)
+    module = larimar.GPM(48, 32, True, False, identity=identity, deterministic=True)
+    codes = scale * draw(8, B, 48, dtype=torch.float32)
+    codes = torch.cat([codes, codes[:4]])
+    state, kl = module.write_to_memory(codes)
+    assert kl.isfinite()
+    assert torch.linalg.eigvalsh(state.cov.double()).min() > 0
+    assert_close(module.read_with_encoded_input(codes, state)[0].detach(), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_computed_in_float32(dtype):
+    codes = draw(T, B, C, dtype=dtype)
+    module = gpm(w_logvar_setting=4, identity=True, deterministic=True).to(dtype)
+    state, _ = module.write_to_memory(codes)
+    assert state.mean.dtype == state.cov.dtype == torch.float32
+    z, dkl_w = module.read_with_encoded_input(codes, state)
+    assert (z.dtype, dkl_w.dtype) == (dtype, torch.float32)
+    assert_close(z, codes)
+    with torch.autocast("cpu", dtype):
+        z, _ = module.float().read_with_encoded_input(codes, module.write_to_memory(codes)[0])
+    assert_close(z, codes.float())
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_gradients_reach_the_prior_and_the_variance_of_the_weights(direct):
+    module = gpm(direct, observation_noise_std=0.3)
+    state, dkl_M = module.write_to_memory(draw(T, B, C))
+    z, dkl_w = module.read_with_encoded_input(draw(Q, B, C, seed=1), state)
+    (z.square().sum() + dkl_M + dkl_w.sum()).backward()
+    assert module.memory_mean.grad.abs().sum() > 0
+    assert module.w_logvar.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"w_logvar_setting": 5}, ValueError, "w_logvar_setting"),
+        ({"observation_noise_std": -1.0}, ValueError, "observation_noise_std"),
+        ({"least_noise_var": float("nan")}, ValueError, "least_noise_var"),
+    ],
+)
+def test_a_wrong_option_is_named(options, error, named):
+    with pytest.raises(error, match=named):
+        larimar.GPM(C, K, True, False, **options)
+
+
+def test_wrong_codes_are_named():
+    module = gpm()
+    state = module.write_to_memory(draw(T, B, C))[0]
+    for call in (module.write_to_memory, lambda z: module.read_with_encoded_input(z, state)):
+        with pytest.raises(ValueError, match=r"input_encoded must be a tensor of shape \[T, B, C\]"):
+            call(draw(B, C))
+        with pytest.raises(TypeError, match="input_encoded must be a tensor"):
+            call([1.0])
+        with pytest.raises(ValueError, match="must have shape"):
+            call(draw(T, B, C + 1))
+
+
+def test_the_benchmark_verifies_before_it_times(capsys, monkeypatch):
+    benchmark = pytest.importorskip("benchmarks.larimar", reason="needs the source tree")
+    assert benchmark.compare(K=16, C=24, T=4, batch=2, seconds=0.01) > 0  # how much is the machine's affair
+    assert "| both |" in capsys.readouterr().out
+    monkeypatch.setattr(benchmark, "pseudo_inverse", lambda A, steps: A.mT)
+    with pytest.raises(SystemExit, match="equations is wrong, so that nothing was timed"):
+        benchmark.compare(K=16, C=24, T=4, batch=2, seconds=0.01)
+    assert "| both |" not in capsys.readouterr().out
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +436,11 @@ def changed(state_dict: dict, fault: str) -> tuple[dict, str]:
     return changed | {name: wrong}, f"{name} must be a tensor of shape"
 
 
-MODULES = {"deepmind": kanerva}
+MODULES = {
+    "deepmind": kanerva,
+    "larimar": gpm,
+    "larimar, linear": lambda: gpm(w_logvar_setting=2),
+}
 
 
 @pytest.mark.parametrize("fault", ["foreign", "missing", "misshapen", "no tensor"])

@@ -1,1 +1,1 @@
-"""The memory under the names of other programs: `fastkm.adapters.deepmind`."""
+"""The memory under the names of other programs: `fastkm.adapters.deepmind`, `fastkm.adapters.larimar`."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from fastkm._runtime import guards
+from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.results import result
 from fastkm.adapters.checkpoints import WholeLoading
+from fastkm.adapters.layouts import exchange
 from fastkm.addressing import solve_addressing
 from fastkm.matrix_normal import MatrixNormal, kl_memory
 from fastkm.nn import memory as nn_memory
@@ -125,9 +127,10 @@ class KanervaMemory(WholeLoading):
         mean, cov = self.memory.prior_state(batch_size)
         return MemoryState(mean, cov + EPSILON * torch.eye(self.memory.memory_size, dtype=cov.dtype, device=cov.device))
 
+    @in_float32
     def update_state(self, z: Tensor, memory_state: MemoryState) -> StateUpdate:
         """Write the episode ``z [S, B, C]`` into ``memory_state``, one pattern after the other."""
-        values, memory = _exchange("z", z, "[S, B, C]"), self.memory
+        values, memory = exchange("z", z, "[S, B, C]"), self.memory
         if self._sample_w or self._sample_M:
             return self._update_with_samples(values, memory_state)
         written = write(
@@ -141,10 +144,11 @@ class KanervaMemory(WholeLoading):
         )
         return self._result(written.state, written.weights, written.weights, written.kl)
 
+    @in_float32
     def read_with_z(self, z: Tensor, memory_state: MemoryState) -> tuple[Tensor, Tensor]:
         """What the memory says about the cues ``z [S, B, C]``: values ``[S, B, C]``, KL of weights ``[S, B]``."""
         memory, M = self.memory, self.sample_M(memory_state)
-        queries = _exchange("z", z, "[S, B, C]")
+        queries = exchange("z", z, "[S, B, C]")
         values, weights = read(M, queries, memory.ridge, method=self._method, backend=memory.backend)
         if self._sample_w:
             values = self.sample_w(weights) @ M
@@ -178,7 +182,7 @@ class KanervaMemory(WholeLoading):
 
     def get_w_to_z_mean(self, w_p: Tensor, R: Tensor) -> Tensor:
         """What weights ``w_p [S, B, K]`` read from ``R [B, K, C]``: ``[S, B, C]``."""
-        return (_exchange("w_p", w_p, "[S, B, K]") @ R).transpose(0, 1)
+        return (exchange("w_p", w_p, "[S, B, K]") @ R).transpose(0, 1)
 
     def wrap_z_dist(self, z_mean: Tensor) -> Independent:
         """``N(z_mean, σ² I)`` as a distribution of codes."""
@@ -208,11 +212,3 @@ class KanervaMemory(WholeLoading):
     def _condition(self, state: tuple[Tensor, Tensor], weights: Tensor, values: Tensor) -> PosteriorUpdate:
         memory = self.memory
         return update_posterior(state, weights, values, memory.noise_var, backend=memory.backend)  # type: ignore[arg-type]
-
-
-def _exchange(name: str, x: Tensor, shape: str) -> Tensor:
-    """Time first in place of batch first, or the reverse; a view."""
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise (ValueError if isinstance(x, Tensor) else TypeError)(f"{name} must be a tensor {shape}, got {got}")
-    return x.transpose(0, 1)
