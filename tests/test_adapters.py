@@ -350,10 +350,11 @@ def test_nothing_is_drawn_in_a_deterministic_read():
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
 @pytest.mark.parametrize("identity", [True, False])
-def test_float32_reads_what_it_wrote_at_every_scale(identity, scale):
+@pytest.mark.parametrize("direct", [True, False])
+def test_float32_reads_what_it_wrote_at_every_scale(direct, identity, scale):
     """Also where patterns repeat, and the least squares have no full rank."""
     torch.manual_seed(0)
-    module = larimar.GPM(48, 32, True, False, identity=identity, deterministic=True)
+    module = larimar.GPM(48, 32, direct, False, identity=identity, deterministic=True)
     codes = scale * draw(8, B, 48, dtype=torch.float32)
     codes = torch.cat([codes, codes[:4]])
     state, kl = module.write_to_memory(codes)

@@ -49,9 +49,8 @@ class GPM(WholeLoading):
             4: linear in both.
         deterministic: a read returns ``Mᵀ μ``, else a sample.
         device: accepted and not used; a module is moved by ``.to()``.
-        least_noise_var: λ of addressing, and the least σ² of sequential writing. The λ of ``W⁺``, which is the σ² of
-            that update, is at least this times the largest ``wᵀUw``. None means the square root of the dtype's ε:
-            3.5e-4 in float32 and 1.5e-8 in float64.
+        least_noise_var: λ of addressing. The σ² of a write, which is also the λ of ``W⁺``, is at least this times the
+            largest ``wᵀUw``. None means the square root of the dtype's ε: 3.5e-4 in float32 and 1.5e-8 in float64.
         parity: leave the covariance as it is in a direct write, and use Larimar's formula for the KL of the memory.
         backend: as everywhere in this package.
 
@@ -170,26 +169,27 @@ class GPM(WholeLoading):
         return MemoryState(mean.repeat(batch_size, 1, 1), cov)
 
     def _update_state(self, codes: Tensor, prior: MemoryState) -> MemoryState:
-        if self._direct_writing:
-            return self._write_directly(codes, prior)
-        noise_var = max(self._observation_noise_std**2, self._ridge(prior.mean.dtype))
-        return write(prior, codes, noise_var, noise_var, backend=self.backend).state
-
-    def _write_directly(self, codes: Tensor, prior: MemoryState) -> MemoryState:
         mean, cov = prior
         B, T, C = codes.shape
         # All memories have one prior mean, which is factored once for the patterns of all of them.
         weights = self._read(self._float(self.memory_mean).unsqueeze(0), codes.reshape(1, B * T, C)).weights
         weights = weights.reshape(B, T, self._memory_size)
-        with torch.no_grad():
-            energy = functional.pad((weights @ cov * weights).sum(2), (1, 0)).amax(1)  # [B], 0 without a pattern
-            least = max(self._observation_noise_std**2, torch.finfo(mean.dtype).tiny)
-            noise_var = (self._ridge(mean.dtype) * energy).clamp_min(least)
+        noise_var = self._held_noise_var(weights, cov)
+        if not self._direct_writing:
+            ridge = max(self._observation_noise_std**2, self._ridge(mean.dtype))
+            return write(prior, codes, noise_var, ridge, backend=self.backend).state
         first = update_posterior(
-            prior._replace(mean=torch.zeros_like(mean)), weights, codes, noise_var, backend=self.backend
+            MemoryState(torch.zeros_like(mean), cov), weights, codes, noise_var, backend=self.backend
         )
-        again = update_posterior(prior._replace(mean=first.state.mean), weights, codes, noise_var, backend=self.backend)
+        again = update_posterior(MemoryState(first.state.mean, cov), weights, codes, noise_var, backend=self.backend)
         return MemoryState(again.state.mean, cov if self.parity else first.state.cov)
+
+    @torch.no_grad()
+    def _held_noise_var(self, weights: Tensor, cov: Tensor) -> Tensor:
+        """σ² ``[B]``, and enough of it beside ``wᵀUw`` for the new covariance to be held."""
+        energy = functional.pad((weights @ cov * weights).sum(2), (1, 0)).amax(1)  # 0 without a pattern
+        least = max(self._observation_noise_std**2, torch.finfo(cov.dtype).tiny)
+        return (self._ridge(cov.dtype) * energy).clamp_min(least)
 
     def _read(self, M: Tensor, queries: Tensor) -> ReadResult:
         """``μ = z R⁺`` and ``Rᵀ μ``, of queries ``[B, Q, C]``."""
