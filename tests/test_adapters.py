@@ -27,6 +27,10 @@ def entries(module) -> dict:
     return {name: x.clone() for name, x in module.state_dict().items()}
 
 
+def wave(*shape: int) -> torch.Tensor:
+    return torch.tensor(np.sin(1 + 1.7 * np.arange(np.prod(shape)) ** 1.1).reshape(shape))
+
+
 # ---- dynamic-kanerva-machines ----------------------------------------------------------------------------------------
 
 
@@ -93,6 +97,25 @@ def test_a_read_has_the_numbers_of_the_formulas(parity, solve):
             w = solve(R, cues[q, b].numpy(), 0.49 / 0.64)
             close(z_mean[q, b], R.T @ w)
             close(dkl_w[q, b], 0.5 * (K * 0.09 / 0.64 + w @ w / 0.64 - K + K * np.log(0.64 / 0.09)))
+
+
+def test_parity_has_the_numbers_of_the_released_module():
+    """They were printed by memory.py of revision 49e7a0d, on stand-ins for TensorFlow and Sonnet made of NumPy."""
+    memory = deepmind.KanervaMemory(4, 3, 2, 0.8, 0.7, parity=True).double()
+    memory.reset_parameters()
+    with torch.no_grad():
+        memory.memory.prior_mean.copy_(wave(3, 4))
+        memory.memory.prior_log_var.fill_(0.3)
+    state, w, dkl_w, dkl_M = memory.update_state(2 * wave(3, 2, 4).flip(0), memory.get_prior_state(2))
+    read_z, read_dkl_w = memory.read_with_z(wave(2, 2, 4), state)
+    close(state.M_mean[1, 0], [0.489046358895, 0.278820464166, -1.047857561653, 1.365930381729])
+    close(state.M_cov[1, 0], [0.346181898585, 0.172791805086, 0.081000021162])
+    close(w[2, 1], [0.025409330851, 0.778816586099, -0.855588458423])
+    close(dkl_w[:, 1], [3.185844840334, 3.019395088582, 2.699700664554])
+    close(dkl_M[:, 1], [2.461821110258, 1.578055612204, 0.288687571056])
+    close(read_z[1, 1], [0.776341158130, -0.974600850435, 0.554626143902, 0.163985966822])
+    close(read_dkl_w, [[2.052966382515, 1.916026825973], [1.952556257185, 1.969002726611]])
+    close(memory.get_dkl_total(state), [5.565821123507, 4.724812451420])
 
 
 def test_the_divergence_from_the_prior_is_exact_or_that_of_the_released_code():
@@ -270,6 +293,25 @@ def test_pseudo_inverses_by_steps_end_where_the_solves_are():
     close(state.mean, memory, rtol=1e-8, atol=1e-8)
     cues = draw(Q, B, C, seed=1)
     close(module.read_with_encoded_input(cues, state)[0], by_steps.read(cues, memory), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_parity_has_the_numbers_of_larimars_module(direct):
+    """They were printed by memory.py of revision 6044174 on a CPU in float64, with 60 steps in each pseudo-inverse."""
+    module = larimar.GPM(4, 3, direct, False, 60, 0 if direct else 0.7, deterministic=True, parity=True).double()
+    entries = {"memory_mean": wave(3, 4), "memory_logvar": [0.3], "ben_cohen_memory_init": [-5], "w_logvar": [-0.5]}
+    module.load_state_dict({name: torch.as_tensor(x, dtype=torch.float64) for name, x in entries.items()})
+    (mean, cov), dkl_M = module.write_to_memory(2 * wave(2, 2, 4).flip(0))
+    if not direct:
+        close(mean[1, 0], [0.862482502843, 0.547714474380, -1.022750407063, 0.270106073500])
+        close(cov[1, 0], [1.231203802522, 0.101304783323, -0.040281273260])
+        close(dkl_M, 3.274795950998)
+        return
+    z, dkl_w = module.read_with_encoded_input(wave(2, 2, 4), (mean, cov))
+    close(mean[1, 0], [-0.155318564634, 0.232105148442, -0.135940699034, -0.050757692954])
+    close(dkl_M, 1.418547028490)
+    close(z[1, 1], [0.899978965512, -0.960148818373, 0.541149351067, 0.126186600019])
+    close(dkl_w, [[0.659795989569, 0.659795989569], [0.659795989569, 10.576674837244]], rtol=1e-8)  # nearly parallel
 
 
 def test_sequential_writing_is_the_loop_of_its_equations():
