@@ -464,6 +464,41 @@ def test_the_benchmark_verifies_before_it_times(capsys, monkeypatch):
     assert "| both |" not in capsys.readouterr().out
 
 
+# ---- around both -----------------------------------------------------------------------------------------------------
+
+
+def deepmind_episode():
+    memory = deepmind.KanervaMemory(C, K).double()
+
+    def run(z):
+        state, *rest = memory.update_state(z, memory.get_prior_state(B))
+        return *state, *rest, *memory.read_with_z(z, state), memory.get_dkl_total(state)
+
+    return run
+
+
+def larimar_episode():
+    memory = gpm(deterministic=True)
+
+    def run(z):
+        state, dkl_M = memory.write_to_memory(z)
+        return *state, dkl_M, *memory.read_with_encoded_input(z, state)
+
+    return run
+
+
+@pytest.mark.parametrize("make", [deepmind_episode, larimar_episode])
+def test_an_episode_compiles_without_a_break(make):
+    torch.compiler.reset()
+    run, z = make(), draw(T, B, C)
+    torch.testing.assert_close(torch.compile(run, backend="eager", fullgraph=True)(z), run(z), **CLOSE)
+
+
+@pytest.mark.parametrize("make", [deepmind_episode, larimar_episode])
+def test_an_episode_without_patterns_leaves_a_finite_memory(make):
+    assert all(x.isfinite().all() for x in make()(draw(0, B, C)))
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,7 @@ from fastkm.matrix_normal import MatrixNormal, kl_memory
 from fastkm.nn import memory as nn_memory
 from fastkm.posterior import PosteriorUpdate, update_posterior
 from fastkm.reading import read
+from fastkm.state import MemoryState as Moments
 from fastkm.writing import write
 
 __all__ = ["KanervaMemory", "MemoryState", "StateUpdate"]
@@ -128,13 +129,13 @@ class KanervaMemory(WholeLoading):
         return MemoryState(mean, cov + EPSILON * torch.eye(self.memory.memory_size, dtype=cov.dtype, device=cov.device))
 
     @in_float32
-    def update_state(self, z: Tensor, memory_state: MemoryState) -> StateUpdate:
+    def update_state(self, z: Tensor, memory_state: tuple[Tensor, Tensor]) -> StateUpdate:
         """Write the episode ``z [S, B, C]`` into ``memory_state``, one pattern after the other."""
         values, memory = exchange("z", z, "[S, B, C]"), self.memory
         if self._sample_w or self._sample_M:
-            return self._update_with_samples(values, memory_state)
+            return self._update_with_samples(values, _moments(memory_state))
         written = write(
-            memory_state,  # type: ignore[arg-type]  # any pair of tensors
+            _moments(memory_state),
             values,
             memory.noise_var,
             memory.ridge,
@@ -145,7 +146,7 @@ class KanervaMemory(WholeLoading):
         return self._result(written.state, written.weights, written.weights, written.kl)
 
     @in_float32
-    def read_with_z(self, z: Tensor, memory_state: MemoryState) -> tuple[Tensor, Tensor]:
+    def read_with_z(self, z: Tensor, memory_state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """What the memory says about the cues ``z [S, B, C]``: values ``[S, B, C]``, KL of weights ``[S, B]``."""
         memory, M = self.memory, self.sample_M(memory_state)
         queries = exchange("z", z, "[S, B, C]")
@@ -154,12 +155,13 @@ class KanervaMemory(WholeLoading):
             values = self.sample_w(weights) @ M
         return values.transpose(0, 1), self.get_dkl_w(weights).mT
 
-    def get_dkl_total(self, memory_state: MemoryState) -> Tensor:
+    def get_dkl_total(self, memory_state: tuple[Tensor, Tensor]) -> Tensor:
         """KL(q(M) ‖ p(M)) from the prior ``[B]``, in nats; with ``parity`` the formula of the released code."""
-        mean, cov = guards.pair("memory_state", memory_state, "MemoryState(M_mean, M_cov)")
-        prior, method = self.get_prior_state(mean.shape[0]), "deepmind" if self.parity else "exact"
-        backend = None if self.parity else self.memory.backend
-        return kl_memory((mean, cov), prior, method=method, backend=backend)  # type: ignore[arg-type]
+        state = _moments(memory_state)
+        prior = Moments(*self.get_prior_state(state.mean.shape[0]))
+        if self.parity:
+            return kl_memory(state, prior, method="deepmind")
+        return kl_memory(state, prior, backend=self.memory.backend)
 
     def get_dkl_w(self, w_mean: Tensor) -> Tensor:
         """KL(q(w) ‖ p(w)) of ``w_mean [..., K]``, in nats."""
@@ -177,7 +179,7 @@ class KanervaMemory(WholeLoading):
 
     def sample_M(self, memory_state: tuple[Tensor, Tensor]) -> Tensor:
         """A sample of the memory ``[B, K, C]`` with ``sample_M``, else its mean."""
-        mean, cov = guards.pair("memory_state", memory_state, "MemoryState(M_mean, M_cov)")
+        mean, cov = _moments(memory_state)
         return MatrixNormal(mean, cov).rsample() if self._sample_M else mean
 
     def get_w_to_z_mean(self, w_p: Tensor, R: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ class KanervaMemory(WholeLoading):
     def _method(self) -> str:
         return "deepmind" if self.parity else "ridge"
 
-    def _update_with_samples(self, values: Tensor, state: tuple[Tensor, Tensor]) -> StateUpdate:
+    def _update_with_samples(self, values: Tensor, state: Moments) -> StateUpdate:
         """One pattern at a time, because each weight is solved against a sample, or its KL is that of one."""
         memory, steps = self.memory, []
         for z in values.split(1, dim=1):
@@ -209,6 +211,10 @@ class KanervaMemory(WholeLoading):
     def _result(self, state: tuple[Tensor, Tensor], means: Tensor, samples: Tensor, kl: Tensor) -> StateUpdate:
         return StateUpdate(MemoryState(*state), samples.transpose(0, 1), self.get_dkl_w(means).mT, kl.mT)
 
-    def _condition(self, state: tuple[Tensor, Tensor], weights: Tensor, values: Tensor) -> PosteriorUpdate:
+    def _condition(self, state: Moments, weights: Tensor, values: Tensor) -> PosteriorUpdate:
         memory = self.memory
-        return update_posterior(state, weights, values, memory.noise_var, backend=memory.backend)  # type: ignore[arg-type]
+        return update_posterior(state, weights, values, memory.noise_var, backend=memory.backend)
+
+
+def _moments(memory_state: tuple[Tensor, Tensor]) -> Moments:
+    return Moments(*guards.pair("memory_state", memory_state, "MemoryState(M_mean, M_cov)"))

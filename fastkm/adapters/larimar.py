@@ -1,5 +1,7 @@
 """The memory of IBM/larimar under its names: constructor, methods, state_dict; time before batch."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -103,7 +105,8 @@ class GPM(WholeLoading):
         self._w_logvar_setting = w_logvar_setting
 
         inputs = {2: C, 3: C * K, 4: C + C * K}.get(w_logvar_setting)
-        self.w_logvar = nn.Linear(inputs, K) if inputs else nn.Parameter(torch.zeros(K if w_logvar_setting else 1))
+        rows = K if w_logvar_setting else 1
+        self.w_logvar: Any = nn.Linear(inputs, K) if inputs else nn.Parameter(torch.zeros(rows))
         self.memory_logvar = nn.Parameter(torch.zeros(1), requires_grad=False)
         self.memory_mean = nn.Parameter(torch.eye(K, C) if identity else torch.randn(K, C))
         # Larimar starts its pseudo-inverses from this; it is part of its checkpoints.
@@ -203,7 +206,7 @@ class GPM(WholeLoading):
 
     def _w_logvar_of(self, input_encoded: Tensor, M: Tensor) -> Tensor:
         """ln σw², which broadcasts against ``[T, B, K]``."""
-        if isinstance(self.w_logvar, nn.Parameter):
+        if self._w_logvar_setting < 2:
             return self._float(self.w_logvar)
         weight, bias, C = self.w_logvar.weight, self.w_logvar.bias, self._code_size
         z, memory = input_encoded.to(weight.dtype), M.flatten(1).to(weight.dtype)
