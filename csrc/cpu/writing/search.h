@@ -22,9 +22,11 @@
 namespace fastkm::FASTKM_LEVEL {
 
 // Patterns whose weights are found before the mean is updated. A larger chunk has fewer Gram products, factors and
-// inverses, and more terms of low rank for each pattern.
-constexpr int64_t kLargestSearchChunk = 4 * kChunk;
-inline int64_t search_chunk(int64_t K) { return K < 128 ? kChunk : K < 512 ? 2 * kChunk : kLargestSearchChunk; }
+// inverses, of K³ steps each, and more terms of low rank for each pattern, of K steps.
+constexpr int64_t kLargestSearchChunk = 16 * kChunk;
+inline int64_t search_chunk(int64_t K) {
+  return K < 128 ? kChunk : K < 512 ? 2 * kChunk : K < 1024 ? 4 * kChunk : kLargestSearchChunk;
+}
 
 // The inner products of a chunk, which the search keeps up to date.
 template <class Real>
