@@ -3,6 +3,7 @@
 Each group of processes runs many checks, because it takes seconds to start.
 """
 
+import itertools
 import math
 import os
 import runpy
@@ -29,7 +30,7 @@ import fastkm
 from fastkm import KanervaMemory, MemoryState, distributed
 from fastkm._runtime.errors import BackendUnavailableError
 from fastkm.distributed.gram import Gram, SquareRoot
-from fastkm.distributed.ranks import LENGTH, checksum
+from fastkm.distributed.ranks import BLOCK, LENGTH, Ranks, Share, checksum
 from fastkm.models import DynamicKanervaMachine
 
 TIMEOUT = timedelta(seconds=20)
@@ -297,6 +298,73 @@ def what_ranks_disagree_about_is_named_on_every_rank(rank, size, folder):
         distributed.update_pooled(MemoryState(state.mean, -state.cov), usual.weights, values, noise_var)
 
 
+def nothing_is_written_or_read_as_on_one_process(rank, size, folder):
+    """No memory, no pattern, no row. A rank that alone has no pattern is an error on every rank."""
+    B, T, Q, K, C = SHAPES[0]
+    for sizes in ((0, T, Q, K, C), (B, 0, Q, K, C), (B, T, Q, 0, C)):
+        p = problem(*sizes)
+        for name, run in SHARDED.items():
+            truth = own_columns(oracle.flat(WHOLE[name](p, "reference")), rank, size, C)
+            for field, x in oracle.flat(run(shard(p, rank, size))).items():
+                oracle.assert_close(x, truth[field], f"{name} {sizes} {field}")
+        found = distributed.update_pooled(p.state, p.weights, p.values, 1.0)
+        repeated = MemoryState(*p.state), p.weights.repeat(1, size, 1), p.values.repeat(1, size, 1), 1.0
+        truth = fastkm.update_posterior(*repeated, backend="reference").state
+        for x, y in zip(found, truth, strict=True):
+            oracle.assert_close(x, y, f"pooled {sizes}")
+    p = shard(problem(B, 0 if rank == 1 else T, Q, K, C), rank, size)
+    for name in ("write", "update", "filter"):
+        with pytest.raises(ValueError, match=r"T must be .*, got 4 on ranks \[0, 2\], 0 on rank 1"):
+            SHARDED[name](p)
+
+
+def one_hot_weights_on_different_rows_are_noticed(rank, size, folder):
+    p = shard(problem(2, 3, 3, 5, 20), rank, size)
+    alike, own = (torch.eye(5, dtype=torch.float64)[rows].expand(2, 3, 5) for rows in ([0, 1, 2], [rank] * 3))
+    with pytest.raises(ValueError, match="weights must be the same on every rank"):
+        distributed.update_sharded(p.state, own, p.values, p.noise_var)
+    with pytest.raises(ValueError, match="queries must be the same on every rank"):
+        distributed.filter_sharded(p.state, alike, p.values, own, p.noise_var)
+
+
+def a_factor_is_checked_on_every_rank(rank, size, folder):
+    p = shard(problem(*SHAPES[0]), rank, size)
+    good = distributed.factor_sharded(p.state.mean, p.ridge)
+    cases = {
+        r"ValueError: factor.pseudoinverse must have shape \[B, C, K\]": good._replace(pseudoinverse=good.mean),
+        "TypeError: factor.pseudoinverse must be float64": good._replace(pseudoinverse=good.pseudoinverse.float()),
+        "TypeError: factor.lower must be float64 like factor.mean": good._replace(
+            lower=good.lower.float(), ridge=good.ridge.float()
+        ),
+        r"ValueError: factor.lower must have shape \[B, K, K\]": good._replace(lower=good.lower[:, 1:]),
+        "TypeError: factor.ridge must be a tensor": good._replace(ridge=0.5),
+        r"ValueError: factor.ridge must have shape \[B\]": good._replace(ridge=good.ridge[1:]),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises((TypeError, ValueError), match=f"refused on rank 1, {message}"):
+            distributed.read_factored_sharded(wrong if rank == 1 else good, p.queries)
+    with pytest.raises(ValueError, match=r"factor.ridge must be the same .* on rank 1"):
+        distributed.read_factored_sharded(good._replace(ridge=good.ridge * (1 + (rank == 1))), p.queries)
+
+
+def what_pytorch_raises_on_one_rank_is_raised_on_every_rank(rank, size, folder):
+    """A device that only one rank asks for, and that is nowhere."""
+    p = shard(problem(*SHAPES[0]), rank, size)
+    distributed.save_sharded(p.state, f"{folder}/placed")
+    with pytest.raises((RuntimeError, AssertionError), match="load_sharded: refused on rank 1, "):
+        distributed.load_sharded(f"{folder}/placed", device="cuda:99" if rank == 1 else "cpu")
+    for error in (RuntimeError, torch.OutOfMemoryError, NotImplementedError, MemoryError, AssertionError, EOFError):
+
+        def share(error=error):
+            if rank == 1:
+                raise error("no room")
+            return Share({"B": 1}, torch.float32, 1, None)
+
+        kind = RuntimeError if issubclass(error, RuntimeError) else error
+        with pytest.raises(kind, match=f"read_sharded: refused on rank 1, {kind.__name__}: no room"):
+            Ranks("read_sharded", None).attempt(share)
+
+
 def a_message_has_the_size_that_the_page_says(rank, size, folder):
     B, T, Q, K, C = SHAPES[0]
     p = shard(problem(B, T, Q, K, C), rank, size)
@@ -448,6 +516,10 @@ CHECKS = {
         pooled_patterns_are_those_of_one_process,
         a_mesh_and_a_part_of_the_ranks_are_groups,
         what_ranks_disagree_about_is_named_on_every_rank,
+        nothing_is_written_or_read_as_on_one_process,
+        one_hot_weights_on_different_rows_are_noticed,
+        a_factor_is_checked_on_every_rank,
+        what_pytorch_raises_on_one_rank_is_raised_on_every_rank,
         a_message_has_the_size_that_the_page_says,
         the_example_is_a_write_and_a_read,
         a_state_is_saved_by_three,
@@ -511,11 +583,26 @@ def test_the_gradient_through_a_square_root(columns):
 
 
 def test_a_checksum_tells_values_and_places_apart():
-    x = torch.arange(6.0).view(2, 3)
-    others = [x.flip(1), x.flip(0), x.double(), x + 1, x[:, :2], None, torch.zeros(2, 3), x.unsqueeze(-1).flip(0)]
+    x = torch.arange(6.0).view(1, 2, 3)
+    others = [x.flip(2), x.flip(1), x.double(), x + 1, x[..., :2], None, torch.zeros(1, 2, 3), x[0].flip(0)]
     assert all(int(checksum(x)) != int(checksum(y)) for y in others)
-    assert int(checksum(x)) == int(checksum(x.clone().t().contiguous().t()))
+    assert int(checksum(x)) == int(checksum(x.clone().mT.contiguous().mT))
     assert int(checksum(torch.tensor(1.0).expand(2, 3))) == int(checksum(torch.ones(2, 3)))
+    one = torch.ones(1, dtype=torch.float64)
+    assert int(checksum(one.as_strided((1,), (7,)))) == int(checksum(one))
+    assert int(checksum(torch.empty(2, 0, 3))) == 1
+
+
+def one_hot(rows):
+    return torch.nn.functional.one_hot(torch.tensor(rows), BLOCK // 2).float()
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [0, 0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 2, 3]])
+def test_a_checksum_tells_one_hot_rows_apart(rows):
+    """Also where the sums of places are the same, and across the blocks that a checksum multiplies at once."""
+    x = one_hot(rows)
+    for other in set(itertools.permutations(rows)):
+        assert (int(checksum(one_hot(other))) == int(checksum(x))) == (other == tuple(rows))
 
 
 @pytest.mark.parametrize("uneven", [False, True])

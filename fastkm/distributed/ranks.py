@@ -6,6 +6,7 @@ called with, and whether it refuses. If something is wrong, every rank knows, an
 """
 
 from collections.abc import Callable, Mapping
+from pickle import UnpicklingError
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -33,8 +34,22 @@ OPERATIONS = (
 # The first numbers of a header. What follows is, for each name that the operation compares, one number.
 REFUSED, OPERATION, DTYPE, COLUMNS, COMPARED = range(5)
 LENGTH = 20  # numbers of a header, whatever the operation: ranks that call different operations must not hang either
+BLOCK = 2**18  # numbers that a checksum multiplies at once
 
-REFUSALS = (TypeError, ValueError, OSError, BackendUnavailableError, torch.linalg.LinAlgError)
+# What arguments, files or the machine of one rank can raise. The first kind that fits an error is raised on all ranks,
+# so that LinAlgError and BackendUnavailableError stand before RuntimeError, from which they derive.
+REFUSALS = (
+    TypeError,
+    ValueError,
+    BackendUnavailableError,
+    torch.linalg.LinAlgError,
+    RuntimeError,  # of PyTorch: a device that is not there, memory of a device, shapes of tensors
+    AssertionError,  # of PyTorch without CUDA, of a tensor on a GPU
+    MemoryError,
+    OSError,
+    EOFError,  # of a file that was cut short, as the next
+    UnpicklingError,
+)
 
 
 class Share(NamedTuple):
@@ -59,17 +74,17 @@ class Ranks:
         """What this rank's share of the work makes. If one rank refuses its own, every rank raises, and none waits."""
         try:
             share = work()
+            compared = [fact if isinstance(fact, int) else int(checksum(fact)) for fact in share.facts.values()]
         except REFUSALS as error:
-            self._agree(Share({}, None, 0, None), error)
+            self._agree(Share({}, None, 0, None), [], error)
         else:
-            self._agree(share)
+            self._agree(share, compared)
             return share.made
 
-    def _agree(self, share: Share, refusal: Exception | None = None) -> None:
+    def _agree(self, share: Share, compared: list[int], refusal: Exception | None = None) -> None:
         """Exchange headers. Every rank raises if one refuses, or if two disagree."""
         dtype = 0 if share.dtype is None else 1 + DTYPES.index(share.dtype)
-        numbers = [int(refusal is not None), OPERATIONS.index(self.operation), dtype, share.columns]
-        numbers += [fact if isinstance(fact, int) else int(checksum(fact)) for fact in share.facts.values()]
+        numbers = [int(refusal is not None), OPERATIONS.index(self.operation), dtype, share.columns, *compared]
         header = torch.tensor(numbers + [0] * (LENGTH - len(numbers)), dtype=torch.int64, device=self._device())
         gathered = [torch.empty_like(header) for _ in range(self.size)]
         dist.all_gather(gathered, header, group=self.group)
@@ -132,16 +147,25 @@ class SumOverRanks(torch.autograd.Function):
 
 
 def checksum(x: Tensor | None) -> Tensor | int:
-    """One number for the bits of a tensor and the order of its rows. It makes no copy, and waits for no device."""
+    """One number for the bits of a tensor and their places. It copies a block at a time, and waits for no device."""
     if x is None:
         return 0
-    x = x.detach().contiguous()
-    if x.stride(-1) != 1:  # of a last axis of size 1
+    x = x.detach().contiguous().flatten()
+    if x.stride(-1) != 1:  # of one number
         x = x.clone(memory_format=torch.contiguous_format)
     bits = x.view(torch.uint8) if x.dtype == torch.bool else x.view(torch.int32)
-    sums = bits.sum(-1, dtype=torch.int64).flatten() if bits.dim() > 2 else bits.flatten().long()
-    places = torch.arange(1, 2 * sums.numel(), 2, device=x.device)
-    return 1 + x.numel() + (sums * places).sum()
+    within = _factors(0, min(BLOCK, bits.numel()), x.device)
+    sums = torch.stack([(block * within[: block.numel()]).sum() for block in bits.split(BLOCK)])
+    return 1 + x.numel() + (sums * _factors(BLOCK, BLOCK + sums.numel(), x.device)).sum()
+
+
+def _factors(first: int, last: int, device: torch.device) -> Tensor:
+    """An odd number for each place, modulo 2^64.
+
+    Odd numbers in their order would not do: a sum with them stays the same where two rows move apart by as many places.
+    """
+    places = torch.arange(first, last, device=device) * 0x1E3779B97F4A7C15
+    return (places ^ (places >> 29)) * 0x3F58476D1CE4E5B9 | 1
 
 
 class _Content(int):

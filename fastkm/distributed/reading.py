@@ -5,13 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastkm._linalg.reference import factor_status
 from fastkm._runtime import guards, status
 from fastkm._runtime.autocast import in_float32
 from fastkm._runtime.results import result
 from fastkm.addressing.api import FACTOR_ADDRESSING
 from fastkm.distributed.gram import Gram, holds_digits
 from fastkm.distributed.ranks import Group, Ranks, Share
-from fastkm.distributed.shares import GRADIENT, checked, finite, unfactored, with_ridge
+from fastkm.distributed.shares import GRADIENT, checked, finite, with_ridge
 from fastkm.reading import ReadResult
 from fastkm.reading.api import READ
 from fastkm.reading.reference import iterate
@@ -141,22 +142,36 @@ def read_factored_sharded(
     ranks = Ranks("read_factored_sharded", group)
 
     def share() -> Share:
-        if not isinstance(factor, ShardedFactor):
-            raise TypeError(
-                f"factor must be a ShardedFactor, as factor_sharded returns it, got {type(factor).__name__}"
-            )
         signature = guards.Signature()
-        mean = signature.tensor("factor.mean", factor.mean, "BKC")
+        mean = _checked_factor(signature, factor)
         queries_ = signature.tensor("queries", queries, "BQC", low_precision=True).to(mean.dtype)
         weights = finite(queries_ @ factor.pseudoinverse, "queries")
         facts = {"B": mean.shape[0], "K": mean.shape[1], "Q": queries_.shape[1]}
         facts["num_iters"], facts[GRADIENT] = guards.count("num_iters", num_iters), weights.requires_grad
-        return Share({**facts, "factor.lower": factor.lower}, mean.dtype, mean.shape[2], weights)
+        alike = {"factor.ridge": factor.ridge, "factor.lower": factor.lower}
+        return Share({**facts, **alike}, mean.dtype, mean.shape[2], weights)
 
     (weights,) = ranks.sum(ranks.attempt(share))
     mean, ridge, lower, _ = factor
     weights = iterate(weights.mT.to(lower.dtype), ridge, lower, num_iters).mT.to(mean.dtype)
     return ReadResult(weights @ mean, weights)
+
+
+def _checked_factor(signature: guards.Signature, factor: ShardedFactor) -> Tensor:
+    """The mean of a factor whose parts fit each other."""
+    if not isinstance(factor, ShardedFactor):
+        raise TypeError(f"factor must be a ShardedFactor, as factor_sharded returns it, got {type(factor).__name__}")
+    mean = signature.tensor("factor.mean", factor.mean, "BKC")
+    signature.tensor("factor.pseudoinverse", factor.pseudoinverse, "BCK")
+    solver = guards.Signature()  # of one dtype, which may be float64 beside float32
+    solver.sizes = signature.sizes
+    lower = solver.tensor("factor.lower", factor.lower, "BKK")
+    solver.tensor("factor.ridge", factor.ridge, "B")
+    if lower.dtype not in (mean.dtype, torch.float64):
+        raise TypeError(f"factor.lower must be float64 like factor.mean, got {guards.dtype_name(lower.dtype)}")
+    if lower.device != mean.device:
+        raise ValueError(f"factor.lower must be on {mean.device} like factor.mean, got {lower.device}")
+    return mean
 
 
 def _products(mean: Tensor, *queries: Tensor) -> tuple[Tensor, ...]:
@@ -182,5 +197,5 @@ def _solver_of_all(
         gram, *others = ranks.sum(*_products(*(x.double() for x in rows)))
         ridge = ridge.double()
         lower, info = torch.linalg.cholesky_ex(with_ridge(gram, ridge))
-    status.raise_failures(unfactored(info), "mean meanᵀ + ridge I")
+    status.raise_failures(factor_status(lower, info), "mean meanᵀ + ridge I")
     return Solver(lower, ridge), others
