@@ -365,6 +365,13 @@ def what_pytorch_raises_on_one_rank_is_raised_on_every_rank(rank, size, folder):
             Ranks("read_sharded", None).attempt(share)
 
 
+def an_asymmetric_covariance_is_not_pooled(rank, size, folder):
+    p = problem(*SHAPES[0])
+    p.state.cov[1, 0, 1] += 0.3
+    with pytest.raises(torch.linalg.LinAlgError, match=r"state.cov is not symmetric in memory \[1\]"):
+        distributed.update_pooled(p.state, p.weights, p.values, p.noise_var)
+
+
 def a_message_has_the_size_that_the_page_says(rank, size, folder):
     B, T, Q, K, C = SHAPES[0]
     p = shard(problem(B, T, Q, K, C), rank, size)
@@ -520,6 +527,7 @@ CHECKS = {
         one_hot_weights_on_different_rows_are_noticed,
         a_factor_is_checked_on_every_rank,
         what_pytorch_raises_on_one_rank_is_raised_on_every_rank,
+        an_asymmetric_covariance_is_not_pooled,
         a_message_has_the_size_that_the_page_says,
         the_example_is_a_write_and_a_read,
         a_state_is_saved_by_three,

@@ -22,10 +22,11 @@ def symmetry(cov: Tensor) -> Tensor:
 
 def clear_masked(weights: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The patterns, zero where they are masked: there they may hold anything, even NaN."""
-    if mask is not None:
-        weights = weights.masked_fill(~mask.unsqueeze(-1), 0)
-        values = values.masked_fill(~mask.unsqueeze(-1), 0)
-    return weights, values
+    return clear_rows(weights, mask), clear_rows(values, mask)
+
+
+def clear_rows(rows: Tensor, mask: Tensor | None) -> Tensor:
+    return rows if mask is None else rows.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def factor_status(factor: Tensor, failed: Tensor) -> Tensor:

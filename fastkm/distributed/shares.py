@@ -17,10 +17,6 @@ def checked(operation: Operation, backend: str | None, arguments: tuple) -> list
     return inputs
 
 
-def without_masked(rows: Tensor, mask: Tensor | None) -> Tensor:
-    return rows if mask is None else rows.masked_fill(~mask.unsqueeze(-1), 0)
-
-
 def finite(product: Tensor, names: str) -> Tensor:
     """``product``, or an error that names the memories [B] in which it is not finite."""
     wrong = ~product.detach().isfinite().flatten(1).all(-1)
@@ -28,10 +24,6 @@ def finite(product: Tensor, names: str) -> Tensor:
         where = status.in_memories(wrong.nonzero().flatten().tolist())
         raise torch.linalg.LinAlgError(f"{names} is not finite{where}, or its square is not")
     return product
-
-
-def unfactored(info: Tensor) -> Tensor:
-    return torch.where(info != 0, status.NOT_POSITIVE_DEFINITE, 0)
 
 
 def with_ridge(gram: Tensor, ridge: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from fastkm._linalg.reference import clear_masked, factor_status, first_failure, symmetry
 from fastkm._runtime import status
 from fastkm._runtime.autocast import in_float32
 from fastkm.distributed.ranks import Group, Ranks, Share
-from fastkm.distributed.shares import GRADIENT, checked, finite, unfactored, with_ridge, without_masked
+from fastkm.distributed.shares import GRADIENT, checked, finite, with_ridge
 from fastkm.filtering import FilterResult, filter_posterior
 from fastkm.filtering.api import FILTER_POSTERIOR
 from fastkm.posterior import PosteriorUpdate, update_posterior
@@ -165,7 +166,7 @@ def update_pooled(
     def share() -> Share:
         arguments = (state, weights, values, noise_var, mask, "ieee")
         mean, cov, weights_, values_, noise, mask_, _ = checked(UPDATE_POSTERIOR, "reference", arguments)
-        w, z, wide = (x.double() for x in (without_masked(weights_, mask_), without_masked(values_, mask_), mean))
+        w, z, wide = (x.double() for x in (*clear_masked(weights_, values_, mask_), mean))
         scaled = (w / noise.double().unsqueeze(-1)).mT
         sums = finite(scaled @ w, "weights"), finite(scaled @ (z - w @ wide), "values")
         facts = {"B": mean.shape[0], "K": mean.shape[1], "C": mean.shape[2], "state.mean": mean, "state.cov": cov}
@@ -174,9 +175,9 @@ def update_pooled(
 
     mean, cov, sums = ranks.attempt(share)
     precision, information = ranks.sum(*sums)
-    root, info = torch.linalg.cholesky_ex((cov.double() + cov.double().mT) / 2)
-    status.raise_failures(unfactored(info), "state.cov")
-    inner = with_ridge(root.mT @ precision @ root, torch.ones_like(root[:, 0, 0]))
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), root.mT, upper=False)
+    factor, info = torch.linalg.cholesky_ex((cov.double() + cov.double().mT) / 2)
+    status.raise_failures(first_failure(symmetry(cov), factor_status(factor, info)), "state.cov")
+    inner = with_ridge(factor.mT @ precision @ factor, factor.new_ones(len(factor)))
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), factor.mT, upper=False)
     new_cov = half.mT @ half
     return MemoryState((mean.double() + new_cov @ information).to(mean.dtype), new_cov.to(mean.dtype))

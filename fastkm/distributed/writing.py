@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastkm._linalg.reference import variance_divergence
+from fastkm._linalg.reference import clear_rows, variance_divergence
 from fastkm._runtime.autocast import in_float32
 from fastkm.distributed.gram import Gram, SquareRoot, holds_digits
 from fastkm.distributed.ranks import Group, Ranks, Share
-from fastkm.distributed.shares import GRADIENT, checked, finite, without_masked
+from fastkm.distributed.shares import GRADIENT, checked, finite
 from fastkm.posterior import update_posterior
 from fastkm.state import MemoryState
 from fastkm.writing import WriteResult, write
@@ -71,7 +71,7 @@ def write_sharded(
         mean, cov, values_, noise, ridges, count, _, mask_, _ = checked(
             WRITE, backend, (state, values, noise_var, ridge, num_opt_iters, "ridge", mask, "ieee")
         )
-        rows = mean, without_masked(values_.to(mean.dtype), mask_)
+        rows = mean, clear_rows(values_.to(mean.dtype), mask_)
         gram = finite(Gram.apply(*rows), "state.mean or values")
         facts = {
             "B": mean.shape[0],

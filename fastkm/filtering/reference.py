@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm._linalg.reference import first_failure, symmetry, variance_status
+from fastkm._linalg.reference import clear_masked, first_failure, symmetry, variance_status
 from fastkm._runtime.status import OUT_OF_RANGE
 
 # Steps that are computed at once. Under forgetting, what a chunk subtracts is up to Π 1/γ times what is left, so its
@@ -48,7 +48,7 @@ def filter_block(
 ):
     """A chunk of steps at once; see :func:`fastkm.filter_posterior` for the equations. ``precision`` is for GPUs."""
     if mask is not None:
-        weights, values = (x.masked_fill(~mask.unsqueeze(-1), 0) for x in (weights, values))
+        weights, values = clear_masked(weights, values, mask)
         retention, forgetting = (None if x is None else x.masked_fill(~mask, 1) for x in (retention, forgetting))
     info, reads, variances, innovation_vars, evidence = symmetry(cov), [], [], [], []
     size = CHUNK if forgetting is None else FORGETTING_CHUNK

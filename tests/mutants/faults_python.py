@@ -155,8 +155,8 @@ REFERENCES = [
     fault(
         "reference-masked-values-read",
         "the reference reads the values of a masked pattern",
-        before="values = values.masked_fill(~mask.unsqueeze(-1), 0)",
-        after="pass",
+        before="return clear_rows(weights, mask), clear_rows(values, mask)",
+        after="return clear_rows(weights, mask), values",
         tests=("tests/test_posterior.py::test_what_a_masked_pattern_holds_is_never_read",),
     ),
     fault(
