@@ -7,7 +7,8 @@
 // Where λ dominates A, λ A⁻¹ w_n is nearly w_n, and (2) keeps few digits of the difference. There the value read so far
 // is addressed literally: w_n+1 = A⁻¹ R (Rᵀ w_n).
 //
-// With 2 C ≤ K the system is solved in C. A⁻¹ R = R B⁻¹ with B = Rᵀ R + λI [C, C], so w_n = R y_n with
+// With 2 C ≤ K and K ≥ 128 the system is solved in C, but for the squared-Gram solve. A⁻¹ R = R B⁻¹ with
+// B = Rᵀ R + λI [C, C], so w_n = R y_n with
 //   (1') y_1 = B⁻¹ z      (2') y_n+1 = y_n − λ B⁻¹ y_n, or y_n+1 = B⁻¹ (Rᵀ R) y_n.
 // R has at most C singular values: the least eigenvalue of A is λ whatever R is, that of B is not, so B also keeps
 // digits that A loses. S stands for R or Rᵀ [N, M], whichever has fewer rows: the system is S Sᵀ + λI.
