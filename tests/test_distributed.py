@@ -418,9 +418,11 @@ def the_example_is_a_write_and_a_read(rank, size, folder):
 
 def a_state_is_saved_by_three(rank, size, folder):
     for name, p in problems_on_disk().items():
-        distributed.save_sharded(shard(p, rank, size).state, f"{folder}/{name}")
+        distributed.save_sharded(shard(p, rank, size).state, os.fsencode(f"{folder}/{name}"))
     with pytest.raises(ValueError, match="K must be the same"):
         distributed.save_sharded(problem(1, 1, 1, 3 + (rank == 1), 5).state, f"{folder}/never")
+    with pytest.raises(TypeError, match="save_sharded: refused on rank 1, TypeError: "):
+        distributed.save_sharded(p.state, None if rank == 1 else f"{folder}/never")
     assert not os.path.exists(f"{folder}/never")
 
 
@@ -436,7 +438,7 @@ def two_load_what_three_have_saved(rank, size, folder):
     for name, p in problems_on_disk().items():
         C = p.state.mean.shape[2]
         width = -(-C // 2)
-        state = distributed.load_sharded(f"{folder}/{name}")
+        state = distributed.load_sharded(os.fsencode(f"{folder}/{name}"))
         assert torch.equal(state.mean, p.state.mean[..., rank * width : (rank + 1) * width])
         assert torch.equal(state.cov, p.state.cov)
         state = distributed.load_sharded(f"{folder}/{name}", [1, C - 1][rank])

@@ -1,7 +1,7 @@
 """A sharded state on disk, by torch.distributed.checkpoint: some ranks save it, any number of ranks load it."""
 
 import os
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,13 +16,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from fastkm._files import AnyPath
 from fastkm._runtime import guards
 from fastkm.distributed.ranks import Group, Ranks, Share
 from fastkm.state import MemoryState
 
 __all__ = ["load_sharded", "save_sharded"]
-
-AnyPath: TypeAlias = "str | os.PathLike[str]"
 
 
 def save_sharded(state: MemoryState, path: AnyPath, *, group: Group = None) -> None:
@@ -47,11 +46,11 @@ def save_sharded(state: MemoryState, path: AnyPath, *, group: Group = None) -> N
     def share() -> Share:
         mean, cov = (x.detach() for x in guards.Signature().state("state", state))
         facts = {"B": mean.shape[0], "K": mean.shape[1], "state.cov": cov}
-        return Share(facts, mean.dtype, mean.shape[2], (mean, cov))
+        return Share(facts, mean.dtype, mean.shape[2], (mean, cov, os.fsdecode(path)))
 
-    mean, cov = ranks.attempt(share)
+    mean, cov, folder = ranks.attempt(share)
     parts = {"mean": Columns(mean, ranks.columns, ranks.rank), "cov": cov.contiguous()}
-    dcp.save(parts, checkpoint_id=path, planner=SavePlanner(), process_group=ranks.group)
+    dcp.save(parts, checkpoint_id=folder, planner=SavePlanner(), process_group=ranks.group)
 
 
 def load_sharded(
@@ -75,21 +74,22 @@ def load_sharded(
     ranks = Ranks("load_sharded", group)
 
     def share() -> Share:
-        tensors = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        folder = os.fsdecode(path)
+        tensors = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
         mean, cov = (tensors.get(name) for name in MemoryState._fields)
         if not isinstance(mean, TensorStorageMetadata) or not isinstance(cov, TensorStorageMetadata):
-            raise ValueError(f"{path} holds no memory state: it must hold mean and cov, it holds {sorted(tensors)}")
+            raise ValueError(f"{folder} holds no memory state: it must hold mean and cov, it holds {sorted(tensors)}")
         (batch, rows, total), dtype = mean.size, mean.properties.dtype
         mine = _chunk(total, ranks) if columns is None else guards.count("columns", columns, least=0)
         made = torch.empty(batch, rows, mine, dtype=dtype, device=device)
         facts = {"B": batch, "K": rows, "C": total}
-        return Share(facts, dtype, mine, (total, made, made.new_empty(cov.size)))
+        return Share(facts, dtype, mine, (folder, total, made, made.new_empty(cov.size)))
 
-    total, mean, cov = ranks.attempt(share)
+    folder, total, mean, cov = ranks.attempt(share)
     if sum(ranks.columns) != total:
         raise ValueError(f"columns of all ranks must add up to {total}, got {ranks.columns}")
     parts = {"mean": Columns(mean, ranks.columns, ranks.rank), "cov": cov}
-    dcp.load(parts, checkpoint_id=path, planner=LoadPlanner(), process_group=ranks.group)
+    dcp.load(parts, checkpoint_id=folder, planner=LoadPlanner(), process_group=ranks.group)
     return MemoryState(mean, cov)
 
 
