@@ -172,7 +172,7 @@ class _Content(int):
     """The checksum of a tensor, as errors show it."""
 
     def __str__(self) -> str:
-        return f"numbers of checksum {self % 2**32:08x}" if self else "None"
+        return f"numbers of checksum {self % 2**64:016x}" if self else "None"
 
 
 def _kind_of(refusal: Exception) -> type[Exception]:
