@@ -61,7 +61,7 @@ def error(got, truth):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
-def test_forgetting_what_was_written_changes_nothing(shape, masked, backend):
+def test_removing_what_was_written_changes_nothing(shape, masked, backend):
     p = problem(*shape, masked=masked)
     assert error(remove(write(p.state, p), p, backend), p.state) <= 1e-12
 

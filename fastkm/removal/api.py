@@ -79,8 +79,8 @@ def remove_patterns(
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
     bfloat16 or float16. ``s`` is a difference, of which a write with ``x = wᵀUw / σ²`` (before it) leaves ``1/(1 + x)``
     of σ². A removal for which rounding leaves ``s`` less than two digits is refused: in float32 from an ``x`` of about
-    180 on, in float64 of four million. Keep a memory that must forget at small noise in float64, or in the information
-    form. The CPU kernels compute a float32 memory that loses digits again in float64.
+    180 on, in float64 of four million. Keep a memory from which patterns of small noise are removed in float64, or in
+    the information form. Where a float32 memory would lose digits, the CPU kernels compute it again in float64.
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form.
 
     Raises:
