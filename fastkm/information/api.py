@@ -1,5 +1,6 @@
 """The information form of a memory: patterns are added and subtracted, and memories are merged."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -35,7 +36,7 @@ def to_information(state: MemoryState) -> InformationState:
             memories.
     """
     mean, cov = guards.Signature().state("state", state)
-    _refuse(_broken(mean), "state.mean is not finite")
+    _refuse_broken("state.mean is not finite", mean)
     raise_failures(symmetry(cov), "state.cov")
     precision, information, info = reference.to_information(mean.double(), cov.double())
     raise_failures(info, "state.cov")
@@ -68,7 +69,7 @@ def from_information(
         dtype = precision.dtype
     elif dtype not in guards.DTYPES:
         raise TypeError(f"dtype must be torch.float32, torch.float64 or None, got {dtype}")
-    _refuse(_broken(information), "information_state.information is not finite")
+    _refuse_broken("information_state.information is not finite", information)
     raise_failures(symmetry(precision), "information_state.precision")
     mean, cov, info = reference.from_information(precision.double(), information.double())
     raise_failures(info, "information_state.precision")
@@ -122,7 +123,7 @@ def update_information(
     )
     new = reference.update_information(precision64, information64, weights, values, noise, mask)
     new = InformationState(*(x.to(precision.dtype) for x in new))
-    _refuse(_broken(*new), "the new information form is not finite")
+    _refuse_broken("the new information form is not finite", *new)
     return new
 
 
@@ -163,7 +164,7 @@ def merge_memories(states: Sequence[MemoryState], prior: MemoryState) -> MemoryS
     names = ["prior", *(f"states[{i}]" for i in range(len(states)))]
     forms = []
     for name, (mean, cov) in zip(names, pairs, strict=True):
-        _refuse(_broken(mean), f"{name}.mean is not finite")
+        _refuse_broken(f"{name}.mean is not finite", mean)
         raise_failures(symmetry(cov), f"{name}.cov")
         *form, info = reference.to_information(mean.double(), cov.double())
         raise_failures(info, f"{name}.cov")
@@ -184,7 +185,7 @@ def _widened(value: object, state: Tensor, dtypes: tuple[torch.dtype, ...] = (to
 
 def _rounded(mean: Tensor, cov: Tensor, dtype: torch.dtype) -> MemoryState:
     state = MemoryState(mean.to(dtype), cov.to(dtype))
-    _refuse(_broken(*state), f"the memory is beyond the range of {guards.dtype_name(dtype)}")
+    _refuse_broken(f"the memory is beyond the range of {guards.dtype_name(dtype)}", *state)
     return state
 
 
@@ -198,10 +199,12 @@ def _refuse_other_priors(pairs: list[tuple[Tensor, Tensor]]) -> None:
         _refuse(moved, f"{start}its mean differs from that of prior where it has learnt nothing,", ValueError)
 
 
-def _broken(*tensors: Tensor) -> Tensor:
-    """Where [B] a memory has an entry that is not finite."""
+def _refuse_broken(words: str, *tensors: Tensor) -> None:
+    """Raise ``words`` for the memories where one of ``tensors`` has an entry that is not finite."""
+    if not is_value_unknown(tensors[0]) and all([math.isfinite(known(x).sum()) for x in tensors]):
+        return  # as nearly always, and soon known
     finite = [x.detach().isfinite().flatten(1).all(-1) for x in tensors]
-    return ~torch.stack(finite).all(0)
+    _refuse(~torch.stack(finite).all(0), words)
 
 
 def _refuse(failed: Tensor, words: str, kind: type[Exception] = torch.linalg.LinAlgError) -> None:
