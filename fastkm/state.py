@@ -119,14 +119,18 @@ def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form
         form: what the file holds: ``MemoryState``, ``InformationState`` or ``SquareRootState``.
 
     Raises:
+        TypeError: ``form`` is none of the three.
         TypeError, ValueError: the file holds something else than one state of this form.
         OSError: ``path`` cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    path = os.fsdecode(path)
-    with open(path, "rb") as file:
+    if not any([form is known for known in _WORDS]):
+        got = getattr(form, "__name__", repr(form))
+        raise TypeError(f"form must be {', '.join(x.__name__ for x in _WORDS)}, got {got}")
+    name = os.fsdecode(path)
+    with open(name, "rb") as file:
         content = file.read()  # once, for another process may replace the file meanwhile
     try:
         tensors = load(content)
@@ -138,7 +142,7 @@ def load_memory_state(path: AnyPath, device: str | torch.device = "cpu", *, form
         return form(*(tensor.to(device, copy=True) for tensor in checked))
     except (SafetensorError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{path} holds no {_WORDS[form]}: {error}") from error
+        raise kind(f"{name} holds no {_WORDS[form]}: {error}") from error
 
 
 _WORDS = {MemoryState: "memory state", InformationState: "information state", SquareRootState: "square-root state"}

@@ -87,9 +87,9 @@ def test_sampled_and_computed_variance_agree(run):
     assert told["nats"] == pytest.approx(told["again"], rel=1e-4)
 
 
-def test_a_memory_forgets_as_if_it_had_never_seen(run):
+def test_a_removal_is_as_if_the_memory_had_never_seen(run):
     pytest.importorskip("mlxtend")
-    told, _ = run("unlearning")
+    told, _ = run("removal")
     assert told["gap"] < 1e-5
     chance = math.sqrt((200 + 2_000 + 1) / (12 * 200 * 2_000))  # of the statistic of Mann and Whitney
     assert told["before"] > 0.5 + 6 * chance

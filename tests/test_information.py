@@ -1,6 +1,7 @@
 """The information form: sums that commute, merging, and what is no information."""
 
 import io
+import re
 
 import oracle
 import pytest
@@ -139,7 +140,7 @@ def test_more_subtracted_than_added_is_refused():
         from_information(InformationState(crooked, information))
 
 
-@pytest.mark.parametrize("change", ["mean", "cov"])
+@pytest.mark.parametrize(("change", "dtype"), [("mean", torch.float64), ("cov", torch.float64), ("cov", torch.float32)])
 def test_memories_of_different_priors_are_refused(change, dtype):
     p = problem(3, 4, 1, 9, 5, dtype)
     parts = [write(p, slice(first, None, 2)) for first in range(2)]
@@ -154,6 +155,96 @@ def test_memories_of_different_priors_are_refused(change, dtype):
         merge_memories(parts, MemoryState(mean, cov))
     with pytest.raises(ValueError, match=r"^states\[1\] was not written"):
         merge_memories([MemoryState(mean, cov), parts[1]], MemoryState(mean, cov))
+
+
+@pytest.mark.parametrize("noise", [1, 30, 300, 1e5])
+def test_memories_of_weak_patterns_are_merged(noise, dtype):
+    """A prior of mean zero: all that the memories have of their means is what the patterns gave."""
+    torch.manual_seed(0)
+    prior = MemoryState(torch.zeros(30, 16, 32, dtype=dtype), torch.eye(16, dtype=dtype).repeat(30, 1, 1))
+    weights = torch.randn(30, 8, 16, dtype=dtype).softmax(-1)
+    values = torch.randn(30, 8, 32, dtype=dtype)
+    parts = [update_posterior(prior, weights[:, i::2], values[:, i::2], float(noise)).state for i in (0, 1)]
+    whole = update_posterior(MemoryState(*(x.double() for x in prior)), weights.double(), values.double(), float(noise))
+    # A float32 covariance near I holds what weak patterns taught to within its rounding, the mean likewise.
+    assert error(merge_memories(parts, prior), whole.state) <= 64 * torch.finfo(dtype).eps
+
+
+def test_a_wide_memory_is_refused_where_rounding_is_far_below():
+    K = 512
+    prior = MemoryState(torch.zeros(1, K, 1), torch.eye(K).unsqueeze(0))
+    merge_memories([prior], prior)
+    with pytest.raises(ValueError, match=r"it is less certain than prior along some direction, in memory \[0\]$"):
+        merge_memories([MemoryState(prior.mean, 1.01 * prior.cov)], prior)
+
+
+@pytest.mark.parametrize("change", ["mean", "cov"])
+def test_a_compiled_merge_refuses_other_priors(change):
+    p = problem(2, 4, 1, 6, 5)
+    part = write(p)
+    mean, cov = (x.clone() for x in p.state)
+    merge = torch.compile(lambda state, prior: merge_memories([state], prior), backend="eager", fullgraph=True)
+    assert error(merge(part, p.state), part) <= 1e-12
+    if change == "mean":
+        mean[1] += torch.randn(6, 5, dtype=mean.dtype)
+    else:
+        cov[1] *= 0.1
+    with pytest.raises(RuntimeError, match=r"states\[0\] was not written from prior: it"):
+        merge(part, MemoryState(mean, cov))
+
+
+def test_under_vmap_an_error_names_map_and_memory():
+    p = problem(2, 1, 1, 4, 3)
+    prior = MemoryState(p.state.mean, 0.1 * p.state.cov)
+    states = MemoryState(*(torch.stack([y, x]) for x, y in zip(p.state, prior, strict=True)))
+    with pytest.raises(ValueError, match=r"in memories \[\[1, 0\], \[1, 1\]\]$"):
+        torch.func.vmap(lambda mean, cov: merge_memories([MemoryState(mean, cov)], prior))(*states)
+
+
+def test_what_is_not_finite_is_named():
+    p = problem(2, 3, 1, 4, 5)
+    form = to_information(p.state)
+    mean, information, weights = (x.clone() for x in (p.state.mean, form.information, p.weights))
+    for x in (mean, information, weights):
+        x[1, 0, 0] = torch.nan
+    bad, mask = MemoryState(mean, p.state.cov), torch.ones(2, 3, dtype=torch.bool)
+    mask[1, 0] = False
+    for call, words in (
+        (lambda: to_information(bad), "state.mean is not finite"),
+        (lambda: merge_memories([p.state, bad], p.state), "states[1].mean is not finite"),
+        (lambda: merge_memories([p.state], bad), "prior.mean is not finite"),
+        (
+            lambda: from_information(form._replace(information=information)),
+            "information_state.information is not finite",
+        ),
+        (lambda: update_information(form, weights, p.values, 1.0), "the new information form is not finite"),
+    ):
+        with pytest.raises(torch.linalg.LinAlgError, match=rf"^{re.escape(words)} in memory \[1\]$"):
+            call()
+    assert all(x.isfinite().all() for x in update_information(form, weights, p.values, 1.0, mask=mask))
+
+
+def test_a_memory_beyond_its_dtype_is_refused():
+    form = InformationState(1e-40 * torch.eye(3, dtype=torch.float64).unsqueeze(0), torch.zeros(1, 3, 2).double())
+    assert from_information(form).cov.isfinite().all()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"beyond the range of float32 in memory \[0\]$"):
+        from_information(form, dtype=torch.float32)
+
+
+def test_another_form_is_refused_by_name():
+    p = problem(2, 3, 1, 4, 5)
+    state, given = p.state, (p.weights, p.values, 1.0)
+    form, root = to_information(state), fastkm.to_square_root(state)
+    for call, words in (
+        (lambda: update_posterior(root, *given), "MemoryState(mean, cov), got SquareRootState"),
+        (lambda: update_posterior(form, *given), "MemoryState(mean, cov), got InformationState"),
+        (lambda: fastkm.update_square_root(state, *given), "SquareRootState(mean, root), got MemoryState"),
+        (lambda: fastkm.from_square_root(state), "SquareRootState(mean, root), got MemoryState"),
+        (lambda: update_information(state, *given), "InformationState(precision, information), got MemoryState"),
+    ):
+        with pytest.raises(TypeError, match=rf"must be an? {re.escape(words)}$"):
+            call()
+    assert oracle.equal(fastkm.from_square_root(tuple(root)), fastkm.from_square_root(root))
 
 
 def test_memories_that_do_not_fit_are_refused():
@@ -189,6 +280,10 @@ def test_float32_patterns_beside_a_float64_form():
     p = problem(2, 3, 1, 4, 5, torch.float32)
     form = update_information(to_information(p.state), p.weights, p.values, p.noise_var)
     assert form.precision.dtype == torch.float64
+    mixed = update_information(to_information(p.state), p.weights.double(), p.values, p.noise_var)
+    assert oracle.equal(mixed, form)
+    with pytest.raises(TypeError, match=r"^values must be float64 like information_state.precision, got int64"):
+        update_information(to_information(p.state), p.weights, p.values.long(), p.noise_var)
     exact = oracle.map_tensors(p, torch.Tensor.double)
     assert error(from_information(form), write(exact)) <= 1e-12
 
@@ -210,6 +305,9 @@ def test_a_form_is_saved_and_loaded(form, tmp_path):
     assert oracle.equal(loaded, form)
     with pytest.raises(ValueError, match=r"holds no memory state: it must hold mean and cov and nothing else"):
         load_memory_state(tmp_path / "form.safetensors")
+    for wrong in (None, fastkm.AddressingFactor, []):
+        with pytest.raises(TypeError, match=r"^form must be MemoryState, InformationState, SquareRootState, got "):
+            load_memory_state(tmp_path / "form.safetensors", form=wrong)
     file = io.BytesIO()
     torch.save(form, file)
     file.seek(0)

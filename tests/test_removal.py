@@ -61,7 +61,7 @@ def error(got, truth):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SHAPES + LARGE_SHAPES, ids=str)
-def test_forgetting_what_was_written_changes_nothing(shape, masked, backend):
+def test_removing_what_was_written_changes_nothing(shape, masked, backend):
     p = problem(*shape, masked=masked)
     assert error(remove(write(p.state, p), p, backend), p.state) <= 1e-12
 
@@ -250,6 +250,49 @@ def test_arguments_are_checked_in_words():
         replace_patterns(p.state, p.weights, p.values, p.weights, p.values, 1.0, old_noise_var=-1.0)
 
 
+@pytest.mark.parametrize("same", ["weights", "values", "both"])
+def test_a_compiled_replacement_takes_a_tensor_twice(same, backend):
+    p = problem(2, 3, 1, 4, 5)
+    state = write(p.state, p)
+    old = [p.weights.clone().requires_grad_(), p.values.clone().requires_grad_()]
+    new = [
+        x if same in (name, "both") else (0.5 * x).detach() for name, x in zip(("weights", "values"), old, strict=True)
+    ]
+    noise = torch.ones(2, 3, dtype=p.noise_var.dtype)
+
+    def replaced(*given):
+        return replace_patterns(state, *given, noise, old_noise_var=noise, backend=backend)
+
+    want = torch.autograd.grad(sum(x.square().sum() for x in replaced(*old, *new)), old)
+    got = torch.compile(replaced, backend="aot_eager", fullgraph=True)(*old, *new)
+    assert error(torch.autograd.grad(sum(x.square().sum() for x in got), old), want) <= 1e-12
+
+
+def test_masked_numbers_are_not_blamed(backend):
+    p = problem(2, 3, 1, 4, 5)
+    weights, mask = p.weights.clone(), torch.ones(2, 3, dtype=torch.bool)
+    weights[1, 0], mask[1, 0] = torch.nan, False
+    with pytest.raises(torch.linalg.LinAlgError, match=r"^what is removed is not all in there in memories"):
+        replace_patterns(
+            p.state, 9 * weights, p.values, 0 * p.weights, p.values, p.noise_var, mask=mask, backend=backend
+        )
+
+
+def test_a_refused_removal_is_told_in_maps_and_graphs(backend):
+    p = problem(2, 3, 1, 4, 5)
+
+    def removed(weights):
+        return remove_patterns(p.state, weights, p.values, 1.0, backend=backend)
+
+    weights = torch.stack([0 * p.weights, 9 * p.weights])
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"^what is removed is not all in there in memories \[\[1, 0\], \[1, 1\]\]$"
+    ):
+        torch.func.vmap(removed)(weights)
+    with pytest.raises(RuntimeError, match=r"positive definite, or what is removed is not all in there"):
+        torch.compile(removed, backend="eager", fullgraph=True)(weights[1])
+
+
 # -------------------------------------------------------------------------------------------------------------- streams
 
 
@@ -282,6 +325,9 @@ def test_a_stream_serves_the_memories_that_it_does_not_refuse(backend):
     after = stream.state_dict()
     for name in ("mean", "cov", "inverse"):
         assert torch.equal(after[name][1], before[name][1])
+    stream.remove(more[:, :0], p.values[:, :0])  # nothing is computed anew where nothing leaves
+    stream.remove(more, p.values, mask=torch.zeros(3, 4, dtype=torch.bool))
+    assert all(torch.equal(x, after[name]) for name, x in stream.state_dict().items() if isinstance(x, torch.Tensor))
     served = torch.tensor([0, 2])
     assert error([x[served] for x in stream.state], [x[served] for x in p.state]) <= 1e-12
     assert after["refreshes"].tolist() == [before["refreshes"][i] + n for i, n in enumerate((1, 0, 1))]

@@ -139,3 +139,13 @@ def test_what_is_refused(backend):
     cov[2] *= -1
     with pytest.raises(torch.linalg.LinAlgError, match=r"^state.cov is not positive definite in memory \[2\]$"):
         to_square_root(MemoryState(p.state.mean, cov))
+
+
+def test_overflow_is_refused(backend):
+    """The infinite variance would leave the memory as it is, in silence."""
+    root = torch.eye(3) * torch.tensor([1.0, 1e30]).view(2, 1, 1)
+    state = SquareRootState(torch.zeros(2, 3, 2), root)
+    with pytest.raises(
+        torch.linalg.LinAlgError, match=r"^the new memory is beyond the range of its dtype in memory \[1\]$"
+    ):
+        update_square_root(state, torch.ones(2, 4, 3), torch.ones(2, 4, 2), 1.0, backend=backend)

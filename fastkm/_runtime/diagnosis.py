@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkm._runtime import status
-from fastkm._runtime.deferred import is_value_unknown, known
+from fastkm._runtime.deferred import assert_later, is_value_unknown, known
 from fastkm._runtime.status import (
     ASYMMETRIC,
     LOST,
@@ -32,6 +31,9 @@ WORST_FIRST = ("not finite", *WORDS.values())
 # A negative eigenvalue is rounding's if it is no larger than this many roundings of the largest eigenvalue.
 ROUNDINGS = 256
 
+NEW, REMOVED = "the new covariance", "what is removed"
+SUBJECTS = {LOST: NEW, OUT_OF_RANGE: NEW, NOT_WRITTEN: REMOVED, UNTOLD: REMOVED}  # of the others: what is factored
+
 
 class Finding(NamedTuple):
     """What is wrong with a memory: ``subject`` is ``words``; ``advice`` may be empty."""
@@ -47,7 +49,8 @@ def raise_failures(info: Tensor, operation: "Operation", inputs: list) -> None:
     In a graph that is traced or captured the check becomes an assertion of the graph, which raises RuntimeError.
     """
     if is_value_unknown(info):
-        status.raise_failures(info, operation.factored)
+        doubt = f", or {REMOVED} is not all in there" if operation.removes else ""
+        assert_later(~info.any(), f"{operation.factored} is not symmetric positive definite{doubt}")
         return
     info = known(info)
     if any(info.flatten().tolist()):
@@ -57,7 +60,7 @@ def raise_failures(info: Tensor, operation: "Operation", inputs: list) -> None:
 def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> torch.linalg.LinAlgError:
     """The error that says of every memory of ``info`` that failed which of the ``inputs`` is at fault."""
     if info.dim() != 1:  # under vmap a memory is a pair, [index of the map, memory], and inputs need not have the first
-        return torch.linalg.LinAlgError(f"{operation.factored} is {describe_failures(info, in_memories)}")
+        return torch.linalg.LinAlgError(_by_code(info, operation.factored))
     given = dict(zip(operation.input_names(), inputs, strict=False))  # trailing inputs may be left out
     findings: dict[Finding, list[int]] = {}
     for memory, code in enumerate(info.tolist()):
@@ -69,6 +72,17 @@ def factorisation_error(info: Tensor, operation: "Operation", inputs: list) -> t
     message = "; ".join(f"{subject} is {' and '.join(words)}" for subject, words in subjects.items())
     advice = dict.fromkeys(finding.advice for finding in findings if finding.advice)
     return torch.linalg.LinAlgError(": ".join((message, *advice)))
+
+
+def _by_code(info: Tensor, factored: str) -> str:
+    """What failed, as far as the codes alone tell."""
+    parts = []
+    for subject in (factored, NEW, REMOVED):
+        codes = [code for code in WORDS if SUBJECTS.get(code, factored) == subject]
+        failed = torch.where(torch.isin(info, torch.tensor(codes).to(info)), info, 0)
+        if failed.any():
+            parts.append(f"{subject} is {describe_failures(failed, in_memories)}")
+    return "; ".join(parts)
 
 
 def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) -> Finding:
@@ -86,7 +100,7 @@ def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) ->
         return Finding(next(crooked, factored), WORDS[code])
     if code == OUT_OF_RANGE:
         advice = "forgetting lets it grow wherever no weights reach; use forgetting nearer to 1, or retention"
-        return Finding("the new covariance", WORDS[code], advice)
+        return Finding(NEW, WORDS[code], advice)
     for name, x in covariances.items():
         if torch.linalg.cholesky_ex(x.double()).info:
             values = torch.linalg.eigvalsh(x.double())
@@ -94,18 +108,20 @@ def diagnose(memory: int, code: int, factored: str, given: dict[str, object]) ->
             advice = f"it is so by rounding; {use} more noise or fewer updates" if by_rounding else ""
             return Finding(name, WORDS[NOT_POSITIVE_DEFINITE], advice)
     if code == NOT_WRITTEN:
-        return Finding("what is removed", WORDS[code], "remove what was written, with the same weights and noise")
+        return Finding(REMOVED, WORDS[code], "remove what was written, with the same weights and noise")
     if code == UNTOLD:
-        return Finding("what is removed", WORDS[code], f"{use} more noise when writing")
+        return Finding(REMOVED, WORDS[code], f"{use} more noise when writing")
     if (
         code == NOT_POSITIVE_DEFINITE
         and "ridge" in tensors
         and not (factored == "state.cov" and _ridge_counts(tensors))
     ):
         return Finding("mean meanᵀ + ridge I", WORDS[code], f"{use} a larger ridge")
+    if factored.endswith(".root"):  # no noise is too small for it
+        return Finding("the new memory", WORDS[OUT_OF_RANGE])
     if "noise_var" in tensors:
         short = f"{str(dtype).removeprefix('torch.')} does not hold what the noise leaves of it along a pattern"
-        return Finding("the new covariance", WORDS[LOST], f"{short}; {use} more noise")
+        return Finding(NEW, WORDS[LOST], f"{short}; {use} more noise")
     return Finding(factored, WORDS[code])
 
 
@@ -117,7 +133,7 @@ def _of_memory(memory: int, given: dict[str, object]) -> Iterable[tuple[str, Ten
             continue
         x = torch.func.debug_unwrap(x).detach()
         x = x[memory] if x.dim() else x
-        if isinstance(mask, Tensor) and name in ("weights", "values"):
+        if isinstance(mask, Tensor) and name.endswith(("weights", "values")):
             x = x[torch.func.debug_unwrap(mask)[memory]]
         yield name, x
 

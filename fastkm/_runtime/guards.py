@@ -17,6 +17,8 @@ from fastkm._runtime.options import CODE_DTYPES
 
 DTYPES = (torch.float32, torch.float64)  # of a memory
 LOW_PRECISION = (torch.bfloat16, torch.float16)  # of codes beside a float32 memory
+# Of a state, in words.
+FORMS = ("MemoryState(mean, cov)", "InformationState(precision, information)", "SquareRootState(mean, root)")
 LARGEST_COUNT = 2**63 - 1  # what an operator takes
 
 
@@ -133,11 +135,16 @@ def spread_variance(value: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return (value.unsqueeze(-1) if 0 < value.dim() < len(sizes) else value).expand(sizes)
 
 
-def pair(name: str, value: object, form: str = "MemoryState(mean, cov)") -> tuple[Tensor, Tensor]:
-    """The two tensors of the state that a caller gives, which may be any pair."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
+def pair(name: str, value: object, form: str = FORMS[0]) -> tuple[Tensor, Tensor]:
+    """The two tensors of the state that a caller gives, which may be any pair but a state of another form."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or _is_other_form(value, form):
         raise TypeError(f"{name} must be {'an' if form[0] == 'I' else 'a'} {form}, got {type(value).__name__}")
     return value[0], value[1]
+
+
+def _is_other_form(value: tuple | list, form: str) -> bool:
+    kind = f"{type(value).__name__}("
+    return not form.startswith(kind) and any([known.startswith(kind) for known in FORMS])
 
 
 def factor(value: object) -> tuple:

@@ -23,6 +23,7 @@ class Operation:
         triton: the module that holds a kernel called ``name``. It is imported by the first call that runs it.
         factored: the matrix that a memory with a bad status could not factor, for the error. Empty if the
             kernels report no status.
+        removes: whether it refuses to take out what is not in the memory.
     """
 
     def __init__(
@@ -33,10 +34,12 @@ class Operation:
         native: Callable[..., Any] | None = None,
         triton: str | None = None,
         factored: str = "",
+        removes: bool = False,
     ) -> None:
         self.name = name
         self.arguments = arguments
         self.factored = factored
+        self.removes = removes
         self.native = native if isinstance(native, Differentiable) else None
         self.kernels: dict[str, Callable[..., Any]] = {"reference": reference}
         REFERENCES[name] = reference

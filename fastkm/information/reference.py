@@ -10,8 +10,10 @@ from fastkm._linalg.reference import clear_masked, factor_status
 
 # For each row of a memory, the roundings by which two computations of a covariance may differ.
 ROUNDINGS = 32
-# Of an eigenvalue that is 1 for what was not written to. With more, what was written to cannot be told.
-MOST_ROUNDING = 0.01
+# Of an eigenvalue that is 1 for what was not written to. With more, a direction that looks untouched may have been
+# written to by weak patterns, which move the mean by the square root of what they take from the eigenvalue. Float32 has
+# more always, so the mean is looked at in float64 alone.
+MOST_ROUNDING = 1e-6
 # How far a mean may be from its prior's in such directions, as a share of both: patterns that hardly reach a direction
 # move it too.
 MOST_MOVED = 0.1
@@ -51,7 +53,7 @@ def differs_from_prior(mean, cov, prior_mean, prior_cov) -> tuple[Tensor, Tensor
 
     With ``U_0 = L Lᵀ``, the eigenvalues of ``L⁻¹ U L⁻ᵀ`` are at most 1 for a memory that was written from the prior,
     and ``L⁻¹ (R − R_0)`` lies in the span of the eigenvectors whose eigenvalue is less than 1. Rounding of ``U`` moves
-    an eigenvalue by its size times ``‖L⁻¹‖²``.
+    an eigenvalue by its size times ``‖L⁻¹‖²``, in the 2-norm.
     """
     rounding = ROUNDINGS * max(cov.shape[-1], 1) * torch.finfo(cov.dtype).eps
     mean, cov, prior_mean, prior_cov = (x.double() for x in (mean, cov, prior_mean, prior_cov))
@@ -62,7 +64,7 @@ def differs_from_prior(mean, cov, prior_mean, prior_cov) -> tuple[Tensor, Tensor
     inverse = torch.linalg.solve_triangular(factor, torch.eye(cov.shape[-1]).to(factor).expand_as(cov), upper=False)
     whitened = inverse @ cov @ inverse.mT
     kept, directions = torch.linalg.eigh((whitened + whitened.mT) / 2)
-    spread = prior_cov.diagonal(dim1=-2, dim2=-1).amax(-1) * inverse.square().sum((-2, -1))
+    spread = prior_cov.diagonal(dim1=-2, dim2=-1).amax(-1) * torch.linalg.eigvalsh(inverse @ inverse.mT)[..., -1]
     tolerance = (rounding * spread.clamp_min(1)).unsqueeze(-1)
     mean, prior_mean = inverse @ mean, inverse @ prior_mean
     moved = (directions.mT @ (mean - prior_mean)).norm(dim=-1)  # [B, K]

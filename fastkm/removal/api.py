@@ -1,5 +1,7 @@
 """Exact removal of patterns from a memory, as if they had never been written."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastkm._runtime import arguments
@@ -20,6 +22,7 @@ REMOVE_PATTERNS = Operation(
     reference=reference.remove_block,
     native=native.remove_patterns,
     factored="state.cov",
+    removes=True,
 )
 REPLACE_PATTERNS = Operation(
     "replace_patterns",
@@ -34,6 +37,7 @@ REPLACE_PATTERNS = Operation(
     reference=reference.replace_block,
     native=native.replace_patterns,
     factored="state.cov",
+    removes=True,
 )
 
 
@@ -75,8 +79,8 @@ def remove_patterns(
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
     bfloat16 or float16. ``s`` is a difference, of which a write with ``x = wᵀUw / σ²`` (before it) leaves ``1/(1 + x)``
     of σ². A removal for which rounding leaves ``s`` less than two digits is refused: in float32 from an ``x`` of about
-    180 on, in float64 of four million. Keep a memory that must forget at small noise in float64, or in the information
-    form. The CPU kernels compute a float32 memory that loses digits again in float64.
+    180 on, in float64 of four million. Keep a memory from which patterns of small noise are removed in float64, or in
+    the information form. Where a float32 memory would lose digits, the CPU kernels compute it again in float64.
     The gradient for ``state.cov`` is that of a symmetric matrix. Second derivatives are those of the reference form.
 
     Raises:
@@ -120,14 +124,21 @@ def replace_patterns(
 
     Numerics, and what is refused: as for :func:`remove_patterns` and :func:`update_posterior`. New patterns come in
     before old ones leave, so where a new pattern has the weights of an old one, at least half of ``σ²`` is left to
-    divide by, and the new memory has the digits that the old one had.
+    divide by, and the new covariance has the digits that the old one had. The mean moves by
+    ``U w (z' − z)ᵀ / σ²``, which multiplies the rounding of ``cov``: its relative error is about ``ε (1 + x)``.
 
     Raises: as :func:`remove_patterns`.
     """
     if old_noise_var is None:
-        # A view, because torch.compile takes no tensor twice as an argument of one function with a gradient.
-        old_noise_var = noise_var.view_as(noise_var) if isinstance(noise_var, Tensor) else noise_var
+        old_noise_var = noise_var
+    weights, values = _another(weights, old_weights), _another(values, old_values)
+    old_noise_var = _another(old_noise_var, noise_var)
     mean, cov, _ = call(
         REPLACE_PATTERNS, backend, state, old_weights, old_values, weights, values, noise_var, old_noise_var, mask
     )
     return make_result(MemoryState, (mean, cov))
+
+
+def _another(x: Any, other: Any) -> Any:
+    """A view of ``x`` if it is ``other``: torch.compile takes no tensor twice as an argument with a gradient."""
+    return x.view_as(x) if x is other and isinstance(x, Tensor) else x

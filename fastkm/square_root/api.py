@@ -94,7 +94,7 @@ def update_square_root(
         :class:`fastkm.SquareRootState`.
 
     Numerics: float32 or float64, computed in that dtype; beside a float32 memory ``weights`` and ``values`` may be
-    bfloat16 or float16. Nothing is subtracted that could become negative, so no noise is too small; ``S S'ᵀ`` is a
+    bfloat16 or float16. Nothing is subtracted that could become negative, so no noise is too small; ``S' S'ᵀ`` is a
     covariance whatever the rounding was. Reflections keep lengths: the error of ``S`` is that of rounding it once a
     chunk.
     Second derivatives are those of the reference form, at its cost.

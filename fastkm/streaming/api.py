@@ -323,13 +323,16 @@ class MemoryStream:
         mean, cov, info = operation.kernels[self.backend](*inputs)
         unknown = ~(mean.isfinite().flatten(1).all(-1) & cov.isfinite().flatten(1).all(-1))
         info = torch.where(unknown & (info == 0), status.NOT_POSITIVE_DEFINITE, info).int()
-        good = (info == 0).view(-1, 1, 1)
+        weights, mask = given[0], given[-1]
+        touched = weights.new_full(info.shape, weights.shape[1] > 0, dtype=torch.bool) if mask is None else mask.any(-1)
+        changed = ((info == 0) & touched).view(-1, 1, 1)
         for held, new in zip(self.state, (mean, cov), strict=True):
-            held.copy_(torch.where(good, new, held))
+            held.copy_(torch.where(changed, new, held))
         inverse = self._inverse.clone()
         failed = self._refresh(self._mean, inverse, self._ridge)
-        self._inverse.copy_(torch.where(good & (failed == 0).view(-1, 1, 1), inverse, self._inverse))
-        self._refreshes += good.flatten()
+        refreshed = changed & (failed == 0).view(-1, 1, 1)
+        self._inverse.copy_(torch.where(refreshed, inverse, self._inverse))
+        self._refreshes += refreshed.flatten()
         mark_changed((self._mean, self._cov, self._inverse, self._refreshes))
         raise_failures(info, operation, inputs)
 

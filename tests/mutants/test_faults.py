@@ -3,10 +3,15 @@
 from mutants.__main__ import check
 from mutants.catalogue import FAULTS
 from mutants.fault import PLACES, as_pattern, switched
+from mutants.trees import little_optimised
 
 
 def test_every_fault_has_one_place_and_its_tests_exist():
     assert not check()
+
+
+def test_the_build_of_faults_finds_its_optimisation():
+    assert '"-O1"' in little_optimised()
 
 
 def test_there_are_faults_everywhere():

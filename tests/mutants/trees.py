@@ -37,6 +37,17 @@ def digest(paths: Iterable[Path], root: Path = ROOT) -> str:
     return found.hexdigest()[:16]
 
 
+COMPILER = Path("build_support/compiler.py")
+
+
+def little_optimised() -> str:
+    """The flags of the build, with less optimisation: the kernels are compiled once and run a few tests a fault."""
+    text = (ROOT / COMPILER).read_text()
+    assert text.count('"-O3"') == 1, f"{COMPILER} no longer names the optimisation as this expects"
+    return text.replace('"-O3"', '"-O1"')
+
+
+
 class Outcome(NamedTuple):
     """What a run of pytest said."""
 
@@ -95,10 +106,7 @@ class Tree:
 
     def build_library(self) -> None:
         """With little optimisation and without CUDA: it is built once and runs a few tests a fault."""
-        path = Path("build_support/compiler.py")
-        text = (ROOT / path).read_text()
-        assert text.count('"-O3", "-g0"') == 1, f"{path} no longer names the optimisation as this expects"
-        self.write(path, text.replace('"-O3", "-g0"', '"-O1", "-g0"').encode())
+        self.write(COMPILER, little_optimised().encode())
         environment = os.environ | {
             "FASTKM_CUDA": "0",
             "MAX_JOBS": os.environ.get("MAX_JOBS", "2"),

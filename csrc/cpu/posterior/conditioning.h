@@ -203,11 +203,11 @@ Status factor_removal(const Factor<Real>& factor, Real (&pivot)[MOST], Real (&ex
   invert_lower(factor, inverse, arena);
   bool inexact = false, told = true, definite = true;
   for (int64_t t = 0; t < count; ++t) {
-    const Real root = factor.lower.row(t)[t], noise = noise_var[t];
+    const Real entry = factor.lower.row(t)[t], noise = noise_var[t];
     const Real size = noise + weighted_norm(weights.columns, weights.row(t), diagonal);
     Real inverse_variance = 0;
     for (int64_t i = t; i < count; ++i) inverse_variance += inverse.row(i)[t] * inverse.row(i)[t];
-    pivot[t] = root * root;
+    pivot[t] = entry * entry;
     explained[t] = pivot[t] - noise;
     definite &= explained[t] <= rounding_slack(weights.columns, count, size, limits.eps);
     told &=

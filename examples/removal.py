@@ -1,4 +1,4 @@
-"""How do I make a memory forget some patterns, exactly?
+"""How do I remove some patterns from a memory, exactly?
 
 Handwritten digits are written into a memory, and a tenth of them is removed again. The memory is then the one that was
 never shown them, and nobody can tell them from digits that it never saw: the membership test, by how well the memory
@@ -26,12 +26,12 @@ def main(picture: str | None = None) -> dict[str, float]:
     prior = fastkm.MemoryState(torch.zeros(1, K, 784), torch.eye(K).unsqueeze(0))
     full = fastkm.update_posterior(prior, addresses[:, :WRITTEN], digits[:, :WRITTEN], NOISE_VAR).state
     never = fastkm.update_posterior(prior, addresses[:, kept], digits[:, kept], NOISE_VAR).state
-    forgot = fastkm.remove_patterns(full, addresses[:, removed], digits[:, removed], NOISE_VAR)
+    without = fastkm.remove_patterns(full, addresses[:, removed], digits[:, removed], NOISE_VAR)
 
-    gap = max((x - y).abs().max().item() / y.abs().max().item() for x, y in zip(forgot, never, strict=True))
-    energies = {name: energy(state, addresses, digits) for name, state in (("before", full), ("after", forgot))}
+    gap = max((x - y).abs().max().item() / y.abs().max().item() for x, y in zip(without, never, strict=True))
+    energies = {name: energy(state, addresses, digits) for name, state in (("before", full), ("after", without))}
     told = {name: advantage(x[removed], x[unseen]) for name, x in energies.items()}
-    print(f"the memory that forgot differs from the one never shown by {gap:.1e} of its largest entry")
+    print(f"the memory after the removal differs from the one never shown by {gap:.1e} of its largest entry")
     print("a removed digit is predicted better than an unseen one in")
     print(f"{told['before']:.1%} of all pairs before the removal, and in {told['after']:.1%} after it; chance is 50 %")
     if picture:
