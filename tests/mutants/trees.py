@@ -47,7 +47,6 @@ def little_optimised() -> str:
     return text.replace('"-O3"', '"-O1"')
 
 
-
 class Outcome(NamedTuple):
     """What a run of pytest said."""
 
