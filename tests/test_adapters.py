@@ -145,6 +145,19 @@ def test_the_prior_is_that_of_the_released_code():
     assert memory.memory.log_weight_stddev.item() == pytest.approx(np.log(0.3))
 
 
+def test_its_state_and_that_of_the_package_have_files_of_their_own(tmp_path):
+    """torch.export finds a named tuple by a name, which two of them would share."""
+
+    class Same(torch.nn.Module):
+        def forward(self, state):
+            return type(state)(*state)
+
+    for kind in (fastkm.MemoryState, deepmind.MemoryState):
+        state = kind(torch.ones(1, 2, 3), torch.eye(2).expand(1, 2, 2))
+        torch.export.save(torch.export.export(Same(), (state,)), tmp_path / "model.pt2")
+        assert type(torch.export.load(tmp_path / "model.pt2").module()(state)) is kind
+
+
 def test_a_noise_that_is_not_positive_is_learned():
     learned = deepmind.KanervaMemory(C, K, obs_noise_stddev=0.0)
     assert learned.memory.log_noise_stddev.requires_grad

@@ -95,9 +95,9 @@ def is_part_of_trace(value: torch.Tensor) -> bool:
     return True
 
 
-def register_named_tuple(cls: type) -> None:
+def register_named_tuple(cls: type, name: str) -> None:
     """Give a named tuple the name by which torch.export writes it to a file."""
-    _pytree._register_namedtuple(cls, serialized_type_name=f"fastkm.{cls.__name__}")
+    _pytree._register_namedtuple(cls, serialized_type_name=name)
 
 
 def has_kernel(operator: str, dispatch_key: str) -> bool:

@@ -3,6 +3,7 @@
 The letter S stands for the length of an episode, T elsewhere in this package.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ __all__ = ["KanervaMemory", "MemoryState", "StateUpdate"]
 EPSILON = 1e-6  # which the released code adds to the prior variance
 
 
-@result
+@partial(result, module=__name__)  # fastkm has a MemoryState of its own
 class MemoryState(NamedTuple):
     """:class:`fastkm.MemoryState` under the released names. Either is accepted wherever a state is."""
 
@@ -35,7 +36,7 @@ class MemoryState(NamedTuple):
     M_cov: Tensor  # [B, K, K]
 
 
-@result
+@partial(result, module=__name__)
 class StateUpdate(NamedTuple):
     """What :meth:`KanervaMemory.update_state` returns."""
 
