@@ -33,7 +33,8 @@ CALLS += [("read", {"num_iters": 2}), ("update_posterior", {"precision": "tf32x3
 
 @pytest.mark.parametrize(("operation", "options"), CALLS, ids=str)
 def test_equals_the_reference(kernels, p, operation, options):
-    kernels.judge(operation, p, outputs(operation, map_tensors(p, widened), "reference", **options), draws=8, **options)
+    truth = outputs(operation, map_tensors(p, widened), "reference", **options)
+    kernels.judge(operation, p, truth, draws=32, **options)  # the roundings of sums of 512 terms vary much
 
 
 @pytest.mark.parametrize("operation", USES)
