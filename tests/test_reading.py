@@ -75,6 +75,7 @@ def hard_to_read(kind, generator):
     elif kind == "queries outside the rows":
         mean = mean[:, :1] + 1e-2 * mean
         queries = queries - (queries @ mean[:, :1].mT) * mean[:, :1] / mean[:, :1].square().sum()
+        ridge = mean.square().sum(1).max().item() / 5  # the system is well conditioned, and R y cancels all the same
     elif kind == "codes that repeat":
         mean = mean[..., torch.arange(24) // 2] + 1e-2 * mean
     elif kind == "a dominant ridge":

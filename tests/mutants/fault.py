@@ -102,7 +102,7 @@ def find(fault: Fault, read: Callable[[Path], str] = Path.read_text, root: Path 
 
 # ---- planting ------------------------------------------------------------------------------------------------------
 
-# Put at the end of csrc/kernel_args.h, which every kernel includes. One number switches one fault on, several numbers
+# Put at the head of csrc/kernel_args.h, which every kernel includes. One number switches one fault on, several numbers
 # with commas between them several.
 SWITCHES = """
 extern "C" char* getenv(const char*) noexcept;
@@ -138,7 +138,8 @@ def switched_sources(faults: list[Fault], root: Path = ROOT) -> dict[Path, str]:
     for path, text in texts.items():
         if path != contract and '#include "kernel_args.h"' not in text:
             texts[path] = '#include "kernel_args.h"\n' + text
-    texts[contract] = (texts.get(contract) or contract.read_text()) + SWITCHES
+    before, once, after = (texts.get(contract) or contract.read_text()).partition("#pragma once\n")
+    texts[contract] = before + once + SWITCHES + after
     return texts
 
 
