@@ -19,16 +19,16 @@ TWO_BEYOND = (
 SCRIPT = """
 import json, sys
 sys.path.insert(0, "tools")
-from kernel_table import OPERATORS, PRESETS, Preset, QUERIES, Recorder, inputs
+from kernel_table import CUDA_OPERATORS, PRESETS, Preset, QUERIES, Recorder, inputs
 recorder = Recorder()
 def launches(operator, preset, batch, queries=QUERIES):
     found = recorder.launches(operator, inputs(operator, preset, batch, queries, 0, "cpu"), "sm_90")
     return [launch.blocks for launch in found]
 print(json.dumps({
-    "calls": {o: {name: launches(o, preset, 1) for name, preset in PRESETS.items()} for o in OPERATORS},
+    "calls": {o: {name: launches(o, preset, 1) for name, preset in PRESETS.items()} for o in CUDA_OPERATORS},
     "wide": launches("update_posterior", Preset("wide", 128, 64 * 132, 16), 1),
     "queries": launches("read", PRESETS["L"], 1, 100_000),
-    "memories": {o: launches(o, Preset("tiny", 4, 4, 2), 70_000, 2) for o in OPERATORS},
+    "memories": {o: launches(o, Preset("tiny", 4, 4, 2), 70_000, 2) for o in CUDA_OPERATORS},
 }))
 """
 
