@@ -88,8 +88,7 @@ class Cell:
         self.facts = json.loads(run(python, "-c", FACTS, check=True).stdout)
         self.name = f"torch {self.facts['torch']}, Python {self.facts['python']}, {compiler}"
         self.tree = WORK / "trees" / re.sub(r"\W+", "_", self.name)
-        self.environment = os.environ | {"CXX": compiler, "FASTKM_CUDA": "0", "PYTHONPATH": str(self.tree)}
-        self.environment |= {"MAX_JOBS": str(jobs), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = os.environ | {"PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(self, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess, float]:
         begin = time.monotonic()
@@ -109,7 +108,9 @@ class Cell:
     def results(self, paths: list[Path], tests: bool) -> dict:
         """What is built, checked and, with ``tests``, tested."""
         self.copy(paths)
-        built, seconds = self.run("setup.py", "build_ext", "--inplace")
+        # The compiler is for the build alone: torch.compile also asks for CXX, and a user of a wheel does not set it.
+        build_with = {"CXX": self.compiler, "FASTKM_CUDA": "0", "MAX_JOBS": str(self.jobs)}
+        built, seconds = self.run("setup.py", "build_ext", "--inplace", **build_with)
         found = {**self.facts, "compiler": self.compiler, "build": f"{seconds:.0f} s"}
         if built.returncode:
             words = re.findall(r"^(?:.*error: .*|fastkm: .*)$", built.stdout + built.stderr, flags=re.M)
