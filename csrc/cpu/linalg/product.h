@@ -7,6 +7,7 @@
 #include "cpu/linalg/matrix.h"
 #include "cpu/linalg/prefetch.h"
 #include "cpu/linalg/tile.h"
+#include "cpu/linalg/transpose.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -147,20 +148,61 @@ struct PackedStrip {
   }
 };
 
-// product_strip for many rows, or for a B that does not fit the cache.
-template <Into INTO, class Real>
-[[gnu::noinline]] void packed_product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors, int64_t k,
-                                            const Operand<Real>& a, Rows<const Real> b) {
-  PackedStrip<Real> packed;
-  for (int64_t first = 0; first < k; first += kSumRun) {
-    const int64_t count = smaller(kSumRun, k - first);
-    const Rows<const Real> here = packed.load_from(b.from(first), count, vectors);
-    if (first == 0)
-      product_run<INTO, Real>(c, d, rows, vectors, count, a, here, nullptr);
-    else
-      product_run<INTO == Into::kSet ? Into::kAdd : INTO, Real>(c, c, rows, vectors, count, a.columns_from(first), here,
-                                                                nullptr);
+// Rows of A, copied in panels of kBlock rows, each column by column. Tiles then read A in its order; rows of a large
+// matrix, or columns of a transposed one, lie on pages of their own and map to the same sets of the cache.
+template <class Real>
+struct PackedRows {
+  Real* data;
+  int64_t k;
+
+  static constexpr int64_t panels(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+  Operand<Real> panel(int64_t i) const { return {data + i * kBlock * k, 1, kBlock}; }
+
+  // Copy a panel of `rows` rows of A in.
+  void load_panel(int64_t i, int64_t rows, const Operand<Real>& a) const {
+    const Operand<Real> from = a.rows_from(i * kBlock);
+    Real* const to = data + i * kBlock * k;
+    if (from.column == 1) return transpose(k, rows, to, kBlock, from.data, from.row);
+    for (int64_t p = 0; p < k; ++p)
+      for (int64_t row = 0; row < rows; ++row) to[p * kBlock + row] = from.data[row * from.row + p * from.column];
   }
+};
+
+// Request the rows that a panel of a product will add to.
+template <class Real>
+void prefetch_strip(Rows<const Real> d, int64_t rows, int64_t vectors) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < vectors; ++j) __builtin_prefetch(d.data + i * d.ld + j * kLanes<Real>, 0, 3);
+}
+
+// product_strip for many rows, or for a B that does not fit the cache. Row 0 of C is the first of a panel of A.
+template <Into INTO, class Real>
+[[gnu::noinline]] void packed_product_strip(Rows<Real> c, Rows<const Real> d, int64_t rows, int64_t vectors,
+                                            const PackedRows<Real>& a, int64_t first_panel, Rows<const Real> b) {
+  PackedStrip<Real> packed;
+  const auto run = [&]<Into OF_RUN>(Rows<const Real> from, int64_t first, int64_t count) {
+    const Rows<const Real> here = packed.load_from(b.from(first), count, vectors);
+    for (int64_t i = 0; i < rows; i += kBlock) {
+      const int64_t height = smaller(kBlock, rows - i);
+      if constexpr (OF_RUN != Into::kSet) prefetch_strip(from.from(i), height, vectors);
+      product_run<OF_RUN, Real>(c.from(i), from.from(i), height, vectors, count,
+                                a.panel(first_panel + i / kBlock).columns_from(first), here, nullptr);
+    }
+  };
+  run.template operator()<INTO>(d, 0, smaller(kSumRun, a.k));
+  for (int64_t first = kSumRun; first < a.k; first += kSumRun)
+    run.template operator()<INTO == Into::kSet ? Into::kAdd : INTO>(c, first, smaller(kSumRun, a.k - first));
+}
+
+// All rows of A, shared by the threads of a team.
+template <class Real>
+PackedRows<Real> pack_rows(const Team* team, int64_t rows, int64_t k, const Operand<Real>& a, Arena& arena) {
+  const int64_t panels = PackedRows<Real>::panels(rows);
+  const PackedRows<Real> packed{arena.allocate<Real>(panels * kBlock * k), k};
+  share(team, panels, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) packed.load_panel(i, smaller(kBlock, rows - i * kBlock), a);
+  });
+  return packed;
 }
 
 // Products of fewer multiply-adds go strip by strip, and those of fewer than kSharedProduct are not shared: waking a
@@ -168,7 +210,7 @@ template <Into INTO, class Real>
 constexpr int64_t kLargeProduct = 1 << 20, kSharedProduct = 1 << 22;
 
 // A product that takes so few steps for each entry that it is bound by the bytes of C goes through C a few rows at a
-// time, and B stays in the cache. Others go strip by strip, and pack B if it pays.
+// time, and B stays in the cache. Others go strip by strip, and pack A and B if it pays.
 template <Into INTO, class Real>
 [[gnu::noinline]] void large_product(const Matrix<Real>& c, const Matrix<Real>& d, int64_t k, const Operand<Real>& a,
                                      const Matrix<Real>& b) {
@@ -177,25 +219,36 @@ template <Into INTO, class Real>
   const bool padded = b.padded && c.padded && d.padded;
   const bool by_rows = k <= kSumRun && bytes(c.rows, c.columns) > kManyBytes;
   const bool packs = k > kSumRun && c.rows >= (bytes(k, c.columns) > kManyBytes ? kFewRows : kManyRows);
-  const auto compute = [&](int64_t first_row, int64_t rows, int64_t begin, int64_t end) {
-    const Operand<Real> left = a.rows_from(first_row);
+  const Team* team = team_for(c.rows * c.columns * k, kSharedProduct);
+  Arena& arena = Arena::of_thread();
+  const Arena::Mark mark = arena.mark();
+  const PackedRows<Real> rows_of_a = packs ? pack_rows(team, c.rows, k, a, arena) : PackedRows<Real>{};
+  const auto compute = [&](int64_t first_row, int64_t rows, int64_t begin, int64_t end, const Operand<Real>& left) {
     each_strip<Real>(c.columns, padded, begin, end, [&](int64_t first, int64_t vectors) {
       const Rows<Real> to = c.columns_from(first).from(first_row), from = d.columns_from(first).from(first_row);
       if (packs)
-        packed_product_strip<INTO, Real>(to, from, rows, vectors, k, left, b.columns_from(first));
+        packed_product_strip<INTO, Real>(to, from, rows, vectors, rows_of_a, first_row / kBlock, b.columns_from(first));
       else
         product_strip<INTO, Real>(to, from, rows, vectors, k, left, b.columns_from(first), nullptr);
     });
   };
-  const Team* team = team_for(c.rows * c.columns * k, kSharedProduct);
   const int64_t groups = column_groups<Real>(c.columns);
   if (!by_rows && (!team || groups >= 2 * team->threads))
-    return share(team, groups, [&](int64_t begin, int64_t end) { compute(0, c.rows, begin, end); });
-  share(team, (c.rows + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
-    const int64_t step = by_rows ? 1 : end - begin;
-    for (int64_t i = begin; i < end; i += step)
-      compute(i * kBlock, smaller((i + step) * kBlock, c.rows) - i * kBlock, 0, groups);
-  });
+    share(team, groups, [&](int64_t begin, int64_t end) { compute(0, c.rows, begin, end, a); });
+  else
+    share(team, PackedRows<Real>::panels(c.rows), [&](int64_t begin, int64_t end) {
+      if (!by_rows)
+        return compute(begin * kBlock, smaller(end * kBlock, c.rows) - begin * kBlock, 0, groups,
+                       a.rows_from(begin * kBlock));
+      alignas(64) Real panel[kBlock * kSumRun];
+      for (int64_t i = begin; i < end; ++i) {
+        const PackedRows<Real> packed{panel, k};
+        const int64_t rows = smaller(kBlock, c.rows - i * kBlock);
+        packed.load_panel(0, rows, a.rows_from(i * kBlock));
+        compute(i * kBlock, rows, 0, groups, packed.panel(0));
+      }
+    });
+  arena.release(mark);
 }
 
 // C = A B or D ± A B, where C and D are [rows, columns] and B is [k, columns]. If one of them is not padded, D is not
@@ -240,13 +293,17 @@ template <Into INTO, class Real>
     return share_triangle(team, (c.rows + kBlock - 1) / kBlock,
                           [&](int64_t block) { product_lower_block<INTO>(c, d, k, a, b, block * kBlock); });
   const bool padded = b.padded && c.padded && d.padded;
+  Arena& arena = Arena::of_thread();
+  const Arena::Mark mark = arena.mark();
+  const PackedRows<Real> rows_of_a = pack_rows(team, c.rows, k, a, arena);
   share_triangle(team, column_groups<Real>(c.columns), [&](int64_t group) {
     each_strip<Real>(c.columns, padded, group, group + 1, [&](int64_t first, int64_t vectors) {
       const int64_t i = first / kBlock * kBlock;
       packed_product_strip<INTO, Real>(c.columns_from(first).from(i), d.columns_from(first).from(i), c.rows - i,
-                                       vectors, k, a.rows_from(i), b.columns_from(first));
+                                       vectors, rows_of_a, i / kBlock, b.columns_from(first));
     });
   });
+  arena.release(mark);
 }
 
 // The lower triangle of a square C. Entries above the diagonal are meaningless.
