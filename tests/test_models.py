@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
 
 import fastkm
 from fastkm import KanervaMemory
@@ -76,6 +76,43 @@ def test_parts_are_the_equations(num_reads):
     torch.testing.assert_close(loss[1:], wanted)
 
 
+class BernoulliDecoder(nn.Module):
+    """Binary patterns, whose most likely one is not the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(C, PIXELS)
+
+    def forward(self, codes):
+        return Independent(Bernoulli(logits=self.linear(codes).unflatten(1, SHAPE), validate_args=False), len(SHAPE))
+
+
+def test_turns_of_the_dynamics_are_the_equations_with_gradient():
+    """Each turn reads the most likely pattern of the turn before; its gradient is that of the mean."""
+    model, x = build(), (patterns(B, T) > 0.5).double()
+    model.decoder = BernoulliDecoder().double()
+    memory, cues = model.memory, (patterns(B, T).flip(1) > 0).double()
+    torch.manual_seed(3)
+    loss = model.loss(x, cues=cues, unrolled=3)
+    found = torch.autograd.grad(loss.reconstruction + loss.kl_weights, list(model.parameters()))
+
+    torch.manual_seed(3)
+    state = memory.write(model.encode(x)).state
+    parts, rows = [], cues.flatten(0, 1)
+    for _ in range(3):
+        weights = fastkm.solve_addressing(state.mean, model.encoder(rows).unflatten(0, (B, T)), memory.ridge)
+        q = Normal(weights, memory.weight_var.sqrt())
+        logits = model.decoder.linear(q.rsample() @ state.mean)
+        nats = nn.functional.binary_cross_entropy_with_logits(logits, x.flatten(2), reduction="none").sum(-1).mean()
+        prior = Normal(torch.zeros_like(weights), 1.0)
+        parts.append((nats, torch.distributions.kl_divergence(q, prior).sum(-1).mean()))
+        mean = logits.sigmoid()
+        rows = (mean + ((logits > 0).double() - mean).detach()).flatten(0, 1).unflatten(1, SHAPE)
+    wanted = [sum(part) / 3 for part in zip(*parts, strict=True)]
+    torch.testing.assert_close([loss.reconstruction, loss.kl_weights], wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(sum(wanted), list(model.parameters())))
+
+
 def test_a_masked_pattern_is_as_if_it_were_not_there():
     model, x = build(), patterns(B, T)
     with torch.no_grad():
@@ -114,13 +151,15 @@ def masked(*holes):
 
 @pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("where", ["episode", "cues", "both"])
-def test_what_a_masked_pattern_holds_reaches_nothing(hole, where):
+@pytest.mark.parametrize("unrolled", [1, 2])
+def test_what_a_masked_pattern_holds_reaches_nothing(hole, where, unrolled):
     """Not the loss, no gradient, and through batch normalisation no other pattern and no running mean."""
     mask, x, cues = masked((0, 3), (2, 0), (2, 1)), patterns(B, T), patterns(B, T).flip(1)
     spoilt = x.masked_fill(~mask[..., None, None], hole), cues.masked_fill(~mask[..., None, None], hole)
-    want = loss_and_gradients(normalised(), x, mask, cues=cues)
+    want = loss_and_gradients(normalised(), x, mask, cues=cues, unrolled=unrolled)
     episode, other = spoilt[0] if where != "cues" else x, spoilt[1] if where != "episode" else cues
-    torch.testing.assert_close(loss_and_gradients(normalised(), episode, mask, cues=other), want, rtol=0, atol=0)
+    found = loss_and_gradients(normalised(), episode, mask, cues=other, unrolled=unrolled)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cues", [False, True])

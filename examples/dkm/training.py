@@ -21,6 +21,7 @@ from fastkm.testing.extras import UserError, import_extra
 
 RAMP = (0.05, 0.3)  # of the training, over which corrupted cues come in
 MOST_ITERS = 8  # of the attractor loop, behind a cue
+HELD = 0.6  # of the training, after which batch normalisation holds its averages: training then sees what a read sees
 GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
 
 
@@ -35,7 +36,9 @@ class Settings(NamedTuple):
     code_size: int = 100  # C
     width: int = 24  # channels of the first convolution
     learning_rate: float = 4e-3  # falls to zero along half a cosine
-    reads: int = 10  # of a pattern that was written once
+    reads: int = 100  # of a pattern that was written once
+    unrolled: int = 3  # turns of the attractor loop that a gradient passes
+    noise: float = 0.3  # σ, the scale that codes start from is about 1
     corrupt: bool = True  # cues are corrupted, see `Trainer.cues`
     seed: int = 0
     backend: str | None = None
@@ -46,7 +49,7 @@ def build_model(settings: Settings, memory: type[KanervaMemory] = KanervaMemory,
     return DynamicKanervaMachine(
         ConvEncoder(settings.code_size, settings.width),
         ConvDecoder(settings.code_size, settings.width),
-        memory(settings.code_size, settings.rows, backend=settings.backend, **options),
+        memory(settings.code_size, settings.rows, obs_noise_stddev=settings.noise, backend=settings.backend, **options),
     )
 
 
@@ -96,7 +99,6 @@ class Trainer:
         with torch.no_grad():
             state = self.model.write(patterns).state
         read = self.model.attractor_read(corrupted[:, :each], num_iters, state=state).patterns
-        self.model.train()
         return patterns.index_copy(1, order[: 2 * each], torch.cat([binary(read), corrupted[:, each:]], 1))
 
     def run(self) -> Iterator[EpisodeLoss]:
@@ -107,6 +109,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
+            self.model.train(self.step < HELD * self.settings.steps)
             loss = self.loss(episode, cues)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
@@ -118,7 +121,7 @@ class Trainer:
     def loss(self, episode: Tensor, cues: Tensor | None) -> EpisodeLoss:
         """The loss of the next step; a training that has diverged ends here, and keeps its last checkpoint."""
         try:
-            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
+            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads, unrolled=self.settings.unrolled)
             why = None if loss.total.isfinite() else "the loss is no finite number"
         except torch.linalg.LinAlgError as error:
             why = str(error)

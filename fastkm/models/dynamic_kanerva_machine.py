@@ -74,10 +74,16 @@ class DynamicKanervaMachine(nn.Module):
         self.encoder, self.decoder, self.memory = encoder, decoder, memory
 
     def forward(
-        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+        self,
+        episode: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cues: Tensor | None = None,
+        num_reads: int = 1,
+        unrolled: int = 1,
     ) -> EpisodeLoss:
         """The :meth:`loss`. Wrappers such as DistributedDataParallel and fully_shard take part in this call only."""
-        return self.loss(episode, mask, cues=cues, num_reads=num_reads)
+        return self.loss(episode, mask, cues=cues, num_reads=num_reads, unrolled=unrolled)
 
     def encode(self, patterns: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``; 0 where ``mask [B, T]`` is False.
@@ -90,13 +96,16 @@ class DynamicKanervaMachine(nn.Module):
             got = f"{guards.dtype_name(patterns.dtype)} of shape {list(patterns.shape)}"
             raise ValueError(f"patterns must be floating point of shape [B, T, *pattern], got {got}")
         _check_mask(mask, patterns)
-        rows = _unmasked(patterns, mask)  # [N, *pattern]
+        return _spread(self._encode(_unmasked(patterns, mask)), patterns.shape[:2], mask)
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """Codes [N, C] of ``rows [N, *pattern]``."""
         codes = self.encoder(rows)
         wanted = (rows.shape[0], self.memory.code_size)
         if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
             returned = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {returned}")
-        return _spread(codes, patterns.shape[:2], mask)
+        return codes
 
     def decode(self, codes: Tensor) -> Distribution:
         """The distribution of the patterns behind ``codes [B, T, C]``, with ``batch_shape [B T]``."""
@@ -116,14 +125,20 @@ class DynamicKanervaMachine(nn.Module):
         return decoded
 
     def loss(
-        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+        self,
+        episode: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cues: Tensor | None = None,
+        num_reads: int = 1,
+        unrolled: int = 1,
     ) -> EpisodeLoss:
         """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
 
-        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
-        attractor loop is not unrolled.
+        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves, and
+        through the attractor loop as far as it is unrolled.
 
         Args:
             episode: the patterns x_t, written into the memory one after the other.
@@ -136,20 +151,24 @@ class DynamicKanervaMachine(nn.Module):
             num_reads: how often a pattern is read after it was written once. The bound of all these reads, divided by
                 their number, is the one above with KL(q(M) ‖ p(M)) / num_reads: a memory that is read more often is
                 worth writing more into.
+            unrolled: how many turns of the attractor dynamics take part. Each later turn encodes the most likely
+                pattern of the turn before, infers q(w_t) from it, and explains the same x_t; the first two terms are
+                averages over the turns, so that each turn has a bound of its own. A gradient passes the most likely
+                pattern as if it were the mean. Read again and again, a memory trained so stays at what it stores.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
-        num_reads = guards.count("num_reads", num_reads)
+        num_reads, unrolled = guards.count("num_reads", num_reads), guards.count("unrolled", unrolled)
         codes = self.encode(episode, mask)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
             raise ValueError(f"cues must have the shape of episode, {list(episode.shape)}, got {got}")
         written = self.memory.write(codes, mask=mask)
         queries = codes if cues is None or _are_same(cues, episode, mask) else self.encode(cues, mask)
-        negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state, mask)
-        autoencoder = self._negative_log_likelihood(episode, codes, mask)
+        negative_log_likelihood, kl_weights = self._turns(episode, queries, written.state, mask, unrolled)
+        autoencoder, _ = self._explain(episode, codes, mask)
 
         if mask is None:
             counts = autoencoder.new_full(autoencoder.shape[:1], max(autoencoder.shape[1], 1))
@@ -250,13 +269,28 @@ class DynamicKanervaMachine(nn.Module):
         num_samples = guards.count("num_samples", num_samples)
         codes = self.encode(episode)
         state = self.memory.write(codes).state
-        nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]
+        nats = [torch.stack(self._conditional(episode, codes, state)[:2]).sum(0) for _ in range(num_samples)]
         return torch.stack(nats).mean((0, 2))
+
+    def _turns(
+        self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None, unrolled: int
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_conditional` averaged over turns of the dynamics, with gradient, from the ``codes`` of cues."""
+        turns = []
+        for i in range(unrolled):
+            nats, kl_weights, decoded = self._conditional(episode, codes, state, mask)
+            turns.append((nats, kl_weights))
+            if i + 1 < unrolled:
+                mean = decoded.mean
+                rows = mean + (_mode(decoded) - mean).detach()
+                codes = _spread(self._encode(rows), episode.shape[:2], mask)
+        first, second = (torch.stack(parts).mean(0) for parts in zip(*turns, strict=True))
+        return first, second
 
     def _conditional(
         self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T], 0 where masked."""
+    ) -> tuple[Tensor, Tensor, Distribution]:
+        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T], 0 where masked, and what w was decoded to."""
         weights = self._address(codes, state)
         # Drawn for unmasked patterns alone, so that an episode has the samples of a shorter one without the others.
         noise = _spread(torch.randn_like(_unmasked(weights, mask)), weights.shape[:2], mask)
@@ -264,16 +298,17 @@ class DynamicKanervaMachine(nn.Module):
         kl_weights = self.memory.kl_weights(weights)
         if mask is not None:
             kl_weights = kl_weights.masked_fill(~mask, 0)
-        return self._negative_log_likelihood(episode, sampled @ state.mean, mask), kl_weights
+        nats, decoded = self._explain(episode, sampled @ state.mean, mask)
+        return nats, kl_weights, decoded
 
     def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
         # The memory is factored again in every iteration of a read: little beside the encoder and the decoder.
         return solve_addressing(state.mean, codes, self.memory.ridge, backend=self.memory.backend)
 
-    def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-        """``−ln p(x | d(z))`` [B, T], 0 where masked; a masked code does not enter the decoder."""
-        nats = _nats(self._decode(_unmasked(codes, mask)), _unmasked(patterns, mask))
-        return _spread(nats, patterns.shape[:2], mask)
+    def _explain(self, patterns: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor, Distribution]:
+        """``−ln p(x | d(z))`` [B, T], 0 where masked, and the d(z) of the others; a masked code is not decoded."""
+        decoded = self._decode(_unmasked(codes, mask))
+        return _spread(_nats(decoded, _unmasked(patterns, mask)), patterns.shape[:2], mask), decoded
 
 
 def _nats(decoded: Distribution, patterns: Tensor) -> Tensor:

@@ -377,6 +377,13 @@ MODEL = [
         tests=(MODELS,),
     ),
     fault(
+        "turns-without-gradient",
+        "no gradient passes from one turn of the attractor dynamics to the next",
+        before="mean + (_mode(decoded) - mean).detach()",
+        after="_mode(decoded).detach()",
+        tests=(MODELS,),
+    ),
+    fault(
         "loss-of-an-empty-episode",
         "an episode whose patterns are all masked has a loss that is no number",
         before="mask.sum(1).clamp_min(1)",
@@ -502,9 +509,16 @@ TRAINING = [
     fault(
         "training-stays-in-eval",
         "after the first read of cues the batch normalisation stays in its mode of evaluation",
-        before="self.model.train()",
+        before="self.model.train(self.step < HELD * self.settings.steps)",
         after="pass",
         tests=(TRAIN,),
+    ),
+    fault(
+        "training-never-holds-its-averages",
+        "batch normalisation takes averages of its own to the end of the training",
+        before="self.model.train(self.step < HELD * self.settings.steps)",
+        after="self.model.train()",
+        tests=(f"{TRAIN}::test_a_step_is_as_the_settings_say",),
     ),
     fault(
         "training-without-clipping",
