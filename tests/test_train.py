@@ -23,6 +23,7 @@ from examples.dkm import demo, evaluation, study, training  # noqa: E402
 from examples.dkm import train as train_command  # noqa: E402
 from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
 from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
+from fastkm.testing.extras import UserError  # noqa: E402
 
 OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 TINY = ["--batch", "2", "--patterns", "4", "--rows", "4", "--code-size", "8", "--width", "2", "--threads", "1"]
@@ -292,14 +293,49 @@ def test_trainers_that_share_a_checkpoint_never_tear_it(classes, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_words(classes, tmp_path, capsys):
+def spoil(path, to, change):
+    """A copy of a checkpoint whose tensors and settings ``change`` has had its way with."""
+    tensors, settings, data = read_checkpoint(path)
+    settings = settings._asdict()
+    change(tensors, settings)
+    safetensors.torch.save_file(tensors, to, {"settings": json.dumps(settings), "data": data})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, _: x.update({"model.memory.later": torch.zeros(1)}), "model.memory.later is not in it"),
+        (lambda x, _: x.pop("model.memory.prior_mean"), "model.memory.prior_mean is missing"),
+        (
+            lambda x, _: x.update({"model.memory.prior_mean": torch.zeros(1, 8)}),
+            "model.memory.prior_mean has shape [1, 8], not [4, 8]",
+        ),
+        (lambda x, _: x.pop("optimizer.exp_avg.memory.prior_mean"), "holds no optimizer.exp_avg.memory.prior_mean"),
+        (lambda x, _: x.pop("history"), "holds no history"),
+        (lambda _, settings: settings.pop("unrolled"), "its settings lack unrolled"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_words(classes, tmp_path, change, words):
+    """The file and the entry are named, and the trainer is the one that it was."""
     train(classes, tmp_path / "model", "--steps", 2)
-    tensors, settings, data = read_checkpoint(tmp_path / "model")
-    tensors["model.memory.of_a_later_version"] = torch.zeros(1)
-    metadata = {"settings": json.dumps(settings._asdict()), "data": data}
-    safetensors.torch.save_file(tensors, tmp_path / "model", metadata)
-    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "model")]) == 2
-    assert "holds a model of another version of fastkm" in capsys.readouterr().err
+    spoil(tmp_path / "model", tmp_path / "other", change)
+    trainer = Trainer(read_checkpoint(tmp_path / "model")[1], load_patterns(str(classes)))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(UserError) as refused:
+        trainer.load(tmp_path / "other")
+    assert str(tmp_path / "other") in str(refused.value)
+    assert words in str(refused.value)
+    assert trainer.step == 0
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_truncated_checkpoint_is_refused(classes, tmp_path):
+    train(classes, tmp_path / "model", "--steps", 2)
+    whole = (tmp_path / "model").read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "part").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="part is no checkpoint of"):
+            load_model(tmp_path / "part")
 
 
 def test_whole_classes_are_held_out(classes, tmp_path):
@@ -355,6 +391,21 @@ def test_jitter_moves_and_keeps():
     assert not torch.equal(moved, x)
     torch.testing.assert_close(moved.flatten(1).sort().values, x.flatten(1).sort().values, rtol=0, atol=0)
     assert len({tuple(image.nonzero()[0].tolist()) for image in moved}) > 10, "in many directions"
+
+
+def test_a_row_holds_within_one_standard_error_of_the_difference():
+    """Of the difference, episode by episode: what both reads share does not widen it."""
+    first = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    rise = torch.tensor([[0.0], [0.0], [0.02], [0.02]])  # mean 0.01, standard error 0.0058
+    damaged, untouched, alone = torch.ones(4, 1), torch.zeros(4, 1), torch.full((4, 1), 0.2)
+
+    def verdict(cue, change):
+        return study.verdict(cue, alone, {1: first, study.NUM_ITERS: first + change})
+
+    assert verdict(untouched, rise) == "8 > 1"
+    assert verdict(untouched, rise - 0.005) == verdict(untouched, -rise) == "holds"
+    assert verdict(damaged, -rise) == "1 > auto-encoder, 8 > auto-encoder"
+    assert verdict(damaged, torch.full_like(first, -0.06)) == "1 > auto-encoder"
 
 
 def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
