@@ -9,7 +9,7 @@ code ``z = e(x)`` is read first as ``A z``, and three errors move it. Π project
 * the codec, ``A (e(d(z)) − z)``: encoder and decoder are not the identity on a code.
 
 Where reads rest is how the loop answers: with J the Jacobian of f at ``A z``, to first order they rest at
-``A z + (I − J)⁻¹ (f(A z) − A z)``.
+``A z + (I − J)⁻¹ (f(A z) − A z)``. The same turns without the memory, ``A = I``, show what the codec does alone.
 """
 
 import argparse
@@ -104,7 +104,13 @@ def analyse(model: DynamicKanervaMachine, images: Tensor, stored: int, memories:
         with torch.no_grad():
             written = model.write(patterns[None])
             memory, codes = LinearRead.of(model, written.state), model.encoder(patterns)
-        measured = distances(model, memory, codes) | resting(model, patterns, memory, codes)
+        everything = torch.eye(codes.shape[1], dtype=codes.dtype)
+        alone = resting(model, patterns, LinearRead(everything, everything), codes)
+        measured = {
+            **distances(model, memory, codes),
+            **resting(model, patterns, memory, codes),
+            **{f"without the memory: {name}": values for name, values in alone.items()},
+        }
         for name, values in measured.items():
             found.setdefault(name, []).append(values)
     return {"stored": stored, **{name: torch.cat(values).mean().item() for name, values in found.items()}}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 import fastkm
 from examples.dkm.patterns import Patterns, binary, corrupt, jitter
@@ -39,9 +40,8 @@ class Settings(NamedTuple):
     width: int = 24  # channels of the first convolution
     learning_rate: float = 4e-3  # falls to zero along half a cosine
     reads: int = 10  # of a pattern that was written once
-    unrolled: int = 1  # turns of the attractor loop that a gradient passes
+    unrolled: int = 0  # turns of the attractor loop that a gradient passes
     noise: float = 1.0  # σ; unbounded codes can grow instead, only slower
-    bounded: bool = False  # codes lie in (−1, 1), by a hyperbolic tangent
     corrupt: bool = True  # cues are corrupted, see `Trainer.cues`
     seed: int = 0
     backend: str | None = None
@@ -49,9 +49,8 @@ class Settings(NamedTuple):
 
 def build_model(settings: Settings, memory: type[KanervaMemory] = KanervaMemory, **options) -> DynamicKanervaMachine:
     torch.manual_seed(settings.seed)
-    encoder = ConvEncoder(settings.code_size, settings.width)
     return DynamicKanervaMachine(
-        nn.Sequential(encoder, nn.Tanh()) if settings.bounded else encoder,
+        ConvEncoder(settings.code_size, settings.width),
         ConvDecoder(settings.code_size, settings.width),
         memory(settings.code_size, settings.rows, obs_noise_stddev=settings.noise, backend=settings.backend, **options),
     )
@@ -117,7 +116,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
-            self.model.train(self.settings.unrolled == 1 or self.step < HELD * self.settings.steps)
+            self.model.train(self.settings.unrolled == 0 or self.step < HELD * self.settings.steps)
             loss = self.loss(episode, cues)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
@@ -168,7 +167,9 @@ class Trainer:
             if name not in tensors:
                 raise UserError(f"{path} holds no {name}, so that its training cannot go on")
         load_weights(self.model, tensors, path)
-        self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
+        history = tensors["history"]  # of an older checkpoint without the later parts of the loss
+        self.history = pad(history, (0, len(EpisodeLoss._fields) - history.shape[1])).tolist()
+        self.seconds = tensors["seconds"].item()
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in moments}
 

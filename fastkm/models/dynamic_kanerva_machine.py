@@ -21,11 +21,12 @@ __all__ = ["DynamicKanervaMachine", "EpisodeLoss", "PatternRead"]
 class EpisodeLoss(NamedTuple):
     """What :meth:`DynamicKanervaMachine.loss` returns: nats a pattern, averaged over the episodes, all 0-d."""
 
-    total: Tensor  # reconstruction + kl_weights + kl_memory + autoencoder
+    total: Tensor  # the sum of the others
     reconstruction: Tensor  # −E ln p(x | w, M)
     kl_weights: Tensor  # KL(q(w) ‖ p(w))
     kl_memory: Tensor  # KL(q(M) ‖ p(M)) / (T num_reads)
     autoencoder: Tensor  # −ln p(x | e(x)), past the memory
+    cleanup: Tensor  # −ln p(x | d(Rᵀ w_i)) averaged over the unrolled turns of the attractor dynamics; 0 without them
 
 
 @result
@@ -80,7 +81,7 @@ class DynamicKanervaMachine(nn.Module):
         *,
         cues: Tensor | None = None,
         num_reads: int = 1,
-        unrolled: int = 1,
+        unrolled: int = 0,
     ) -> EpisodeLoss:
         """The :meth:`loss`. Wrappers such as DistributedDataParallel and fully_shard take part in this call only."""
         return self.loss(episode, mask, cues=cues, num_reads=num_reads, unrolled=unrolled)
@@ -131,14 +132,14 @@ class DynamicKanervaMachine(nn.Module):
         *,
         cues: Tensor | None = None,
         num_reads: int = 1,
-        unrolled: int = 1,
+        unrolled: int = 0,
     ) -> EpisodeLoss:
         """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
 
-        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves, and
-        through the attractor loop as far as it is unrolled.
+        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
+        attractor loop is not unrolled, unless asked for.
 
         Args:
             episode: the patterns x_t, written into the memory one after the other.
@@ -151,24 +152,28 @@ class DynamicKanervaMachine(nn.Module):
             num_reads: how often a pattern is read after it was written once. The bound of all these reads, divided by
                 their number, is the one above with KL(q(M) ‖ p(M)) / num_reads: a memory that is read more often is
                 worth writing more into.
-            unrolled: how many turns of the attractor dynamics take part. Each later turn encodes the most likely
-                pattern of the turn before, infers q(w_t) from it, and explains the same x_t; the first two terms are
-                averages over the turns, so that each turn has a bound of its own. A gradient passes the most likely
-                pattern as if it were the mean. Read again and again, a memory trained so stays at what it stores.
+            unrolled: how many turns of the attractor dynamics, from the cues, add what they say of x_t to the objective::
+
+                    Σ_t mean over turns i of −ln p(x_t | d(Rᵀ w_i)) / T
+
+                A turn is one of :meth:`attractor_read`: it decodes the mean of q(w), and the next one encodes the most
+                likely pattern. A gradient passes that pattern as if it were the decoder's mean. It is no part of the
+                bound. With it, encoding what was decoded learns to change nothing, where reads drift otherwise.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
-        num_reads, unrolled = guards.count("num_reads", num_reads), guards.count("unrolled", unrolled)
+        num_reads, unrolled = guards.count("num_reads", num_reads), guards.count("unrolled", unrolled, least=0)
         codes = self.encode(episode, mask)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
             raise ValueError(f"cues must have the shape of episode, {list(episode.shape)}, got {got}")
         written = self.memory.write(codes, mask=mask)
         queries = codes if cues is None or _are_same(cues, episode, mask) else self.encode(cues, mask)
-        negative_log_likelihood, kl_weights = self._turns(episode, queries, written.state, mask, unrolled)
+        negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state, mask)
         autoencoder, _ = self._explain(episode, codes, mask)
+        cleanup = self._cleanup(episode, queries, written.state, mask, unrolled)
 
         if mask is None:
             counts = autoencoder.new_full(autoencoder.shape[:1], max(autoencoder.shape[1], 1))
@@ -181,7 +186,13 @@ class DynamicKanervaMachine(nn.Module):
 
         parts = [
             a_pattern(x)
-            for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state) / num_reads, autoencoder)
+            for x in (
+                negative_log_likelihood,
+                kl_weights,
+                self.memory.kl(written.state) / num_reads,
+                autoencoder,
+                cleanup,
+            )
         ]
         return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
 
@@ -269,28 +280,24 @@ class DynamicKanervaMachine(nn.Module):
         num_samples = guards.count("num_samples", num_samples)
         codes = self.encode(episode)
         state = self.memory.write(codes).state
-        nats = [torch.stack(self._conditional(episode, codes, state)[:2]).sum(0) for _ in range(num_samples)]
+        nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]
         return torch.stack(nats).mean((0, 2))
 
-    def _turns(
-        self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None, unrolled: int
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`_conditional` averaged over turns of the dynamics, with gradient, from the ``codes`` of cues."""
-        turns = []
-        for i in range(unrolled):
-            nats, kl_weights, decoded = self._conditional(episode, codes, state, mask)
-            turns.append((nats, kl_weights))
-            if i + 1 < unrolled:
+    def _cleanup(self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None, turns: int) -> Tensor:
+        """−ln p of the episode [B, T], averaged over turns of the dynamics from the ``codes`` of cues, with gradient."""
+        nats = codes.new_zeros(episode.shape[:2])
+        for i in range(turns):
+            turn, decoded = self._explain(episode, self._address(codes, state) @ state.mean, mask)
+            nats = nats + turn / turns
+            if i + 1 < turns:
                 mean = decoded.mean
-                rows = mean + (_mode(decoded) - mean).detach()
-                codes = _spread(self._encode(rows), episode.shape[:2], mask)
-        first, second = (torch.stack(parts).mean(0) for parts in zip(*turns, strict=True))
-        return first, second
+                codes = _spread(self._encode(mean + (_mode(decoded) - mean).detach()), episode.shape[:2], mask)
+        return nats
 
     def _conditional(
         self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Distribution]:
-        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T], 0 where masked, and what w was decoded to."""
+    ) -> tuple[Tensor, Tensor]:
+        """``−ln p(x | w, M)`` at one sample of w, and KL(w), both [B, T], 0 where masked."""
         weights = self._address(codes, state)
         # Drawn for unmasked patterns alone, so that an episode has the samples of a shorter one without the others.
         noise = _spread(torch.randn_like(_unmasked(weights, mask)), weights.shape[:2], mask)
@@ -298,8 +305,7 @@ class DynamicKanervaMachine(nn.Module):
         kl_weights = self.memory.kl_weights(weights)
         if mask is not None:
             kl_weights = kl_weights.masked_fill(~mask, 0)
-        nats, decoded = self._explain(episode, sampled @ state.mean, mask)
-        return nats, kl_weights, decoded
+        return self._explain(episode, sampled @ state.mean, mask)[0], kl_weights
 
     def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
         # The memory is factored again in every iteration of a read: little beside the encoder and the decoder.
