@@ -19,7 +19,7 @@ safetensors = pytest.importorskip("safetensors", reason="checkpoints need safete
 pytest.importorskip("safetensors.torch")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
-from examples.dkm import demo, evaluation, study, training  # noqa: E402
+from examples.dkm import demo, evaluation, fixed_points, study, training  # noqa: E402
 from examples.dkm import train as train_command  # noqa: E402
 from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
 from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
@@ -421,6 +421,10 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     assert demo.main(["--checkpoint", str(tmp_path / "model"), "--output", str(tmp_path / "out")]) == 0
     pictures = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert pictures == ["demo_capacity.png", "demo_reads.png", "demo_samples.png"]
+
+    monkeypatch.setattr(fixed_points, "LENGTHS", (3, 4))
+    assert fixed_points.main(["--checkpoint", str(tmp_path / "model"), "--memories", "1"]) == 0
+    assert "spectral radius" in capsys.readouterr().out
 
     arguments = ["--data", str(classes), "--steps", "2", "--ablation-steps", "1", "--seconds", "1"]
     assert study.main([*arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0

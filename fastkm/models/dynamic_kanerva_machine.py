@@ -138,8 +138,8 @@ class DynamicKanervaMachine(nn.Module):
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
 
-        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
-        attractor loop is not unrolled, unless asked for.
+        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and
+        solves; the attractor loop is not unrolled, unless asked for.
 
         Args:
             episode: the patterns x_t, written into the memory one after the other.
@@ -152,7 +152,7 @@ class DynamicKanervaMachine(nn.Module):
             num_reads: how often a pattern is read after it was written once. The bound of all these reads, divided by
                 their number, is the one above with KL(q(M) ‖ p(M)) / num_reads: a memory that is read more often is
                 worth writing more into.
-            unrolled: how many turns of the attractor dynamics, from the cues, add what they say of x_t to the objective::
+            unrolled: how many turns of the attractor dynamics from the cues add to the objective::
 
                     Σ_t mean over turns i of −ln p(x_t | d(Rᵀ w_i)) / T
 
@@ -284,7 +284,7 @@ class DynamicKanervaMachine(nn.Module):
         return torch.stack(nats).mean((0, 2))
 
     def _cleanup(self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None, turns: int) -> Tensor:
-        """−ln p of the episode [B, T], averaged over turns of the dynamics from the ``codes`` of cues, with gradient."""
+        """−ln p of the episode [B, T], averaged over turns of the dynamics from the ``codes`` of cues."""
         nats = codes.new_zeros(episode.shape[:2])
         for i in range(turns):
             turn, decoded = self._explain(episode, self._address(codes, state) @ state.mean, mask)
