@@ -40,7 +40,6 @@ def test_parts_of_a_first_read_are_those_of_its_equation(linear):
         "shrinkage": codes @ along - codes @ read,
         "codec": (1 - GAIN) * codes @ read,
         "read 1": codes - codes @ read,
-        "rest, predicted": codes,  # all reads end at 0
     }
     for name, part in parts.items():
         torch.testing.assert_close(found[name], part.norm(dim=1) / codes.norm(dim=1), msg=name)

@@ -8,8 +8,9 @@ code ``z = e(x)`` is read first as ``A z``, and three errors move it. Π project
 * shrinkage, ``Πz − A z``: the ridge λ;
 * the codec, ``A (e(d(z)) − z)``: encoder and decoder are not the identity on a code.
 
-Where reads rest is how the loop answers: with J the Jacobian of f at ``A z``, to first order they rest at
-``A z + (I − J)⁻¹ (f(A z) − A z)``. The same turns without the memory, ``A = I``, show what the codec does alone.
+How far reads go from there is how the loop answers. J is the Jacobian of f at ``A z``: where its spectral radius is
+near 1, an error of every turn adds up before reads rest. The same turns without the memory, ``A = I``, show what the
+codec does alone.
 """
 
 import argparse
@@ -66,14 +67,11 @@ def distances(model: DynamicKanervaMachine, memory: LinearRead, codes: Tensor) -
     along, read = codes @ memory.basis @ memory.basis.mT, codes @ memory.read
     inside = read @ memory.basis
     jacobian = jacobians(model, memory, inside)
-    step = turn(model, memory, inside) - inside
-    answer = torch.linalg.lstsq(torch.eye(inside.shape[1]) - jacobian, step.unsqueeze(-1)).solution.squeeze(-1)
     parts = {
         "interference": codes - along,
         "shrinkage": along - read,
         "codec": (model.encoder(model.decoder(codes).mean) - codes) @ memory.read,
         "read 1": read - codes,
-        "rest, predicted": read + answer @ memory.basis.mT - codes,
     }
     measured = {name: part.norm(dim=-1) / codes.norm(dim=-1) for name, part in parts.items()}
     measured["spectral radius"] = torch.linalg.eigvals(jacobian).abs().amax(-1)
