@@ -19,7 +19,7 @@ safetensors = pytest.importorskip("safetensors", reason="checkpoints need safete
 pytest.importorskip("safetensors.torch")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
-from examples.dkm import demo, evaluation, fixed_points, study, training  # noqa: E402
+from examples.dkm import demo, evaluation, export, fixed_points, study, training  # noqa: E402
 from examples.dkm import train as train_command  # noqa: E402
 from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
 from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
@@ -433,6 +433,25 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
                   "A training step", "Ablations on"):  # fmt: skip
         assert title in printed
         assert title in (tmp_path / "study" / "study.md").read_text()
+
+
+def test_an_exported_model_is_the_trained_one_in_half_precision(classes, tmp_path, capsys):
+    train(classes, tmp_path / "model", "--steps", 2)
+    assert export.main([str(tmp_path / "model"), str(tmp_path / "half")]) == 0
+    assert (tmp_path / "half").stat().st_size < (tmp_path / "model").stat().st_size / 4
+    (model, settings, images), (half, named, same) = map(load_model, (tmp_path / "model", tmp_path / "half"))
+    assert (named, same) == (settings._replace(data=classes.name), images)
+    for name, tensor in model.state_dict().items():
+        rounded = tensor.half().float() if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(half.state_dict()[name], rounded, rtol=0, atol=0)
+    with pytest.raises(UserError, match="holds no history"):
+        Trainer(named, load_patterns(str(classes))).load(tmp_path / "half")
+
+    spoil(tmp_path / "model", tmp_path / "large", lambda x, _: x["model.memory.prior_mean"].fill_(7e4))
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "large"), str(tmp_path / "none")]) == 2
+    assert "model.memory.prior_mean leaves float16, its largest entry is 7e+04" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_loaded_model_is_the_trained_one(classes, tmp_path):
