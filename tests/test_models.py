@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import Bernoulli, Independent, MultivariateNormal, Normal
 
 import fastkm
 from fastkm import KanervaMemory
@@ -47,7 +47,7 @@ def patterns(*leading, dtype=torch.float64):
 def test_parts_add_up_and_reach_every_parameter():
     model = build()
     loss = model.loss(patterns(B, T))
-    assert loss._fields == ("total", "reconstruction", "kl_weights", "kl_memory", "autoencoder")
+    assert loss._fields == ("total", "reconstruction", "kl_weights", "kl_memory", "autoencoder", "cleanup")
     torch.testing.assert_close(loss.total, sum(loss[1:]))
     loss.total.backward()
     for name, parameter in model.named_parameters():
@@ -72,8 +72,57 @@ def test_parts_are_the_equations(num_reads):
 
     prior = Normal(torch.zeros_like(weights), 1.0)
     kl = torch.distributions.kl_divergence(Normal(weights, memory.weight_var.sqrt()), prior).sum(-1)
-    wanted = (nats(w @ state.mean).mean(), kl.mean(), memory.kl(state).mean() / (T * num_reads), nats(codes).mean())
+    wanted = (
+        nats(w @ state.mean).mean(),
+        kl.mean(),
+        memory.kl(state).mean() / (T * num_reads),
+        nats(codes).mean(),
+        torch.zeros((), dtype=torch.float64),
+    )
     torch.testing.assert_close(loss[1:], wanted)
+
+
+class BernoulliDecoder(nn.Module):
+    """Binary patterns, whose most likely one is not the mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(C, PIXELS)
+
+    def forward(self, codes):
+        return Independent(Bernoulli(logits=self.linear(codes).unflatten(1, SHAPE), validate_args=False), len(SHAPE))
+
+
+def test_turns_of_the_dynamics_are_the_equations_with_gradient():
+    """Each turn reads the most likely pattern of the turn before; its gradient is that of the mean."""
+    model, x = build(), (patterns(B, T) > 0.5).double()
+    model.decoder = BernoulliDecoder().double()
+    memory, cues = model.memory, (patterns(B, T).flip(1) > 0).double()
+    used = [parameter for name, parameter in model.named_parameters() if name != "memory.log_weight_stddev"]
+    found = model.loss(x, cues=cues, unrolled=3).cleanup
+
+    state, nats, rows = memory.write(model.encode(x)).state, [], cues.flatten(0, 1)
+    for _ in range(3):
+        weights = fastkm.solve_addressing(state.mean, model.encoder(rows).unflatten(0, (B, T)), memory.ridge)
+        logits = model.decoder.linear(weights @ state.mean)
+        turn = nn.functional.binary_cross_entropy_with_logits(logits, x.flatten(2), reduction="none")
+        nats.append(turn.sum(-1).mean())
+        mean = logits.sigmoid()
+        rows = (mean + ((logits > 0).double() - mean).detach()).flatten(0, 1).unflatten(1, SHAPE)
+    torch.testing.assert_close(found, sum(nats) / 3)
+    torch.testing.assert_close(torch.autograd.grad(found, used), torch.autograd.grad(sum(nats) / 3, used))
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_turns_in_training_are_those_of_a_read(turns):
+    """The last of them explains a pattern as what :meth:`attractor_read` returns does, where no step is refused."""
+    model, x = build(), patterns(B, T)
+    state = model.write(x).state
+    read = model.attractor_read(x, turns, state=state)
+    assert (read.num_iters == turns).all()
+    last, before = (n * model.loss(x, unrolled=n).cleanup for n in (turns, turns - 1))
+    nats = -Independent(Normal(read.patterns.flatten(0, 1), 1.0), len(SHAPE)).log_prob(x.flatten(0, 1))
+    torch.testing.assert_close(last - before, nats.mean())
 
 
 def test_a_masked_pattern_is_as_if_it_were_not_there():
@@ -114,13 +163,15 @@ def masked(*holes):
 
 @pytest.mark.parametrize("hole", HOLES)
 @pytest.mark.parametrize("where", ["episode", "cues", "both"])
-def test_what_a_masked_pattern_holds_reaches_nothing(hole, where):
+@pytest.mark.parametrize("unrolled", [0, 2])
+def test_what_a_masked_pattern_holds_reaches_nothing(hole, where, unrolled):
     """Not the loss, no gradient, and through batch normalisation no other pattern and no running mean."""
     mask, x, cues = masked((0, 3), (2, 0), (2, 1)), patterns(B, T), patterns(B, T).flip(1)
     spoilt = x.masked_fill(~mask[..., None, None], hole), cues.masked_fill(~mask[..., None, None], hole)
-    want = loss_and_gradients(normalised(), x, mask, cues=cues)
+    want = loss_and_gradients(normalised(), x, mask, cues=cues, unrolled=unrolled)
     episode, other = spoilt[0] if where != "cues" else x, spoilt[1] if where != "episode" else cues
-    torch.testing.assert_close(loss_and_gradients(normalised(), episode, mask, cues=other), want, rtol=0, atol=0)
+    found = loss_and_gradients(normalised(), episode, mask, cues=other, unrolled=unrolled)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cues", [False, True])
@@ -160,7 +211,7 @@ def test_a_masked_pattern_is_not_written():
 def test_an_episode_of_no_patterns_has_no_loss(model):
     for x, mask in ((patterns(B, 0), None), (patterns(B, T) * math.nan, torch.zeros(B, T, dtype=torch.bool))):
         loss, _, buffers = loss_and_gradients(model(), x, mask)
-        torch.testing.assert_close(torch.stack(loss), torch.zeros(5, dtype=x.dtype))
+        torch.testing.assert_close(torch.stack(loss), torch.zeros(6, dtype=x.dtype))
         assert all(buffer.isfinite().all() for buffer in buffers.values())
 
 
@@ -237,7 +288,7 @@ def test_an_episode_without_patterns_costs_what_its_memory_costs():
     """All of them masked: nothing is read, and its memory is the prior."""
     model, x = build(), patterns(B, T)
     loss = model.loss(x, torch.zeros(B, T, dtype=torch.bool))
-    torch.testing.assert_close(torch.stack(loss), torch.zeros(5, dtype=x.dtype))
+    torch.testing.assert_close(torch.stack(loss), torch.zeros(6, dtype=x.dtype))
 
 
 @pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))

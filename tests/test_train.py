@@ -19,10 +19,11 @@ safetensors = pytest.importorskip("safetensors", reason="checkpoints need safete
 pytest.importorskip("safetensors.torch")
 Image = pytest.importorskip("PIL.Image", reason="reading PNGs needs Pillow")
 
-from examples.dkm import demo, evaluation, study, training  # noqa: E402
+from examples.dkm import demo, evaluation, export, fixed_points, study, training  # noqa: E402
 from examples.dkm import train as train_command  # noqa: E402
 from examples.dkm.patterns import CORRUPTIONS, binary, jitter, load_patterns, occlude, salt_and_pepper  # noqa: E402
 from examples.dkm.training import Settings, Trainer, load_model, read_checkpoint  # noqa: E402
+from fastkm.testing.extras import UserError  # noqa: E402
 
 OMNIGLOT = Path(__file__).resolve().parents[2] / "shared" / "data" / "omniglot"
 TINY = ["--batch", "2", "--patterns", "4", "--rows", "4", "--code-size", "8", "--width", "2", "--threads", "1"]
@@ -78,26 +79,28 @@ def test_every_step_draws_its_own_numbers(classes):
         episode, again = trainer.episode()[0], trainer.episode()[0]
         assert torch.equal(episode, again)
         drawn.append((episode, torch.randn(4)))
-        trainer.history.append([0.0] * 5)
+        trainer.history.append([0.0] * 6)
     for (one, samples), (other, other_samples) in itertools.combinations(drawn, 2):
         assert not torch.equal(one, other)
         assert not torch.equal(samples, other_samples)
 
 
-def test_a_step_is_as_the_settings_say(classes, monkeypatch):
-    """The rate falls along half a cosine, long gradients are shortened, and reading cues leaves the model training."""
+@pytest.mark.parametrize(("unrolled", "held"), [(0, 8), (2, 5)])  # 60 % of eight steps
+def test_a_step_is_as_the_settings_say(classes, monkeypatch, unrolled, held):
+    """The rate falls along half a cosine, long gradients are shortened, and normalisation holds late in training."""
     monkeypatch.setattr(training, "GRADIENT_NORM", 1e-3)
     settings = Settings(str(classes), steps=8, batch=2, patterns=4, rows=4, code_size=8, width=2, learning_rate=0.5)
+    settings = settings._replace(unrolled=unrolled)
     trainer = Trainer(settings, load_patterns(str(classes)))
     with_cues = 0
     for step, _ in enumerate(trainer.run()):
+        assert {module.training for module in trainer.model.modules()} == {step < held}
         (group,) = trainer.optimizer.param_groups
         assert group["lr"] == pytest.approx(0.25 * (1 + math.cos(math.pi * step / 8)))
         norms = [parameter.grad.norm() for parameter in trainer.model.parameters()]
         assert torch.stack(norms).norm() <= 1e-3 * (1 + 1e-5)
         if step < 7:
             with_cues += trainer.episode()[1] is not None
-        assert all(module.training for module in trainer.model.modules())
     assert with_cues > 3
 
 
@@ -292,14 +295,49 @@ def test_trainers_that_share_a_checkpoint_never_tear_it(classes, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_checkpoint_of_another_model_is_refused_in_words(classes, tmp_path, capsys):
+def spoil(path, to, change):
+    """A copy of a checkpoint whose tensors and settings ``change`` has had its way with."""
+    tensors, settings, data = read_checkpoint(path)
+    settings = settings._asdict()
+    change(tensors, settings)
+    safetensors.torch.save_file(tensors, to, {"settings": json.dumps(settings), "data": data})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, _: x.update({"model.memory.later": torch.zeros(1)}), "model.memory.later is not in it"),
+        (lambda x, _: x.pop("model.memory.prior_mean"), "model.memory.prior_mean is missing"),
+        (
+            lambda x, _: x.update({"model.memory.prior_mean": torch.zeros(1, 8)}),
+            "model.memory.prior_mean has shape [1, 8], not [4, 8]",
+        ),
+        (lambda x, _: x.pop("optimizer.exp_avg.memory.prior_mean"), "holds no optimizer.exp_avg.memory.prior_mean"),
+        (lambda x, _: x.pop("history"), "holds no history"),
+        (lambda _, settings: settings.update(later=1), "later"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_words(classes, tmp_path, change, words):
+    """The file and the entry are named, and the trainer is the one that it was."""
     train(classes, tmp_path / "model", "--steps", 2)
-    tensors, settings, data = read_checkpoint(tmp_path / "model")
-    tensors["model.memory.of_a_later_version"] = torch.zeros(1)
-    metadata = {"settings": json.dumps(settings._asdict()), "data": data}
-    safetensors.torch.save_file(tensors, tmp_path / "model", metadata)
-    assert train_command.main(["--resume", "--checkpoint", str(tmp_path / "model")]) == 2
-    assert "holds a model of another version of fastkm" in capsys.readouterr().err
+    spoil(tmp_path / "model", tmp_path / "other", change)
+    trainer = Trainer(read_checkpoint(tmp_path / "model")[1], load_patterns(str(classes)))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(UserError) as refused:
+        trainer.load(tmp_path / "other")
+    assert str(tmp_path / "other") in str(refused.value)
+    assert words in str(refused.value)
+    assert trainer.step == 0
+    torch.testing.assert_close(trainer.model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_truncated_checkpoint_is_refused(classes, tmp_path):
+    train(classes, tmp_path / "model", "--steps", 2)
+    whole = (tmp_path / "model").read_bytes()
+    for size in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "part").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="part is no checkpoint of"):
+            load_model(tmp_path / "part")
 
 
 def test_whole_classes_are_held_out(classes, tmp_path):
@@ -357,6 +395,21 @@ def test_jitter_moves_and_keeps():
     assert len({tuple(image.nonzero()[0].tolist()) for image in moved}) > 10, "in many directions"
 
 
+def test_a_row_holds_within_one_standard_error_of_the_difference():
+    """Of the difference, episode by episode: what both reads share does not widen it."""
+    first = torch.tensor([[0.1], [0.2], [0.3], [0.4]])
+    rise = torch.tensor([[0.0], [0.0], [0.02], [0.02]])  # mean 0.01, standard error 0.0058
+    damaged, untouched, alone = torch.ones(4, 1), torch.zeros(4, 1), torch.full((4, 1), 0.2)
+
+    def verdict(cue, change):
+        return study.verdict(cue, alone, {1: first, study.NUM_ITERS: first + change})
+
+    assert verdict(untouched, rise) == "8 > 1"
+    assert verdict(untouched, rise - 0.005) == verdict(untouched, -rise) == "holds"
+    assert verdict(damaged, -rise) == "1 > auto-encoder, 8 > auto-encoder"
+    assert verdict(damaged, torch.full_like(first, -0.06)) == "1 > auto-encoder"
+
+
 def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     monkeypatch.setattr(evaluation, "LENGTHS", (4, 8))
@@ -369,6 +422,10 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     pictures = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
     assert pictures == ["demo_capacity.png", "demo_reads.png", "demo_samples.png"]
 
+    monkeypatch.setattr(fixed_points, "LENGTHS", (3, 4))
+    assert fixed_points.main(["--checkpoint", str(tmp_path / "model"), "--memories", "1"]) == 0
+    assert "spectral radius" in capsys.readouterr().out
+
     arguments = ["--data", str(classes), "--steps", "2", "--ablation-steps", "1", "--seconds", "1"]
     assert study.main([*arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0
     printed = capsys.readouterr().out
@@ -376,6 +433,25 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
                   "A training step", "Ablations on"):  # fmt: skip
         assert title in printed
         assert title in (tmp_path / "study" / "study.md").read_text()
+
+
+def test_an_exported_model_is_the_trained_one_in_half_precision(classes, tmp_path, capsys):
+    train(classes, tmp_path / "model", "--steps", 2)
+    assert export.main([str(tmp_path / "model"), str(tmp_path / "half")]) == 0
+    assert (tmp_path / "half").stat().st_size < (tmp_path / "model").stat().st_size / 4
+    (model, settings, images), (half, named, same) = map(load_model, (tmp_path / "model", tmp_path / "half"))
+    assert (named, same) == (settings._replace(data=classes.name), images)
+    for name, tensor in model.state_dict().items():
+        rounded = tensor.half().float() if tensor.is_floating_point() else tensor
+        torch.testing.assert_close(half.state_dict()[name], rounded, rtol=0, atol=0)
+    with pytest.raises(UserError, match="holds no history"):
+        Trainer(named, load_patterns(str(classes))).load(tmp_path / "half")
+
+    spoil(tmp_path / "model", tmp_path / "large", lambda x, _: x["model.memory.prior_mean"].fill_(7e4))
+    capsys.readouterr()
+    assert export.main([str(tmp_path / "large"), str(tmp_path / "none")]) == 2
+    assert "model.memory.prior_mean leaves float16, its largest entry is 7e+04" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_loaded_model_is_the_trained_one(classes, tmp_path):

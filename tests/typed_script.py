@@ -169,6 +169,7 @@ assert_type(loss.reconstruction, Tensor)
 assert_type(loss.kl_weights, Tensor)
 assert_type(loss.kl_memory, Tensor)
 assert_type(loss.autoencoder, Tensor)
+assert_type(loss.cleanup, Tensor)
 held = model.write(episode).state
 assert_type(model.encode(episode), Tensor)
 assert_type(model.reconstruct(episode, state=held), Tensor)

@@ -173,12 +173,13 @@ def clean_up(trained: list[Trained]) -> list[Table]:
             errors = {"mean": (reads.autoencoder, reads.after), "mode": (reads.wrong_autoencoder, reads.wrong_after)}
             for by, (alone, after) in errors.items():
                 columns = (reads.cue, alone, *after.values(), after[1] - after[NUM_ITERS])
-                rows[by].append((one.name, name, *map(mean_and_error, columns), verdict(alone, after)))
+                rows[by].append((one.name, name, *map(mean_and_error, columns), verdict(reads.cue, alone, after)))
     headers = ("images", "cue", "cue itself", "auto-encoder", "read 1", "2", "4", "8", "read 1 − read 8", "verdict")
     s = trained[0].trainer.settings
     note = (
         f"{EPISODES} episodes of T = {s.patterns} images, K = {s.rows}, C = {s.code_size}; ± the standard error over "
-        "episodes. It holds where read 8 is better than read 1 and both are better than the auto-encoder alone."
+        "episodes. It holds where read 8 is at most one standard error of their difference worse than read 1 and, from "
+        "a damaged cue, both are better than the auto-encoder alone."
     )
     titles = {
         "mean": "Mean squared pixel error of held-out images read back from corrupted cues",
@@ -187,9 +188,14 @@ def clean_up(trained: list[Trained]) -> list[Table]:
     return [Table(titles[by], headers, rows[by], note) for by in titles]
 
 
-def verdict(alone: Tensor, after: dict[int, Tensor]) -> str:
-    first, last, floor = after[1].mean(), after[NUM_ITERS].mean(), alone.mean()
-    wrong = {"8 > 1": last >= first, "1 > auto-encoder": first >= floor, "8 > auto-encoder": last >= floor}
+def verdict(cue: Tensor, alone: Tensor, after: dict[int, Tensor]) -> str:
+    """What is wrong with a row: read 8 above read 1 by more than the standard error of their difference over episodes,
+    or, where the cue is damaged, a read above the auto-encoder."""
+    rise = (after[NUM_ITERS] - after[1]).flatten(1).mean(1)
+    wrong = {"8 > 1": rise.mean() > rise.std() / math.sqrt(len(rise))}
+    if cue.any():
+        wrong["1 > auto-encoder"] = after[1].mean() >= alone.mean()
+        wrong["8 > auto-encoder"] = after[NUM_ITERS].mean() >= alone.mean()
     return ", ".join(words for words, true in wrong.items() if true) or "holds"
 
 
@@ -223,12 +229,14 @@ def bound(trained: list[Trained]) -> Table:
         s = one.trainer.settings
         torch.manual_seed(0)
         nats = one.model.conditional_bound(held_out(one), SAMPLES)
+        with torch.no_grad():
+            kl = one.model.memory.kl(one.model.write(held_out(one)).state) / s.patterns
         protocol = (
             f"{one.data.split}; 28×28, a pixel is on above 0.5; T = {s.patterns}, K = {s.rows}, C = {s.code_size}; "
             f"{EPISODES} episodes, {SAMPLES} samples of w"
         )
-        rows.append((one.name, mean_and_error(nats), protocol))
-    rows += [(name, f"{value}", "published, Omniglot") for name, value in PUBLISHED.items()]
+        rows.append((one.name, *map(mean_and_error, (nats, nats + kl / 10, nats + kl)), protocol))
+    rows += [(name, f"{value}", "", "", "published, Omniglot") for name, value in PUBLISHED.items()]
     note = (
         "What differs from the published figures: in training a pattern is read "
         f"{trained[0].trainer.settings.reads} times for one write, and a read pays that part of KL(q(M) ‖ p(M)). The "
@@ -237,8 +245,9 @@ def bound(trained: list[Trained]) -> Table:
         "out; images are binarised by a threshold. The figures are therefore not a ranking."
     )
     return Table(
-        "Negative conditional bound on held-out images, nats an image", ("model", "bound", "protocol"), rows, note
-    )
+        "Negative conditional bound on held-out images, nats an image",
+        ("model", "conditional bound", "with KL(M) of ten reads", "with KL(M) of one read", "protocol"), rows, note,
+    )  # fmt: skip
 
 
 def capacity_table(name: str, memory_size: int, rows: list[dict[str, float]]) -> Table:
@@ -327,6 +336,7 @@ def ablations(one: Trained, steps: int) -> Table:
         "weights solved once, against the prior": (settings, {"memory": SolvedOnce}),
         "diagonal KL(M) of the released code": (settings, {"memory": DiagonalKL}),
         "num_opt_iters = 3": (settings, {"num_opt_iters": 3}),
+        "three turns of the dynamics in training": (settings._replace(unrolled=3), {}),
         "clean cues in training, as in the paper": (settings._replace(corrupt=False), {}),
         "KL(M) paid by one read of each pattern, as in the paper": (settings._replace(reads=1), {}),
     }

@@ -41,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--width", type=whole_number(1), help="channels of the first convolution (default: 24)")
     command.add_argument("--learning-rate", type=positive_number, help="of Adam (default: 4e-3)")
     command.add_argument("--reads", type=whole_number(1), help="of a pattern that was written once (default: 10)")
+    command.add_argument(
+        "--unrolled", type=whole_number(1), help="turns of the attractor loop with gradient (default: 0)"
+    )
+    command.add_argument("--noise", type=positive_number, help="of an observed code, σ (default: 1)")
     command.add_argument("--seed", type=whole_number(0, MOST_SEED), help="(default: 0)")
     command.add_argument(
         "--backend", choices=dispatch.PREFERENCE, help="who computes the memory (default: the first that can)"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import fastkm
 from examples.dkm.patterns import Patterns, binary, corrupt, jitter
@@ -21,6 +22,9 @@ from fastkm.testing.extras import UserError, import_extra
 
 RAMP = (0.05, 0.3)  # of the training, over which corrupted cues come in
 MOST_ITERS = 8  # of the attractor loop, behind a cue
+# Of the training, after which batch normalisation holds its averages if turns are unrolled. The patterns of each turn
+# are a batch with averages of its own; a read has one set for all of them, and training now meets that one.
+HELD = 0.6
 GRADIENT_NORM = 100.0  # nats a pattern; a longer gradient is shortened to it
 
 
@@ -36,6 +40,8 @@ class Settings(NamedTuple):
     width: int = 24  # channels of the first convolution
     learning_rate: float = 4e-3  # falls to zero along half a cosine
     reads: int = 10  # of a pattern that was written once
+    unrolled: int = 0  # turns of the attractor loop that a gradient passes
+    noise: float = 1.0  # σ; unbounded codes can grow instead, only slower
     corrupt: bool = True  # cues are corrupted, see `Trainer.cues`
     seed: int = 0
     backend: str | None = None
@@ -46,7 +52,7 @@ def build_model(settings: Settings, memory: type[KanervaMemory] = KanervaMemory,
     return DynamicKanervaMachine(
         ConvEncoder(settings.code_size, settings.width),
         ConvDecoder(settings.code_size, settings.width),
-        memory(settings.code_size, settings.rows, backend=settings.backend, **options),
+        memory(settings.code_size, settings.rows, obs_noise_stddev=settings.noise, backend=settings.backend, **options),
     )
 
 
@@ -59,6 +65,10 @@ class Trainer:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=settings.learning_rate)
         self.history: list[list[float]] = []  # the parts of the loss of every step
         self.seconds = 0.0  # spent on them
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return dict(self.model.named_parameters())
 
     @property
     def step(self) -> int:
@@ -96,7 +106,6 @@ class Trainer:
         with torch.no_grad():
             state = self.model.write(patterns).state
         read = self.model.attractor_read(corrupted[:, :each], num_iters, state=state).patterns
-        self.model.train()
         return patterns.index_copy(1, order[: 2 * each], torch.cat([binary(read), corrupted[:, each:]], 1))
 
     def run(self) -> Iterator[EpisodeLoss]:
@@ -107,6 +116,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self.optimizer.zero_grad(set_to_none=True)
+            self.model.train(self.settings.unrolled == 0 or self.step < HELD * self.settings.steps)
             loss = self.loss(episode, cues)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
@@ -118,7 +128,7 @@ class Trainer:
     def loss(self, episode: Tensor, cues: Tensor | None) -> EpisodeLoss:
         """The loss of the next step; a training that has diverged ends here, and keeps its last checkpoint."""
         try:
-            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads)
+            loss = self.model.loss(episode, cues=cues, num_reads=self.settings.reads, unrolled=self.settings.unrolled)
             why = None if loss.total.isfinite() else "the loss is no finite number"
         except torch.linalg.LinAlgError as error:
             why = str(error)
@@ -152,11 +162,16 @@ class Trainer:
                 raise UserError(f"{path} was trained with {name} = {getattr(settings, name)}, not {ours}")
         if data != fingerprint(self.data):
             raise UserError(f"{path} was trained on other images than {self.data.source}")
-        self.history, self.seconds = tensors["history"].tolist(), tensors["seconds"].item()
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        for name in ("history", "seconds", *(f"optimizer.{key}.{x}" for x in self.parameters for key in moments)):
+            if name not in tensors:
+                raise UserError(f"{path} holds no {name}, so that its training cannot go on")
         load_weights(self.model, tensors, path)
-        for name, parameter in self.model.named_parameters():
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[parameter] = state
+        history = tensors["history"]  # of an older checkpoint without the later parts of the loss
+        self.history = pad(history, (0, len(EpisodeLoss._fields) - history.shape[1])).tolist()
+        self.seconds = tensors["seconds"].item()
+        for name, parameter in self.parameters.items():
+            self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in moments}
 
 
 def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
@@ -168,10 +183,19 @@ def load_model(path: Path) -> tuple[DynamicKanervaMachine, Settings, str]:
 
 
 def load_weights(model: DynamicKanervaMachine, tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        model.load_state_dict(part(tensors, "model."))
-    except RuntimeError as error:
-        raise UserError(f"{path} holds a model of another version of fastkm ({error})") from error
+    """Load all of them, or refuse and leave the model as it is: torch would load those that fit before it refuses."""
+    ours, theirs = model.state_dict(), part(tensors, "model.")
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in theirs:
+            wrong = "is missing"
+        elif name not in ours:
+            wrong = "is not in it"
+        elif ours[name].shape != theirs[name].shape:
+            wrong = f"has shape {list(theirs[name].shape)}, not {list(ours[name].shape)}"
+        else:
+            continue
+        raise UserError(f"{path} holds a model of another version of fastkm: model.{name} {wrong}")
+    model.load_state_dict(theirs)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Settings, str]:

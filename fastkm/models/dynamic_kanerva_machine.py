@@ -21,11 +21,12 @@ __all__ = ["DynamicKanervaMachine", "EpisodeLoss", "PatternRead"]
 class EpisodeLoss(NamedTuple):
     """What :meth:`DynamicKanervaMachine.loss` returns: nats a pattern, averaged over the episodes, all 0-d."""
 
-    total: Tensor  # reconstruction + kl_weights + kl_memory + autoencoder
+    total: Tensor  # the sum of the others
     reconstruction: Tensor  # −E ln p(x | w, M)
     kl_weights: Tensor  # KL(q(w) ‖ p(w))
     kl_memory: Tensor  # KL(q(M) ‖ p(M)) / (T num_reads)
     autoencoder: Tensor  # −ln p(x | e(x)), past the memory
+    cleanup: Tensor  # −ln p(x | d(Rᵀ w_i)) averaged over the unrolled turns of the attractor dynamics; 0 without them
 
 
 @result
@@ -74,10 +75,16 @@ class DynamicKanervaMachine(nn.Module):
         self.encoder, self.decoder, self.memory = encoder, decoder, memory
 
     def forward(
-        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+        self,
+        episode: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cues: Tensor | None = None,
+        num_reads: int = 1,
+        unrolled: int = 0,
     ) -> EpisodeLoss:
         """The :meth:`loss`. Wrappers such as DistributedDataParallel and fully_shard take part in this call only."""
-        return self.loss(episode, mask, cues=cues, num_reads=num_reads)
+        return self.loss(episode, mask, cues=cues, num_reads=num_reads, unrolled=unrolled)
 
     def encode(self, patterns: Tensor, mask: Tensor | None = None) -> Tensor:
         """Codes ``[B, T, C]`` of ``patterns [B, T, *pattern]``; 0 where ``mask [B, T]`` is False.
@@ -90,13 +97,16 @@ class DynamicKanervaMachine(nn.Module):
             got = f"{guards.dtype_name(patterns.dtype)} of shape {list(patterns.shape)}"
             raise ValueError(f"patterns must be floating point of shape [B, T, *pattern], got {got}")
         _check_mask(mask, patterns)
-        rows = _unmasked(patterns, mask)  # [N, *pattern]
+        return _spread(self._encode(_unmasked(patterns, mask)), patterns.shape[:2], mask)
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """Codes [N, C] of ``rows [N, *pattern]``."""
         codes = self.encoder(rows)
         wanted = (rows.shape[0], self.memory.code_size)
         if not isinstance(codes, Tensor) or tuple(codes.shape) != wanted:
             returned = list(codes.shape) if isinstance(codes, Tensor) else type(codes).__name__
             raise ValueError(f"encoder must return codes [B T, C] = {list(wanted)}, got {returned}")
-        return _spread(codes, patterns.shape[:2], mask)
+        return codes
 
     def decode(self, codes: Tensor) -> Distribution:
         """The distribution of the patterns behind ``codes [B, T, C]``, with ``batch_shape [B T]``."""
@@ -116,14 +126,20 @@ class DynamicKanervaMachine(nn.Module):
         return decoded
 
     def loss(
-        self, episode: Tensor, mask: Tensor | None = None, *, cues: Tensor | None = None, num_reads: int = 1
+        self,
+        episode: Tensor,
+        mask: Tensor | None = None,
+        *,
+        cues: Tensor | None = None,
+        num_reads: int = 1,
+        unrolled: int = 0,
     ) -> EpisodeLoss:
         """The training objective of ``episode [B, T, *pattern]``, a negative bound to be minimised, with its parts.
 
         ``[ Σ_t −E ln p(x_t | w_t, M) + Σ_t KL(q(w_t) ‖ p(w_t)) + KL(q(M) ‖ p(M)) + Σ_t −ln p(x_t | d(e(x_t))) ] / T``
 
-        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and solves; the
-        attractor loop is not unrolled.
+        with one sample of each w, averaged over the B episodes. Gradients flow through all T updates and
+        solves; the attractor loop is not unrolled, unless asked for.
 
         Args:
             episode: the patterns x_t, written into the memory one after the other.
@@ -136,12 +152,19 @@ class DynamicKanervaMachine(nn.Module):
             num_reads: how often a pattern is read after it was written once. The bound of all these reads, divided by
                 their number, is the one above with KL(q(M) ‖ p(M)) / num_reads: a memory that is read more often is
                 worth writing more into.
+            unrolled: how many turns of the attractor dynamics from the cues add to the objective::
+
+                    Σ_t mean over turns i of −ln p(x_t | d(Rᵀ w_i)) / T
+
+                A turn is one of :meth:`attractor_read`: it decodes the mean of q(w), and the next one encodes the most
+                likely pattern. A gradient passes that pattern as if it were the decoder's mean. It is no part of the
+                bound. With it, encoding what was decoded learns to change nothing, where reads drift otherwise.
 
         Raises:
             TypeError, ValueError: an argument of the wrong kind, shape or dtype.
             torch.linalg.LinAlgError: the memory left what its dtype can hold.
         """
-        num_reads = guards.count("num_reads", num_reads)
+        num_reads, unrolled = guards.count("num_reads", num_reads), guards.count("unrolled", unrolled, least=0)
         codes = self.encode(episode, mask)
         if cues is not None and (not isinstance(cues, Tensor) or cues.shape != episode.shape):
             got = list(cues.shape) if isinstance(cues, Tensor) else type(cues).__name__
@@ -149,7 +172,8 @@ class DynamicKanervaMachine(nn.Module):
         written = self.memory.write(codes, mask=mask)
         queries = codes if cues is None or _are_same(cues, episode, mask) else self.encode(cues, mask)
         negative_log_likelihood, kl_weights = self._conditional(episode, queries, written.state, mask)
-        autoencoder = self._negative_log_likelihood(episode, codes, mask)
+        autoencoder, _ = self._explain(episode, codes, mask)
+        cleanup = self._cleanup(episode, queries, written.state, mask, unrolled)
 
         if mask is None:
             counts = autoencoder.new_full(autoencoder.shape[:1], max(autoencoder.shape[1], 1))
@@ -162,7 +186,13 @@ class DynamicKanervaMachine(nn.Module):
 
         parts = [
             a_pattern(x)
-            for x in (negative_log_likelihood, kl_weights, self.memory.kl(written.state) / num_reads, autoencoder)
+            for x in (
+                negative_log_likelihood,
+                kl_weights,
+                self.memory.kl(written.state) / num_reads,
+                autoencoder,
+                cleanup,
+            )
         ]
         return EpisodeLoss(sum(parts[1:], parts[0]), *parts)
 
@@ -253,6 +283,17 @@ class DynamicKanervaMachine(nn.Module):
         nats = [torch.stack(self._conditional(episode, codes, state)).sum(0) for _ in range(num_samples)]
         return torch.stack(nats).mean((0, 2))
 
+    def _cleanup(self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None, turns: int) -> Tensor:
+        """−ln p of the episode [B, T], averaged over turns of the dynamics from the ``codes`` of cues."""
+        nats = codes.new_zeros(episode.shape[:2])
+        for i in range(turns):
+            turn, decoded = self._explain(episode, self._address(codes, state) @ state.mean, mask)
+            nats = nats + turn / turns
+            if i + 1 < turns:
+                mean = decoded.mean
+                codes = _spread(self._encode(mean + (_mode(decoded) - mean).detach()), episode.shape[:2], mask)
+        return nats
+
     def _conditional(
         self, episode: Tensor, codes: Tensor, state: MemoryState, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -264,16 +305,16 @@ class DynamicKanervaMachine(nn.Module):
         kl_weights = self.memory.kl_weights(weights)
         if mask is not None:
             kl_weights = kl_weights.masked_fill(~mask, 0)
-        return self._negative_log_likelihood(episode, sampled @ state.mean, mask), kl_weights
+        return self._explain(episode, sampled @ state.mean, mask)[0], kl_weights
 
     def _address(self, codes: Tensor, state: MemoryState) -> Tensor:
         # The memory is factored again in every iteration of a read: little beside the encoder and the decoder.
         return solve_addressing(state.mean, codes, self.memory.ridge, backend=self.memory.backend)
 
-    def _negative_log_likelihood(self, patterns: Tensor, codes: Tensor, mask: Tensor | None) -> Tensor:
-        """``−ln p(x | d(z))`` [B, T], 0 where masked; a masked code does not enter the decoder."""
-        nats = _nats(self._decode(_unmasked(codes, mask)), _unmasked(patterns, mask))
-        return _spread(nats, patterns.shape[:2], mask)
+    def _explain(self, patterns: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor, Distribution]:
+        """``−ln p(x | d(z))`` [B, T], 0 where masked, and the d(z) of the others; a masked code is not decoded."""
+        decoded = self._decode(_unmasked(codes, mask))
+        return _spread(_nats(decoded, _unmasked(patterns, mask)), patterns.shape[:2], mask), decoded
 
 
 def _nats(decoded: Distribution, patterns: Tensor) -> Tensor:

@@ -377,6 +377,13 @@ MODEL = [
         tests=(MODELS,),
     ),
     fault(
+        "turns-without-gradient",
+        "no gradient passes from one turn of the attractor dynamics to the next",
+        before="mean + (_mode(decoded) - mean).detach()",
+        after="_mode(decoded).detach()",
+        tests=(MODELS,),
+    ),
+    fault(
         "loss-of-an-empty-episode",
         "an episode whose patterns are all masked has a loss that is no number",
         before="mask.sum(1).clamp_min(1)",
@@ -488,23 +495,30 @@ TRAINING = [
     fault(
         "training-resumes-without-moments",
         "a resumed training starts with an optimizer that remembers nothing",
-        before="self.optimizer.state[parameter] = state",
+        before='self.optimizer.state[parameter] = {key: tensors[f"optimizer.{key}.{name}"] for key in moments}',
         after="pass",
         tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
     ),
     fault(
         "training-resumes-at-the-first-step",
         "a resumed training forgets how many steps were taken",
-        before='tensors["history"].tolist()',
+        before="pad(history, (0, len(EpisodeLoss._fields) - history.shape[1])).tolist()",
         after="[]",
         tests=(f"{TRAIN}::test_interrupted_and_resumed_is_the_same_training",),
     ),
     fault(
         "training-stays-in-eval",
         "after the first read of cues the batch normalisation stays in its mode of evaluation",
-        before="self.model.train()",
+        before="self.model.train(self.settings.unrolled == 0 or self.step < HELD * self.settings.steps)",
         after="pass",
         tests=(TRAIN,),
+    ),
+    fault(
+        "training-never-holds-its-averages",
+        "batch normalisation takes averages of its own to the end of the training",
+        before="self.model.train(self.settings.unrolled == 0 or self.step < HELD * self.settings.steps)",
+        after="self.model.train()",
+        tests=(f"{TRAIN}::test_a_step_is_as_the_settings_say",),
     ),
     fault(
         "training-without-clipping",
