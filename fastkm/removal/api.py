@@ -21,6 +21,7 @@ REMOVE_PATTERNS = Operation(
     arguments.Mask("mask", "BT"),
     reference=reference.remove_block,
     native=native.remove_patterns,
+    triton="fastkm.removal.triton",
     factored="state.cov",
     removes=True,
 )
@@ -36,6 +37,7 @@ REPLACE_PATTERNS = Operation(
     arguments.Mask("mask", "BT"),
     reference=reference.replace_block,
     native=native.replace_patterns,
+    triton="fastkm.removal.triton",
     factored="state.cov",
     removes=True,
 )

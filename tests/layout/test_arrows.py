@@ -70,7 +70,7 @@ IMPORTS = {
     "matrix_normal": FLOOR,
     "reading": FLOOR,
     "writing": FLOOR,
-    "removal": FLOOR,
+    "removal": FLOOR | {"posterior"},  # a removal is the update of −U, by the same kernels
     "information": FLOOR,
     "square_root": FLOOR,
     "streaming": FLOOR | {"reading", "removal"},  # it returns what a read returns, and removes what a removal does
