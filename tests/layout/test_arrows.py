@@ -39,6 +39,7 @@ INCLUDES = {
     "cuda/kernels.h": set(),
     "cuda/linalg": {"cuda/kernels.h"},
     "cuda/posterior": {"cuda/linalg"},
+    "cuda/removal": {"cuda/linalg", "cuda/posterior"},
     "cuda/reading": {"cuda/linalg"},
     "cuda/matrix_normal": {"cuda/linalg"},
     "cuda/writing": {"cuda/linalg", "cuda/posterior"},
