@@ -218,7 +218,6 @@ def test_both_wings_have_the_same_rooms():
         "levels",
         "streaming",
         "filtering",
-        "removal",
         "square_root",
     }  # neither has a kernel for a GPU
     assert cuda <= cpu
