@@ -15,6 +15,10 @@ struct Context {
 
 const char* update_posterior(const PosteriorArgs<float>&, int64_t B, Context&);
 const char* update_posterior_backward(const PosteriorArgs<float>&, const PosteriorGrads<float>&, int64_t B, Context&);
+const char* remove_patterns(const PosteriorArgs<float>&, int64_t B, Context&);
+const char* remove_patterns_backward(const PosteriorArgs<float>&, const PosteriorGrads<float>&, int64_t B, Context&);
+const char* replace_patterns(const PosteriorArgs<float>& update, const PosteriorArgs<float>& removal, int64_t B,
+                             Context&);
 const char* write(const WritingArgs<float>&, int64_t B, Context&);
 const char* write_backward(const WritingArgs<float>&, const WritingGrads<float>&, int64_t B, Context&);
 const char* read(const ReadingArgs<float>&, int64_t B, Context&);

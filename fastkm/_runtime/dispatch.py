@@ -52,8 +52,8 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "write": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_posterior_into": INTO,  # with ``out``
     "write_into": INTO,
-    "remove_patterns": {"reference": REFERENCE, "native": ON_CPU},
-    "replace_patterns": {"reference": REFERENCE, "native": ON_CPU},
+    "remove_patterns": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
+    "replace_patterns": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_square_root": {"reference": REFERENCE, "native": ON_CPU},
     "filter_posterior": {"reference": REFERENCE, "native": ON_CPU, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},

@@ -22,7 +22,11 @@ from fastkm._linalg.triton.factor import (
     IS_ASYMMETRIC,
     IS_INDEFINITE,
     IS_LOST,
+    IS_NOT_WRITTEN,
+    IS_UNTOLD,
+    LEAST_LEFT,
     SQRT_EPS,
+    SQRT_LEAST_LEFT,
     eliminate,
     holds_variance,
     inverse_of_factor,
@@ -160,42 +164,66 @@ def update_kernel(
 
 
 @triton.jit
-def factor_kernel(cov, patterns, p_new_cov, p_s, p_explained, p_status, p_gain, K, T):
+def factor_kernel(cov, patterns, p_new_cov, p_s, p_explained, p_status, p_gain, K, T, REMOVES: tl.constexpr):
     """Chunk by chunk:  V = W U,  S = V Wᵀ + diag σ² = L Lᵀ,  G = L⁻¹ V,  U ← U − GᵀG.
+
+    REMOVES: the same for −U, so V = −W U and U ← U + GᵀG. A removal does not report what U explains.
 
     Bytes moved: cov in and out once a chunk of patterns, from the cache while K² stays there; weights in once.
     """
+    SIGN: tl.constexpr = 1.0 if REMOVES else -1.0
     i_b = tl.program_id(0).to(tl.int64)
     patterns = patterns_of(patterns, i_b, T, K, 0, False)
     new_cov, s, gain = result_of(p_new_cov, i_b, K, K), results_of(p_s, i_b, T), result_of(p_gain, i_b, T, K)
-    explained = results_of(p_explained, i_b, T)
     status = load_symmetric(new_cov, matrix_of(cov, i_b, K, K))
     for first in range(0, T, CHUNK):
         count = tl.minimum(CHUNK, T - first)
         o_t = first + tl.arange(0, CHUNK)
         chunk_gain = rows_from(gain, first, T - first)
         noise = load_vector(patterns.noise, o_t, 1.0)
-        predictive, variances = predict_chunk(chunk_gain, patterns, new_cov, o_t)
+        predictive, variances = predict_chunk(chunk_gain, patterns, new_cov, o_t, REMOVES)
 
-        # L⁻¹. A positive definite U never lets wᵀUw fall below zero.
         o = tl.arange(0, CHUNK)
-        slack = tl.abs(diagonal(predictive, o) + noise) * (4.0 * EPS) * (K + T)
-        tile, good, rests = eliminate(predictive, count, noise, slack, True)
-        status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
-        pivots = diagonal(tile, o)
-        held = (o >= count) | holds_variance(variances, rests, noise, pivots)
-        status = tl.where((status == 0) & (tl.min(held.to(tl.int32), 0) == 0), IS_LOST, status)
+        if REMOVES:
+            pivots, inverse, removed = factor_removal(predictive, variances, noise, K, count)
+            status = tl.where(status == 0, removed, status)
+        else:
+            # L⁻¹. A positive definite U never lets wᵀUw fall below zero.
+            slack = tl.abs(diagonal(predictive, o) + noise) * (4.0 * EPS) * (K + T)
+            tile, good, rests = eliminate(predictive, count, noise, slack, True)
+            status = tl.where((status == 0) & (good == 0), IS_INDEFINITE, status)
+            pivots = diagonal(tile, o)
+            held = (o >= count) | holds_variance(variances, rests, noise, pivots)
+            status = tl.where((status == 0) & (tl.min(held.to(tl.int32), 0) == 0), IS_LOST, status)
+            store_vector(results_of(p_explained, i_b, T), rests, o_t)
+            inverse = inverse_of_factor(tile, pivots, o)
         store_vector(s, pivots, o_t)
-        store_vector(explained, rests, o_t)
-        whiten_rows(chunk_gain, inverse_of_factor(tile, pivots, o))
+        whiten_rows(chunk_gain, inverse)
         chunk_gain = rows_from(gain, first, count)
-        product(new_cov, transposed(chunk_gain), chunk_gain, scale=-1.0, accumulate=True)
+        product(new_cov, transposed(chunk_gain), chunk_gain, scale=SIGN, accumulate=True)
     tl.store(p_status + i_b, status)
 
 
 @triton.jit
-def predict_chunk(projected, patterns, cov, o_t):
-    """W U Wᵀ and Σ_k w_k² U_kk of one chunk of patterns; leaves V in ``projected``."""
+def factor_removal(predictive, variances, noise, K, count):
+    """L_tt², L⁻¹ and the status of S = diag σ² − W U Wᵀ, from −W U Wᵀ; see the reference's status of a removal."""
+    o = tl.arange(0, CHUNK)
+    tile = tl.where(o[:, None] == o[None, :], predictive + noise[:, None], predictive)
+    tile, positive, _ = eliminate(tile, count, 0.0, 0.0, False)
+    pivots = diagonal(tile, o)
+    inverse = inverse_of_factor(tile, pivots, o)
+    inverse_variance = tl.sum(inverse * inverse, 0)  # (S⁻¹)_tt
+    size = tl.abs(variances) + noise
+    definite = pivots - noise <= size * (4.0 * EPS) * (K + count)
+    told = (size * inverse_variance * LEAST_LEFT <= 1.0) & (noise * inverse_variance * SQRT_LEAST_LEFT <= 1.0)
+    status = tl.where(tl.min(told.to(tl.int32), 0) == 0, IS_UNTOLD, 0)
+    status = tl.where(tl.min(definite.to(tl.int32), 0) == 0, IS_INDEFINITE, status)
+    return pivots, inverse, tl.where(positive == 0, IS_NOT_WRITTEN, status)
+
+
+@triton.jit
+def predict_chunk(projected, patterns, cov, o_t, REMOVES: tl.constexpr):
+    """V Wᵀ and Σ_k w_k² U_kk of one chunk of patterns; leaves V in ``projected``."""
     K = cov.rows
     o = tl.arange(0, CHUNK)
     m_written = is_written(patterns.mask, o_t, patterns.noise.size)
@@ -207,6 +235,8 @@ def predict_chunk(projected, patterns, cov, o_t):
             o_j = j + tl.arange(0, CHUNK)
             b_weights = load_patterns(patterns.weights, o_t, o_j, m_written)
             total = tl.dot(b_weights, load_tile(cov, o_j, o_k), total, input_precision="ieee")
+        if REMOVES:
+            total = -total
         store_tile(projected, total, o, o_k)
     tl.debug_barrier()
     predictive = tl.zeros((CHUNK, CHUNK), tl.float32)
@@ -254,7 +284,9 @@ def update_posterior_launcher(
     if K <= LARGEST_TILE and precision_of(precision) == "ieee":
         launch_in_registers(mean, cov, patterns, to, gain)
     else:
-        factor_kernel[(B,)](matrices(cov), patterns, to.cov, to.s, to.kl, to.status, gain, K, T, **warps(4))
+        factor_kernel[(B,)](
+            matrices(cov), patterns, to.cov, to.s, to.kl, to.status, gain, K, T, REMOVES=False, **warps(4)
+        )
         launch_apply(mean, patterns, to.mean, to.s, to.kl, to.log_evidence, gain, precision)
     return tuple(to)
 

@@ -21,6 +21,7 @@ REMOVE_PATTERNS = Operation(
     arguments.Mask("mask", "BT"),
     reference=reference.remove_block,
     native=native.remove_patterns,
+    triton="fastkm.removal.triton",
     factored="state.cov",
     removes=True,
 )
@@ -36,6 +37,7 @@ REPLACE_PATTERNS = Operation(
     arguments.Mask("mask", "BT"),
     reference=reference.replace_block,
     native=native.replace_patterns,
+    triton="fastkm.removal.triton",
     factored="state.cov",
     removes=True,
 )
@@ -66,7 +68,7 @@ def remove_patterns(
         values: the patterns, as they were written.
         noise_var: the variance σ² with which they were written; one for all, one a memory, or one a pattern.
         mask: where False the pattern is not removed.
-        backend: ``"reference"``, ``"native"``, or None for the first that can run the call.
+        backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
 
     Returns:
         :class:`fastkm.MemoryState`.
@@ -108,7 +110,8 @@ def replace_patterns(
     """The memory as if the new patterns had been written in the place of the old: removal and update in one pass.
 
     It equals :func:`remove_patterns` of the old patterns after :func:`update_posterior` with the new ones. Both are one
-    change of low rank: the memory is read once and written once for each chunk of pairs.
+    change of low rank: on a CPU the memory is read once and written once for each chunk of pairs. On a GPU the kernels
+    of an update and of a removal run one after the other.
 
     Args:
         state: a memory that the old patterns are in; ``cov`` must be symmetric positive definite.
@@ -117,7 +120,7 @@ def replace_patterns(
         noise_var: the variance σ² of the new patterns; one for all, one a memory, or one a pattern.
         old_noise_var: that with which the old ones were written; None if it is the same.
         mask: where False, neither is the old pattern removed nor the new one written.
-        backend: ``"reference"``, ``"native"``, or None for the first that can run the call.
+        backend: ``"reference"``, ``"native"``, ``"triton"``, or None for the first that can run the call.
 
     Returns:
         :class:`fastkm.MemoryState`.

@@ -16,6 +16,7 @@ import fastkm.filtering.triton
 import fastkm.matrix_normal.triton
 import fastkm.posterior.triton
 import fastkm.reading.triton
+import fastkm.removal.triton
 import fastkm.writing.triton  # noqa: F401  all register their operators
 from fastkm._runtime.options import PRECISIONS
 from fastkm.testing import operations
@@ -48,6 +49,7 @@ def calls(
 EVERYWHERE = [("S", {"B": 256, "Q": 32}, OPERATORS)]
 LARGER = [
     ("L", {"B": 2, "Q": 100}, ("update_posterior", "update_posterior_backward", "write", "write_backward")),
+    ("L", {"B": 2, "Q": 100}, ("remove_patterns", "remove_patterns_backward")),
     ("L", {"B": 2, "Q": 100}, ("read", "read_backward", "read_factored", "kl_memory", "kl_memory_backward")),
     ("L", {"B": 2, "Q": 100, "precision": TF32}, ("update_posterior", "write", "read", "read_backward", *FILTERS)),
     ("L", {"B": 2, "Q": 100, "precision": TF32X3}, ("update_posterior", "read", "filter_posterior")),

@@ -19,6 +19,8 @@ from fastkm._runtime.dispatch import CAPABILITIES, NATIVE
 SHAPES = [(16, 1, 1, 1, 1), (3, 9, 4, 5, 7), (2, 20, 18, 24, 40), (2, 17, 3, 40, 70)]
 USES = {  # the tensors of a problem that an operation is a function of
     "update_posterior": ("mean", "cov", "weights", "values", "noise_var"),
+    "remove_patterns": ("mean", "cov", "weights", "values", "noise_var"),
+    "replace_patterns": ("mean", "cov", "weights", "values", "noise_var"),
     "filter_posterior": ("mean", "cov", "weights", "values", "noise_var", "ridge"),
     "write": ("mean", "cov", "values", "noise_var", "ridge"),
     "read": ("mean", "queries", "ridge"),

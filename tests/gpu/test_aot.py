@@ -73,7 +73,7 @@ def test_many_queries_of_one_memory_fill_a_chip(request):
     assert answered > 132  # multiprocessors of an H100
 
 
-ONE_PROGRAM = ["write", "write_backward", "update_posterior_backward", "read_backward"]
+ONE_PROGRAM = ["write", "write_backward", "update_posterior_backward", "remove_patterns_backward", "read_backward"]
 
 
 @pytest.mark.parametrize("operation", [*ONE_PROGRAM, "filter_posterior", "filter_posterior_backward"])

@@ -16,6 +16,9 @@ READ_GRADIENT = "tests/gpu/test_reading.py::test_gradients"
 FILTER = "tests/gpu/test_filtering.py::test_filter_equals_the_steps"
 FILTER_GRADIENT = "tests/gpu/test_filtering.py::test_gradients"
 KL = "tests/gpu/test_matrix_normal.py::test_kl_is_the_sum_over_columns"
+REMOVAL = "tests/gpu/test_removal.py::test_equals_the_definition"
+REMOVAL_GRADIENT = "tests/gpu/test_removal.py::test_gradients"
+REFUSED = "tests/gpu/test_removal.py::test_each_memory_that_is_refused_is_named_with_its_reason"
 NAMED = "tests/gpu/test_matrix_normal.py::test_a_covariance_that_is_none_is_named"
 
 CUDA = [
@@ -48,6 +51,27 @@ CUDA = [
         within="whitening.store(AddRows{update.whitened, kLd, kColumns, -1}); __syncthreads();",
         after=";",
         tests=("tests/simt/test_planted_bugs.py::test_kernels_are_clean",),
+    ),
+    cuda(
+        "cuda-removal-shrinks-covariance",
+        "the covariance loses what a removal gives back",
+        before="kRemoves ? 1 : -1",
+        after="kRemoves ? -1 : -1",
+        tests=(REMOVAL,),
+    ),
+    cuda(
+        "cuda-removal-digits-not-asked",
+        "a removal of which rounding leaves nothing is served",
+        before="rounding * size * inverse_variance <= 1 && rounding * left * left <= 1 ? kGood : kUntold",
+        after="kGood",
+        tests=(REFUSED,),
+    ),
+    cuda(
+        "cuda-replacement-forgets-the-update",
+        "the status of the removal replaces that of the update before it",
+        before="launch_removal(removal, B, true, context)",
+        after="launch_removal(removal, B, false, context)",
+        tests=("tests/gpu/test_removal.py::test_a_replacement_refuses_what_an_update_refuses",),
     ),
     cuda(
         "cuda-read-backward-first-share",
@@ -109,6 +133,20 @@ TRITON = [
         within="for _ in range(1, num_iters): solve_rows(",
         after="for _ in range(num_iters)",
         tests=(READ,),
+    ),
+    triton(
+        "triton-removal-digits-not-asked",
+        "a removal of which rounding leaves nothing is served",
+        before="tl.where(tl.min(told.to(tl.int32), 0) == 0, IS_UNTOLD, 0)",
+        after="tl.where(tl.min(told.to(tl.int32), 0) == 0, 0, 0)",
+        tests=(REFUSED,),
+    ),
+    triton(
+        "triton-removal-backward-sign",
+        "the cotangent of the covariance keeps the sign of an update",
+        before="product(to.cov, transposed(parts.weights), parts.to_projected, scale=0.5 * SIGN, accumulate=True)",
+        after="product(to.cov, transposed(parts.weights), parts.to_projected, scale=0.5, accumulate=True)",
+        tests=(REMOVAL_GRADIENT,),
     ),
     triton(
         "triton-read-backward-ridge",

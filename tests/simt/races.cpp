@@ -122,6 +122,25 @@ PosteriorGrads<float> posterior_grads(Case& c) {
   return grads;
 }
 
+// Less than any memory holds, so that every factor exists.
+void run_removal(Case& c, const PosteriorGrads<float>& grads) {
+  PosteriorArgs<float> removal = posterior_args(c);
+  removal.kl = removal.innovation_var = {};
+  Array small(c.B, c.T, c.K), evidence(c.B), mean(c.B, c.K, c.C), cov(c.B, c.K, c.K);
+  small.draw(0.01f);
+  removal.weights = small.read();
+  expect("remove_patterns", cuda::remove_patterns(removal, c.B, c.context), {&c.new_mean, &c.new_cov});
+  expect("remove_patterns_backward", cuda::remove_patterns_backward(removal, grads, c.B, c.context),
+         {&c.to_mean, &c.to_cov, &c.to_weights, &c.to_values, &c.to_noise});
+  PosteriorArgs<float> update = posterior_args(c);
+  update.log_evidence = evidence.data;
+  update.new_mean = mean.batch();
+  update.new_cov = cov.batch();
+  removal.mean = mean.read();
+  removal.cov = cov.read();
+  expect("replace_patterns", cuda::replace_patterns(update, removal, c.B, c.context), {&c.new_mean, &c.new_cov});
+}
+
 void run_update_and_write(Case& c) {
   PosteriorArgs<float> update = posterior_args(c);
   Array evidence(c.B);
@@ -131,6 +150,7 @@ void run_update_and_write(Case& c) {
   const PosteriorGrads<float> grads = posterior_grads(c);
   expect("update_posterior_backward", cuda::update_posterior_backward(update, grads, c.B, c.context),
          {&c.to_mean, &c.to_cov, &c.to_weights, &c.to_values, &c.to_noise});
+  run_removal(c, grads);
   for (int64_t num_solves = 1; num_solves <= 2; ++num_solves) {
     WritingArgs<float> write{
         posterior_args(c), {c.ridge.data, {1, 0, 0}}, num_solves, num_solves == 2, c.new_weights.batch()};

@@ -11,9 +11,13 @@ from simt.build import ROOT
 MULTIPROCESSORS = 132
 # Operators that make two launches where a memory has more rows than a thread block factors on chip.
 TWO_BEYOND = (
-    *("update_posterior", "read", "read_backward", "solve_addressing"),
+    *("update_posterior", "remove_patterns", "read", "read_backward", "solve_addressing"),
     *("factor_addressing", "read_factored_backward"),
-)
+)  # Operators that are several others, one after the other.
+MADE_OF = {
+    "replace_patterns": ("update_posterior", "remove_patterns"),
+    "replace_patterns_backward": ("update_posterior", "remove_patterns_backward", "update_posterior_backward"),
+}
 
 # In a process of its own: operators are registered once.
 SCRIPT = """
@@ -45,13 +49,15 @@ def recorded(request):
 def test_one_launch_up_to_the_preset_l_and_at_most_two_beyond(recorded):
     for operator, calls in recorded["calls"].items():
         for preset, launches in calls.items():
-            beyond = preset in ("XL", "LLM") and operator in TWO_BEYOND
-            assert len(launches) == 1 + beyond, f"{operator} {preset}: {launches}"
+            parts = MADE_OF.get(operator, (operator,))
+            beyond = sum(part in TWO_BEYOND for part in parts) if preset in ("XL", "LLM") else 0
+            assert len(launches) == len(parts) + beyond, f"{operator} {preset}: {launches}"
 
 
 def test_one_memory_fills_the_chip_over_tiles_of_columns(recorded):
     assert recorded["calls"]["update_posterior"]["L"] == [4]  # tiles of 64 columns in C = 200
     assert recorded["calls"]["update_posterior"]["LLM"] == [1, 12]  # C = 768, behind one factor
+    assert recorded["calls"]["remove_patterns"] == recorded["calls"]["update_posterior"]
     assert recorded["wide"] == [MULTIPROCESSORS]
 
 

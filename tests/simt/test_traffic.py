@@ -20,6 +20,10 @@ BOUNDS = {
         "update_posterior_backward": 1.20,
         "write": 1.00,
         "write_backward": 1.20,
+        "remove_patterns": 1.08,
+        "remove_patterns_backward": 1.20,
+        "replace_patterns": 1.13,  # the memory between the two is neither an argument nor a result
+        "replace_patterns_backward": 1.61,
         "read": 1.00,
         "read_backward": 1.38,
         "solve_addressing": 1.00,

@@ -33,6 +33,12 @@ __device__ Operand operand_of(const Batch<T>& batch, int64_t b) {
 
 __device__ inline Operand transposed(const Operand& operand) { return {operand.data, operand.inner, operand.outer}; }
 
+// Change the sign of each of `count` numbers. Ends with a barrier.
+__device__ inline void negate(float* x, int count) {
+  for (int n = threadIdx.x; n < count; n += kThreads) x[n] = -x[n];
+  __syncthreads();
+}
+
 // Store N neighbouring columns of which `room` exist, as one vector where they are aligned and all exist.
 template <int N>
 __device__ void store_columns(float* to, const float (&values)[N], int room) {

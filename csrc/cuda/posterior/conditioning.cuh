@@ -4,7 +4,8 @@
 //   (1)  s_t = w_t · U_t w_t + σ_t²      c_t = U_t w_t / s_t      U_{t+1} = U_t − s_t c_t c_tᵀ
 //   (2)  δ_t = (z_t − Rᵀ w_t) − Σ_{j < t} δ_j (c_j · w_t)
 //   (3)  R' = R + Cᵀ Δ      U' = U − Cᵀ diag(s) C
-// U stays as it was before the chunk while the chunk is computed; (1) subtracts the terms of earlier patterns.
+// U stays as it was before the chunk while the chunk is computed; (1) subtracts the terms of earlier patterns. A
+// removal is the same for −U.
 #pragma once
 
 #include "cuda/linalg/outer_product.cuh"
@@ -77,12 +78,17 @@ __device__ __forceinline__ float subtract_earlier(const Chunk& chunk, int t, int
 }
 
 // s_t from w · U_t w, which is kept too. If that is negative by more than rounding explains, U is not positive
-// definite.
+// definite. −U explains less than nothing, and what it leaves of σ² was judged by the forward.
+template <Direction kDirection = Direction::kIn>
 __device__ inline float innovation_var(Chunk& chunk, int t, float explained) {
+  if constexpr (kDirection == Direction::kOut) {
+    if (threadIdx.x == 0) chunk.explained[t] = explained;
+    return chunk.noise[t] + explained;
+  }
   if (threadIdx.x == 0) {
     float prior = chunk.noise[t] + fabsf(explained);
     for (int j = 0; j < t; ++j) prior += chunk.s[j] * chunk.c_dot_w[t][j] * chunk.c_dot_w[t][j];
-    const float slack = 4 * static_cast<float>(chunk.K + chunk.count) * kEpsilon * prior;
+    const float slack = rounding_slack(chunk.K, chunk.count, prior);
     if (!(explained >= -slack) && chunk.status == kGood) chunk.status = kNotPositiveDefinite;
     chunk.explained[t] = explained > 0 ? explained : 0;
   }
@@ -90,6 +96,7 @@ __device__ inline float innovation_var(Chunk& chunk, int t, float explained) {
 }
 
 // (1) for all patterns of a chunk with known weights.
+template <Direction kDirection = Direction::kIn>
 __device__ inline void condition(Chunk& chunk) {
   const int width = chunk.width, K = chunk.K;
   for (int t = 0; t < chunk.count; ++t) {
@@ -106,7 +113,7 @@ __device__ inline void condition(Chunk& chunk) {
     __syncthreads();
     dot_rows(chunk.dot[0], w, width, 1, width, chunk.a);
     __syncthreads();
-    const float s = innovation_var(chunk, t, chunk.dot[0][0]);
+    const float s = innovation_var<kDirection>(chunk, t, chunk.dot[0][0]);
     for (int k = threadIdx.x; k < K; k += kThreads) c[k] = chunk.a[k] / s;
     if (threadIdx.x == 0) chunk.s[t] = s;
     __syncthreads();

@@ -118,10 +118,11 @@ __device__ void load_chunk(ConditioningBackward& chunk, const PosteriorArgs<floa
 }
 
 // The first pass.
+template <Direction kDirection = Direction::kIn>
 __device__ void condition_all(ConditioningBackward& chunk, const PosteriorArgs<float>& args, int64_t b) {
   for (int64_t first = 0; first < args.T; first += kChunk) {
     load_chunk(chunk, args, b, first);
-    condition(chunk);
+    condition<kDirection>(chunk);
     whiten(chunk);
     for (int n = threadIdx.x; n < chunk.count * chunk.width; n += kThreads)
       chunk.saved_c[first * chunk.width + n] = chunk.c[n];

@@ -1,90 +1,20 @@
-// Backward of update_posterior on a GPU: one thread block a memory, one launch.
-//
-// Bytes a memory: inputs and cotangents are read once, Z and W once more for the way back, and cotangents are written
-// once. That is 1.2 times the least while R and R̄ fit on chip, up to K = 64 at C = 200. Beyond, R̄ is read three times a
-// chunk and written once, 3.6 times the least at K = 128; the copy of R and T (K + C) numbers then go to the workspace
-// and back.
-//
-// The equations are those of conditioning_backward.cuh.
-#include "cuda/posterior/conditioning_backward.cuh"
+// Backward of update_posterior on a GPU: see posterior/update_backward.cuh.
+#include "cuda/posterior/update_backward.cuh"
 
 namespace fastkm {
 namespace {
 
-// The buffers of a thread block, most used first.
-__host__ __device__ void lay_out(ConditioningBackward& chunk, Arena& arena, const PosteriorArgs<float>& args) {
-  set_sizes(chunk, args);
-  const int64_t rows = kChunk * chunk.width, codes = kChunk * chunk.columns;
-  const int64_t square = int64_t(chunk.width) * chunk.width;
-  chunk.a = arena.allocate(chunk.width);
-  chunk.w = arena.allocate(rows);
-  chunk.c = arena.allocate(rows);
-  chunk.gain = arena.allocate(rows);
-  chunk.grad_projected = arena.allocate(rows);
-  chunk.grad_w = arena.allocate(rows);
-  chunk.cov = arena.allocate(square);
-  chunk.grad_cov = arena.allocate(square);
-  chunk.values = arena.allocate(codes);
-  chunk.whitened = arena.allocate(codes);
-  chunk.grad_values = arena.allocate(codes);
-  allocate_passes(chunk, arena, args);
-}
-
-// Store the cotangents of a chunk's patterns; those of masked ones are zero.
-__device__ void store_chunk(const ConditioningBackward& chunk, const PosteriorGrads<float>& grads, int64_t b,
-                            int64_t first) {
-  const int K = chunk.K, C = chunk.C, count = chunk.count;
-  for (int n = threadIdx.x; n < count * K; n += kThreads) {
-    const int t = n / K, k = n % K;
-    *element(grads.to_weights, b, first + t, k) = chunk.unmasked[t] ? chunk.grad_w[t * chunk.width + k] : 0;
-  }
-  for (int n = threadIdx.x; n < count * C; n += kThreads) {
-    const int t = n / C, k = n % C;
-    *element(grads.to_values, b, first + t, k) = chunk.unmasked[t] ? chunk.grad_values[t * chunk.columns + k] : 0;
-  }
-  if (threadIdx.x < kChunk && int(threadIdx.x) < count)
-    *element(grads.to_noise_var, b, first + threadIdx.x) = chunk.grad_noise[threadIdx.x];
-}
-
 __global__ void __launch_bounds__(kThreads, 1)
     update_backward_kernel(FASTKM_IN_PLACE PosteriorArgs<float> args, FASTKM_IN_PLACE PosteriorGrads<float> grads,
                            int64_t B, FASTKM_IN_PLACE Workspace workspace) {
-  ConditioningBackward& chunk = *reinterpret_cast<ConditioningBackward*>(dynamic_shared());
-  if (threadIdx.x == 0) {
-    Arena arena = arena_behind<ConditioningBackward>(workspace);
-    lay_out(chunk, arena, args);
-    chunk.precision = args.precision;
-  }
-  clear_buffers<ConditioningBackward>(workspace);
-  for (int64_t b = blockIdx.x; b < B; b += gridDim.x) {
-    load_memory(chunk, args, grads, b);
-    condition_all(chunk, args, b);
-    for (int64_t first = (args.T - 1) / kChunk * kChunk; first >= 0 && args.T > 0; first -= kChunk) {
-      restore_chunk(chunk, args, b, first);
-      condition(chunk);
-      condition_backward(chunk, grads, {}, b, first);
-      store_chunk(chunk, grads, b, first);
-      product<kAnyCores, 64, 64>(AddToGradMean{chunk, -1}, {chunk.K, chunk.C, chunk.count},
-                                 Operand{chunk.w, 1, chunk.width}, Operand{chunk.grad_values, 1, chunk.columns}, chunk);
-      add_to_grad_cov(chunk);
-    }
-    store_cotangents(chunk, grads, b);
-    __syncthreads();
-  }
+  update_memories_backward<Direction::kIn>(args, grads, B, workspace);
 }
 
 }  // namespace
 
 const char* cuda::update_posterior_backward(const PosteriorArgs<float>& args, const PosteriorGrads<float>& grads,
                                             int64_t B, Context& context) {
-  if (B == 0) return nullptr;
-  const Device device = current_device();
-  const auto layout = [&](ConditioningBackward& head, Arena& arena) { lay_out(head, arena, args); };
-  Workspace workspace = measure_workspace<ConditioningBackward>(device, layout);
-  const int64_t blocks = min(B, resident_blocks(device, update_backward_kernel, workspace));
-  if (workspace.block_floats > 0) workspace.data = context.allocate(context, blocks * workspace.block_floats);
-  return launch(update_backward_kernel, blocks, kThreads, workspace.shared_bytes(), context.stream, args, grads, B,
-                workspace);
+  return launch_update_backward(update_backward_kernel, args, grads, B, context);
 }
 
 }  // namespace fastkm

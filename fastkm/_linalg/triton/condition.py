@@ -87,7 +87,8 @@ def apply_kernel(
 
     Bytes moved: mean in and out, values in, once; weights and gains once a tile of columns, from the second-level
     cache. With more than one chunk the mean is read and written again for each, from there too. The program that
-    finishes last for a memory reports its patterns; the order of the others does not change a bit.
+    finishes last for a memory reports its patterns, unless ``p_kl`` is None; the order of the others does not change a
+    bit.
     """
     C, mean = assume_fours(C, ALIGNED), assume_aligned(mean, ALIGNED)
     i_tile = tl.program_id(0) % tiles
@@ -102,10 +103,11 @@ def apply_kernel(
     for first in range(0, T, CHUNK):
         tl.debug_barrier()
         apply_chunk(new_mean, patterns, s, gain, row_of(energy, i_tile), first, o_c, PRECISION)
-    tl.debug_barrier()
-    if tl.atomic_add(p_ticket + i_b, 1, sem="acq_rel") == tiles - 1:
-        p_evidence = None if p_log_evidence is None else p_log_evidence + i_b
-        report_patterns(results_of(p_kl, i_b, T), p_evidence, patterns, s, energy, C)
+    if p_kl is not None:
+        tl.debug_barrier()
+        if tl.atomic_add(p_ticket + i_b, 1, sem="acq_rel") == tiles - 1:
+            p_evidence = None if p_log_evidence is None else p_log_evidence + i_b
+            report_patterns(results_of(p_kl, i_b, T), p_evidence, patterns, s, energy, C)
 
 
 @triton.jit
@@ -136,12 +138,12 @@ def apply_chunk(mean, patterns, s, gain, energy, first, o_c, PRECISION: tl.const
 
 
 def launch_apply(
-    mean: Tensor, patterns: Patterns, new_mean: Tensor, s: Tensor, kl: Tensor, log_evidence: Tensor | None,
-    gain: Tensor, precision: int,
+    mean: Tensor, patterns: Patterns, new_mean: Tensor, s: Tensor, kl: Tensor | None,
+    log_evidence: Tensor | None, gain: Tensor, precision: int,
 ) -> None:  # fmt: skip
     """Fill ``new_mean`` and, where wanted, ``log_evidence``, and make ``kl`` of the wᵀUw that it holds.
 
-    There is a program for each memory and tile of columns.
+    There is a program for each memory and tile of columns. ``kl`` is None where nothing is reported.
     """
     (B, K, C), T = mean.shape, gain.shape[1]
     tiles = max(1, blocks_of(C))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastkm._linalg.triton.factor import factor, mirror_lower
 from fastkm._linalg.triton.launch import (
@@ -98,8 +99,9 @@ def update_backward_layout(p, T, K, C, ld):
 
 @triton.jit
 def update_backward_kernel(
-    mean, cov, patterns, grads, to, workspaces, K, C, T, ld, PRECISION: tl.constexpr, SINGLE: tl.constexpr
-):
+    mean, cov, patterns, grads, to, workspaces, K, C, T, ld,
+    REMOVES: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
     """All patterns as one chunk. With bars for cotangents and primes for what is after the update:
 
     Ḡ = E R̄'ᵀ − 2 G Ū'        Ē = G R̄' + 2 diag(ē) E        V̄ = L⁻ᵀ Ḡ        Z̄ = L⁻ᵀ Ē
@@ -108,6 +110,8 @@ def update_backward_kernel(
 
     p̄_t is the cotangent of w_tᵀUw_t = L_tt² − σ_t². σ_t² enters S_tt and leaves that difference again: S̄_tt − p̄_t
     reaches it. At a small step that is far less than p̄_t, which is therefore left out of the sum S̄_tt.
+
+    REMOVES: the same for −U, −Ū' and −Ū. A removal has no p̄ and no ē.
 
     Bytes moved: at least the inputs and cotangents in and the gradients out, each once. The products read their
     operands from the workspace, which stays in the cache up to preset L.
@@ -138,20 +142,21 @@ def update_backward_kernel(
     copy_or_zero(to.mean, grads.mean)
     tl.debug_barrier()
 
-    update_again(parts, mean, cov, patterns.noise, PRECISION, SINGLE)
-    back_through_state(to, parts, grads.cov, PRECISION)
+    SIGN: tl.constexpr = -1.0 if REMOVES else 1.0
+    update_again(parts, mean, cov, patterns.noise, SIGN, PRECISION, SINGLE)
+    back_through_state(to, parts, grads.cov, SIGN, PRECISION)
     back_through_report(to, parts, patterns, grads)
     back_through_whitening(to, parts, PRECISION)
     back_through_factor(parts)
     back_through_pivots(to.noise, parts, patterns.mask, grads.s)
-    back_to_arguments(to, parts, mean, cov, grads.cov, PRECISION)
+    back_to_arguments(to, parts, mean, cov, grads.cov, SIGN, PRECISION)
     clear_masked(to, parts.residual, patterns.mask)
 
 
 @triton.jit
-def update_again(parts, mean, cov, noise, PRECISION: tl.constexpr, SINGLE: tl.constexpr):
-    """V, S, L, G and E of the update."""
-    product(parts.projected, parts.weights, cov)
+def update_again(parts, mean, cov, noise, SIGN: tl.constexpr, PRECISION: tl.constexpr, SINGLE: tl.constexpr):
+    """V, S, L, G and E of the update of SIGN · U."""
+    product(parts.projected, parts.weights, cov, scale=SIGN)
     product(parts.lower, parts.projected, transposed(parts.weights))
     add_vector_to_diagonal(parts.lower, noise)
     factor(parts.lower, parts.inverse, SINGLE)
@@ -161,12 +166,12 @@ def update_again(parts, mean, cov, noise, PRECISION: tl.constexpr, SINGLE: tl.co
 
 
 @triton.jit
-def back_through_state(to, parts, grad_cov, PRECISION: tl.constexpr):
+def back_through_state(to, parts, grad_cov, SIGN: tl.constexpr, PRECISION: tl.constexpr):
     """Ḡ, and what of Ē comes through the mean, in the place of the values' gradient."""
     product(parts.to_projected, parts.error, transposed(to.mean), precision=PRECISION)
     if len(grad_cov) != 0:
-        product(parts.to_projected, parts.gain, grad_cov, scale=-1.0, accumulate=True)
-        product(parts.to_projected, parts.gain, transposed(grad_cov), scale=-1.0, accumulate=True)
+        product(parts.to_projected, parts.gain, grad_cov, scale=-SIGN, accumulate=True)
+        product(parts.to_projected, parts.gain, transposed(grad_cov), scale=-SIGN, accumulate=True)
     product(to.z, parts.gain, to.mean, precision=PRECISION)
 
 
@@ -261,19 +266,19 @@ def back_through_pivots(to_noise, parts, mask, grad_s):
 
 
 @triton.jit
-def back_to_arguments(to, parts, mean, cov, grad_cov, PRECISION: tl.constexpr):
+def back_to_arguments(to, parts, mean, cov, grad_cov, SIGN: tl.constexpr, PRECISION: tl.constexpr):
     """V̄ += S̄ W, then W̄, R̄ and Ū."""
     product(to.weights, parts.y, parts.weights, accumulate=True)
     copy(parts.to_projected, to.weights)
     tl.debug_barrier()
     product(to.weights, parts.y, parts.projected)
     product(to.weights, parts.residual, transposed(mean), scale=-1.0, accumulate=True, precision=PRECISION)
-    product(to.weights, parts.to_projected, cov, accumulate=True)
+    product(to.weights, parts.to_projected, cov, scale=SIGN, accumulate=True)
     product(to.mean, transposed(parts.weights), parts.residual, scale=-1.0, accumulate=True, precision=PRECISION)
     copy_or_zero(to.cov, grad_cov)
     tl.debug_barrier()
-    product(to.cov, transposed(parts.weights), parts.to_projected, scale=0.5, accumulate=True)
-    product(to.cov, transposed(parts.to_projected), parts.weights, scale=0.5, accumulate=True)
+    product(to.cov, transposed(parts.weights), parts.to_projected, scale=0.5 * SIGN, accumulate=True)
+    product(to.cov, transposed(parts.to_projected), parts.weights, scale=0.5 * SIGN, accumulate=True)
 
 
 @triton.jit
@@ -291,15 +296,28 @@ def clear_masked(to, to_values, mask):
             store_tile(to.z, tl.where(m_written[:, None], load_tile(to_values, o_t, o_c), 0.0), o_t, o_c)
 
 
+def launch_backward(
+    mean: Tensor, cov: Tensor, patterns: Patterns, grads: Cotangents, precision: int, *, removes: bool
+) -> Gradients:
+    """The gradient of an update, or of a removal."""
+    (B, K, C), T = mean.shape, patterns.weights.p.shape[1]
+    shapes = (x.shape for x in (mean, cov, patterns.weights.p, patterns.z.p, patterns.noise.p))
+    to = Gradients(*(mean.new_empty(shape) for shape in shapes))
+    if not B:
+        return to
+    ld = row_stride(T)
+    update_backward_kernel[(B,)](
+        matrices(mean), matrices(cov), patterns, grads, to, workspace(mean, B, update_backward_layout, T, K, C, ld),
+        K, C, T, ld, REMOVES=removes, PRECISION=precision_of(precision), **factoring(T),
+    )  # fmt: skip
+    return to
+
+
 @implements("update_posterior_backward")
 def update_backward(
     mean, cov, weights, values, noise_var, mask, precision,
     grad_mean, grad_cov, grad_innovation_var, grad_kl, grad_log_evidence,
 ):  # fmt: skip
-    (B, K, C), T = mean.shape, weights.shape[1]
-    to = Gradients(*(mean.new_empty(x.shape) for x in (mean, cov, weights, values, noise_var)))
-    if not B:
-        return tuple(to)
     patterns = Patterns(matrices(weights), matrices(values), vectors(noise_var), mask_vectors(mask))
     grads = Cotangents(
         matrices(grad_mean),
@@ -308,9 +326,4 @@ def update_backward(
         vectors(grad_kl),
         None if grad_log_evidence is None else numbers(grad_log_evidence),
     )
-    ld = row_stride(T)
-    update_backward_kernel[(B,)](
-        matrices(mean), matrices(cov), patterns, grads, to, workspace(mean, B, update_backward_layout, T, K, C, ld),
-        K, C, T, ld, PRECISION=precision_of(precision), **factoring(T),
-    )  # fmt: skip
-    return tuple(to)
+    return tuple(launch_backward(mean, cov, patterns, grads, precision, removes=False))

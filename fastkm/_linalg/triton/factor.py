@@ -15,14 +15,19 @@ from fastkm._linalg.triton.tiles import (
     store_tile,
     transposed,
 )
-from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE
+from fastkm._runtime.status import ASYMMETRIC, LOST, NOT_POSITIVE_DEFINITE, NOT_WRITTEN, UNTOLD
 
 IS_ASYMMETRIC = tl.constexpr(ASYMMETRIC)
 IS_INDEFINITE = tl.constexpr(NOT_POSITIVE_DEFINITE)
 IS_LOST = tl.constexpr(LOST)
+IS_NOT_WRITTEN = tl.constexpr(NOT_WRITTEN)
+IS_UNTOLD = tl.constexpr(UNTOLD)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 LEAST_DIGITS = tl.constexpr(16.0)
 SQRT_EPS = tl.constexpr(torch.finfo(torch.float32).eps ** 0.5)
+# What a removal divides by has at least 256 times the rounding of its sum.
+LEAST_LEFT = tl.constexpr(256 * torch.finfo(torch.float32).eps)
+SQRT_LEAST_LEFT = tl.constexpr((256 * torch.finfo(torch.float32).eps) ** 0.5)
 
 # -------------------------------------------------------------------------------------------------------- in registers
 
