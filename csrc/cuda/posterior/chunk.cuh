@@ -14,14 +14,23 @@ __host__ __device__ inline int64_t count_chunks(int64_t T) { return (T + kChunk 
 // A variance is lost when it is less than this many times the rounding of the sum that gives it.
 constexpr float kLeastDigits = 16;
 
-// Whether float32 holds the variance along a pattern after it: see cpu/posterior/conditioning.h. `w` is its weights and
-// `cov` is U before the chunk [K, width]. By one warp.
-__device__ inline bool holds_variance(const float* w, const float* cov, int K, int width, float explained,
-                                      float noise) {
+// Σ_k w_k² U_kk, the size of the terms of wᵀUw. By one warp.
+__device__ inline float variance_scale(const float* w, const float* cov, int K, int width) {
   float sum = 0;
   for (int k = threadIdx.x % 32; k < K; k += 32) sum += w[k] * w[k] * cov[int64_t(k) * (width + 1)];
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return explained * (noise / (explained + noise)) >= kLeastDigits * kEpsilon * sum;
+  return sum;
+}
+
+// Whether float32 holds the variance along a pattern after it: see cpu/posterior/conditioning.h.
+__device__ inline bool holds_variance(float scale, float explained, float noise) {
+  return explained * (noise / (explained + noise)) >= kLeastDigits * kEpsilon * scale;
+}
+
+// The same. `w` is the weights of the pattern and `cov` is U before the chunk [K, width]. By one warp.
+__device__ inline bool holds_variance(const float* w, const float* cov, int K, int width, float explained,
+                                      float noise) {
+  return holds_variance(variance_scale(w, cov, K, width), explained, noise);
 }
 
 // The status of a chunk. By one thread.
