@@ -58,14 +58,15 @@ __device__ __forceinline__ void product_of_rows(const Store& store, int columns,
   product<kCores, kRows, kRows == kWeights ? 128 : 64>(store, {kRows, columns, length}, rows, memory, thread_block);
 }
 
-// V and S of (1), and with kAllRows X and H. `work` [32][16] is used with retention.
+// V and S of (1), and with kAllRows X and H.
 template <Rows kRows>
-__device__ __forceinline__ void project_steps(FilterChunk& chunk, float (*work)[kChunk]) {
+__device__ __forceinline__ void project_steps(FilterChunk& chunk) {
   const int width = chunk.width;
   product_of_rows<kCudaCores, kRows>(StoreRows{chunk.projected, width, width}, width, chunk.K,
                                      Operand{chunk.inputs, width, 1}, Operand{chunk.cov, width, 1}, chunk);
   inner_products(chunk.squares, chunk.projected, kRows, chunk.inputs, width);
   if (chunk.retains) {
+    const auto work = chunk.work();
     inner_products(work, chunk.plain, kRows, chunk.plain, width);
     for (int n = threadIdx.x; n < kRows * kChunk; n += kThreads) {  // a thread's own entries
       const int i = n / kChunk, j = n % kChunk;
@@ -180,7 +181,6 @@ __device__ __forceinline__ void advance_memory(FilterChunk& chunk) {
     scale_numbers(chunk.mean, int64_t(chunk.K) * columns, chunk.end);
     scale_numbers(chunk.cov, square, chunk.end * chunk.end);
     for (int k = threadIdx.x; k < chunk.K; k += kThreads) chunk.cov[int64_t(k) * (width + 1)] += chunk.end_relaxed;
-    __syncthreads();
   }
   product<kCores, 64, 64>(AddRows{chunk.mean, columns, columns, 1}, {chunk.K, columns, kChunk},
                           Operand{chunk.gain, 1, width}, Operand{chunk.residual, 1, columns}, chunk);

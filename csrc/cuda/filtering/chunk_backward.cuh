@@ -25,7 +25,6 @@ struct FilterBackward : FilterChunk {
   float* saved;         // U, then R, of each memory that is kept
 
   float to_squares[2 * kChunk][kChunk];  // S̄ above H̄
-  float work[2 * kChunk][kChunk];        // [W; Q] Wᵀ; Ḡ Gᵀ above Ē Eᵀ; 2 S̄∘D above H̄∘D
   float to_read_gain[kChunk][kChunk];    // P̄
   float inner[kChunk][kChunk];           // diag(L_tt² p̄_t) − ½ N
   float to_variance[kChunk];             // v̄; 0 where v was below zero by rounding
@@ -122,10 +121,11 @@ __device__ inline void back_through_memory(FilterBackward& chunk) {
 __device__ inline void back_through_factor(FilterBackward& chunk) {
   const int width = chunk.width, columns = chunk.columns;
   const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk, upper = max(i, j), lower = min(i, j);
-  inner_products(chunk.work, chunk.to_gain, kChunk, chunk.gain, width);
-  inner_products(chunk.work + kChunk, chunk.to_values, kChunk, chunk.residual, columns);
+  const auto work = chunk.work();
+  inner_products(work, chunk.to_gain, kChunk, chunk.gain, width);
+  inner_products(work + kChunk, chunk.to_values, kChunk, chunk.residual, columns);
   __syncthreads();
-  float sum = chunk.work[upper][lower] + chunk.work[kChunk + upper][lower], read = 0;
+  float sum = work[upper][lower] + work[kChunk + upper][lower], read = 0;
   for (int k = 0; k < kChunk; ++k) {
     sum += chunk.to_read_gain[k][upper] * chunk.read_gain[k][lower];
     read += chunk.to_read_gain[i][k] * chunk.inverse[k][j];
@@ -136,10 +136,10 @@ __device__ inline void back_through_factor(FilterBackward& chunk) {
   __syncthreads();
   float half = 0;
   for (int k = 0; k < kChunk; ++k) half += chunk.inner[i][k] * chunk.inverse[k][j];
-  chunk.work[i][j] = half;
+  work[i][j] = half;
   __syncthreads();
   float full = 0;
-  for (int k = 0; k < kChunk; ++k) full += chunk.inverse[k][i] * chunk.work[k][j];
+  for (int k = 0; k < kChunk; ++k) full += chunk.inverse[k][i] * work[k][j];
   chunk.to_squares[i][j] = full;
   scale_numbers(chunk.to_values, kChunk * columns, -1);
   apply_inverse_block<true>(chunk.to_values, columns, kChunk, columns, chunk.inverse[0]);

@@ -81,15 +81,16 @@ __device__ inline void back_through_inputs_scale(FilterBackward& chunk) {
 // D: 2 S̄∘D, both triangles, above H̄∘D.
 __device__ inline void back_through_drift(FilterBackward& chunk) {
   const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk, width = chunk.width;
-  inner_products(chunk.work, chunk.plain, 2 * kChunk, chunk.plain, width);
+  const auto work = chunk.work();
+  inner_products(work, chunk.plain, 2 * kChunk, chunk.plain, width);
   __syncthreads();
   const float square = chunk.to_squares[i][j], read = chunk.to_squares[kChunk + i][j];
   float to_drift = 0;
-  if (j <= i) to_drift = (i == j ? 1 : 2) * square * chunk.work[i][j] + read * chunk.work[kChunk + i][j];
+  if (j <= i) to_drift = (i == j ? 1 : 2) * square * work[i][j] + read * work[kChunk + i][j];
   chunk.inner[i][j] = to_drift;
   __syncthreads();
-  chunk.work[i][j] = 2 * square * (j <= i ? chunk.drift[i][j] : chunk.drift[j][i]);
-  chunk.work[kChunk + i][j] = read * chunk.drift[i][j];
+  work[i][j] = 2 * square * (j <= i ? chunk.drift[i][j] : chunk.drift[j][i]);
+  work[kChunk + i][j] = read * chunk.drift[i][j];
   for (int t = threadIdx.x / 32; t < kChunk; t += kWarps) {
     const float of_end = dot_by_warp(chunk.to_gain + t * width, chunk.plain + t * width, width);
     if (threadIdx.x % 32 == 0) chunk.inner[kChunk - 1][t] += of_end;
@@ -118,11 +119,12 @@ __device__ inline void back_through_drift(FilterBackward& chunk) {
 // What W and Q receive through D, from `work`.
 __device__ inline void add_drift_rows(FilterBackward& chunk) {
   const int width = chunk.width, rows = kChunk * width;
-  combine_rows<true>(chunk.work, 2 * kChunk, chunk.plain, kChunk, width, [&](int t, int at, float4 sum) {
+  const auto work = chunk.work();
+  combine_rows<true>(work, 2 * kChunk, chunk.plain, kChunk, width, [&](int t, int at, float4 sum) {
     float4& to = four_at(chunk.to_inputs, at);
     to = sum_of(to, sum_of(sum, scaled(chunk.drift[kChunk - 1][t], four_at(chunk.to_gain, at))));
   });
-  combine_rows<false>(chunk.work + kChunk, kChunk, chunk.plain, kChunk, width, [&](int t, int at, float4 sum) {
+  combine_rows<false>(work + kChunk, kChunk, chunk.plain, kChunk, width, [&](int t, int at, float4 sum) {
     float4& to = four_at(chunk.to_inputs, rows + at);
     const float of_norm = 2 * chunk.to_variance[t] * chunk.relaxed[t];
     to = sum_of(to, sum_of(sum, scaled(of_norm, four_at(chunk.plain, rows + at))));

@@ -21,7 +21,6 @@ constexpr int kTile = 64;  // columns; thread blocks share a memory by whole til
 struct Filter : FilterChunk {
   float* energies;  // ‖E_t‖², with forgetting divided by a_t² [tiles of this thread block, 16]
   int tiles;
-  float crossed[2 * kChunk][kChunk];  // [W; Q] Wᵀ
 };
 
 // How the work is spread over thread blocks.
@@ -114,7 +113,7 @@ __device__ __forceinline__ void filter_memory(Filter& chunk, const FilteringArgs
   for (int64_t first = 0, T = args.posterior.T; first < T;) {
     const int count = chunk_size(args, b, first);
     load_steps(chunk, args, b, first, count);
-    project_steps<kAllRows>(chunk, chunk.crossed);
+    project_steps<kAllRows>(chunk);
     factor_steps(chunk);
     find_gain(chunk);
     find_read_gain(chunk);

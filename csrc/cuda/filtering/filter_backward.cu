@@ -66,7 +66,7 @@ __device__ void load_memory(FilterBackward& chunk, const FilteringArgs<float>& a
 __device__ void pass_chunk(FilterBackward& chunk, const FilteringArgs<float>& args, int64_t b, int64_t first,
                            int count) {
   load_steps(chunk, args, b, first, count);
-  project_steps<kWeights>(chunk, chunk.work);
+  project_steps<kWeights>(chunk);
   factor_steps(chunk);
   find_gain(chunk);
   find_errors<kAnyCores, kWeights>(chunk, args, b);
@@ -135,7 +135,7 @@ __device__ void store_steps(FilterBackward& chunk, const FilteringGrads<float>& 
 __device__ void filter_chunk_backward(FilterBackward& chunk, const FilteringArgs<float>& args,
                                       const FilteringGrads<float>& grads, int64_t b, int64_t first, int count) {
   load_steps(chunk, args, b, first, count);
-  project_steps<kAllRows>(chunk, chunk.work);
+  project_steps<kAllRows>(chunk);
   factor_steps(chunk);
   find_gain(chunk);
   find_read_gain(chunk);

@@ -42,7 +42,12 @@ struct FilterChunk : ThreadBlock {
   float variance[kChunk];                                                 // v, which rounding may leave below zero
   int held[kChunk];                                                       // float32 holds the variance of the step
   bool written[kChunk];                                                   // the row is a pattern that is written
-  float prior_var, end, end_relaxed, growth;                              // u, e, (1 − e²) u, a_t² with forgetting
+
+  // Room for a square above another, where products stage their slices: the next product overwrites it.
+  using Square = float[kChunk];
+  __device__ Square* work() { return reinterpret_cast<Square*>(stage); }
+
+  float prior_var, end, end_relaxed, growth;  // u, e, (1 − e²) u, a_t² with forgetting
 };
 
 // The sizes of a chunk that has columns [column0, column0 + own).
