@@ -115,7 +115,8 @@ def cuda_launches() -> Iterator[tuple[int, int, int]]:
         arguments = inputs(operator, shape.preset(shape.T), shape.memories, 0, 0, "cpu")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
             launches = recorder.launches(operator, arguments, "sm_90")
-        allocated = sum(max(0, event.self_cpu_memory_usage) for event in recorded.events())
+        events = recorded.profiler.kineto_results.events()
+        allocated = sum(max(0, event.nbytes()) for event in events if event.name() == "[memory]")
         results = sum(x.nbytes for x in recorder.call(operator, arguments))
         recorder.launches(operator, arguments, "sm_90")  # forgets those of the call
         yield len(launches), sum(launch.blocks for launch in launches), allocated - results

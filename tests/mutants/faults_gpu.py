@@ -89,8 +89,9 @@ CUDA = [
     cuda(
         "cuda-filter-retention-of-masked",
         "a masked step decays",
-        before="factors.data && is_unmasked(args.posterior, b, t)",
-        after="factors.data",
+        before="is_unmasked(args.posterior, b, t)",
+        within="factors.data && is_unmasked(args.posterior, b, t)",
+        after="true",
         tests=(FILTER,),
     ),
     cuda(
