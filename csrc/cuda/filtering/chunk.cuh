@@ -60,7 +60,7 @@ __device__ __forceinline__ void product_of_rows(const Store& store, int columns,
 
 // V and S of (1), and with kAllRows X and H.
 template <Rows kRows>
-__device__ __forceinline__ void project_steps(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE void project_steps(FilterChunk& chunk) {
   const int width = chunk.width;
   product_of_rows<kCudaCores, kRows>(StoreRows{chunk.projected, width, width}, width, chunk.K,
                                      Operand{chunk.inputs, width, 1}, Operand{chunk.cov, width, 1}, chunk);
@@ -111,7 +111,7 @@ __device__ inline void factor_steps(FilterChunk& chunk) {
 }
 
 // G of (2), in the place of e V + diag(D_t·) W.
-__device__ inline void find_gain(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE inline void find_gain(FilterChunk& chunk) {
   for (int n = threadIdx.x; n < kChunk * chunk.width; n += kThreads) {
     float x = chunk.projected[n];
     if (chunk.retains) x = chunk.end * x + chunk.drift[kChunk - 1][n / chunk.width] * chunk.plain[n];
@@ -142,7 +142,7 @@ __device__ inline void find_read_gain(FilterChunk& chunk) {
 
 // E of (3), and with kAllRows Q~ R below it.
 template <Cores kCores, Rows kRows>
-__device__ __forceinline__ void find_errors(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ FASTKM_OUT_OF_LINE void find_errors(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
   const int columns = chunk.columns, across = columns / 4;
   product_of_rows<kCores, kRows>(StoreRows{chunk.residual, columns, columns}, columns, chunk.K,
                                  Operand{chunk.inputs, chunk.width, 1}, Operand{chunk.mean, 1, columns}, chunk);
@@ -158,7 +158,7 @@ __device__ __forceinline__ void find_errors(FilterChunk& chunk, const FilteringA
 
 // O~ of (3), below E.
 template <Cores kCores>
-__device__ __forceinline__ void find_reads(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE void find_reads(FilterChunk& chunk) {
   const int columns = chunk.columns;
   float* const reads = chunk.residual + kChunk * columns;
   product<kCores, 16, 128>(AddRows{reads, columns, columns, 1}, {kChunk, columns, kChunk},
@@ -174,7 +174,7 @@ __device__ inline void scale_numbers(float* at, int64_t count, float factor) {
 
 // (4). With forgetting, a diagonal that has left the range of float32 is the chunk's status. No barrier behind it.
 template <Cores kCores>
-__device__ __forceinline__ void advance_memory(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE void advance_memory(FilterChunk& chunk) {
   const int width = chunk.width, columns = chunk.columns;
   const int64_t square = int64_t(width) * width;
   if (chunk.retains) {

@@ -5,8 +5,8 @@
 // one tile of 64 columns, C ≤ 64, a memory has one thread block. No result depends on how many there are.
 //
 // Bytes: U, R, W, Q and Z are read once and every result is written once, the least possible, by one thread block a
-// memory; each further one reads U, W and Q too. While U, the columns of R and a chunk fit on chip, K = C = 64 with 102
-// KiB and K = 128, 64 columns with 194 KiB, nothing goes to the workspace. Beyond, U or R is read and written once a
+// memory; each further one reads U, W and Q too. While U, the columns of R and a chunk fit on chip, K = C = 64 in 87
+// KiB and K = 128 with 64 columns in 179 KiB, nothing goes to the workspace. Beyond, U or R is read and written once a
 // chunk there.
 //
 // The equations are those of chunk.cuh.
@@ -140,7 +140,7 @@ __device__ void store_memory(const Filter& chunk, const PosteriorArgs<float>& ar
 }
 
 template <Cores kCores>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 2)
     filter_kernel(FASTKM_IN_PLACE FilteringArgs<float> args, int64_t B, FASTKM_IN_PLACE Sharing sharing) {
   Filter& chunk = *reinterpret_cast<Filter*>(dynamic_shared());
   if (threadIdx.x == 0) {

@@ -118,7 +118,7 @@ __device__ inline void load_decay(FilterChunk& chunk, const FilteringArgs<float>
 
 // Bring in W~ above Q~ and, with retention, W above Q. Weights of a step that is not written count as zero: they may
 // hold NaN.
-__device__ inline void load_rows(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ FASTKM_OUT_OF_LINE inline void load_rows(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
   const Codes weights = codes_of(args.posterior.weights, args.posterior.weights_type, b);
   const Codes queries = codes_of(args.queries, args.queries_type, b);
   const int across = chunk.width / 4;
