@@ -105,7 +105,7 @@ CUDA = [
         "cuda-filter-evidence-of-variances",
         "the evidence lacks what the variances give",
         before="tile <= sharing.tiles",
-        within="for (int64_t tile = 0; tile <= sharing.tiles; ++tile) sum += sharing.evidence",
+        within="for (int64_t tile = 0; tile <= sharing.tiles; ++tile) sum += chunk.evidence",
         after="tile < sharing.tiles",
         tests=(FILTER,),
     ),

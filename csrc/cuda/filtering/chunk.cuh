@@ -77,7 +77,7 @@ __device__ FASTKM_OUT_OF_LINE void project_steps(FilterChunk& chunk) {
 }
 
 // L⁻¹, s and the status of the chunk. No barrier.
-__device__ inline void factor_steps(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE inline void factor_steps(FilterChunk& chunk) {
   const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk;
   if (threadIdx.x < kChunk) {
     const float variance = chunk.squares[threadIdx.x][threadIdx.x] + chunk.noise[threadIdx.x];
@@ -122,7 +122,7 @@ __device__ FASTKM_OUT_OF_LINE inline void find_gain(FilterChunk& chunk) {
 }
 
 // P and v of (2).
-__device__ inline void find_read_gain(FilterChunk& chunk) {
+__device__ FASTKM_OUT_OF_LINE inline void find_read_gain(FilterChunk& chunk) {
   const int i = threadIdx.x / kChunk, j = threadIdx.x % kChunk;
   float sum = 0;
   for (int k = 0; k <= j; ++k) sum += chunk.squares[kChunk + i][k] * chunk.inverse[j][k];

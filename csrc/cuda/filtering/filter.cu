@@ -21,6 +21,9 @@ constexpr int kTile = 64;  // columns; thread blocks share a memory by whole til
 struct Filter : FilterChunk {
   float* energies;  // ‖E_t‖², with forgetting divided by a_t² [tiles of this thread block, 16]
   int tiles;
+  int64_t b;         // the memory; in shared memory, because registers are few
+  bool reports;      // whether this thread block stores what does not depend on values
+  double* evidence;  // of this memory
 };
 
 // How the work is spread over thread blocks.
@@ -48,8 +51,9 @@ __host__ __device__ void lay_out(Filter& chunk, Arena& arena, const FilteringArg
   chunk.plain = chunk.retains ? arena.allocate(2 * rows) : nullptr;
 }
 
-__device__ void load_memory(Filter& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ void load_memory(Filter& chunk, const FilteringArgs<float>& args) {
   const int K = chunk.K, width = chunk.width;
+  const int64_t b = chunk.b;
   Operand mean = operand_of(args.posterior.mean, b);
   mean.data += chunk.column0 * mean.inner;
   load_rows(chunk.cov, K, K, width, width, operand_of(args.posterior.cov, b));
@@ -69,7 +73,7 @@ __device__ void find_energies(Filter& chunk) {
 }
 
 // The reads of a chunk to the caller's memory.
-__device__ void store_reads(const Filter& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ FASTKM_OUT_OF_LINE void store_reads(const Filter& chunk, const FilteringArgs<float>& args) {
   const int across = chunk.columns / 4;
   for (int n = threadIdx.x; n < chunk.count * across; n += kThreads) {
     const int t = n / across, column = n % across * 4;
@@ -78,51 +82,50 @@ __device__ void store_reads(const Filter& chunk, const FilteringArgs<float>& arg
     load_columns(from, 1, entries, 4);
 #pragma unroll
     for (int k = 0; k < 4; ++k) entries[k] /= chunk.value_scale[t];
-    store_columns(element(args.read_values, b, chunk.first + t, chunk.column0 + column), entries, chunk.own - column);
+    store_columns(element(args.read_values, chunk.b, chunk.first + t, chunk.column0 + column), entries,
+                  chunk.own - column);
   }
 }
 
 // v and s of a chunk to the caller's memory.
-__device__ void store_variances(const Filter& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ void store_variances(const Filter& chunk, const FilteringArgs<float>& args) {
   const int t = threadIdx.x;
   if (t >= chunk.count) return;
-  *element(args.variance, b, chunk.first + t) = chunk.variance[t] > 0 ? chunk.variance[t] : 0;
-  *element(args.posterior.innovation_var, b, chunk.first + t) = chunk.pivots[t];
+  *element(args.variance, chunk.b, chunk.first + t) = chunk.variance[t] > 0 ? chunk.variance[t] : 0;
+  *element(args.posterior.innovation_var, chunk.b, chunk.first + t) = chunk.pivots[t];
 }
 
 // The log evidence of each tile, and of the pivots. A thread adds to one sum, in the order of the steps.
-__device__ void add_evidence(const Filter& chunk, const Sharing& sharing, double* evidence, bool reports) {
+__device__ void add_evidence(const Filter& chunk, int64_t tiles_of_memory) {
   constexpr float kTwoPi = 6.283185307179586f;
   const int64_t first = chunk.column0 / kTile;
   for (int tile = threadIdx.x; tile < chunk.tiles; tile += kThreads) {
     double sum = 0;
     for (int t = 0; t < kChunk; ++t) sum -= 0.5f * chunk.energies[tile * kChunk + t];
-    evidence[first + tile] += sum;
+    chunk.evidence[first + tile] += sum;
   }
-  if (!reports || threadIdx.x != kThreads - 1) return;
+  if (!chunk.reports || threadIdx.x != kThreads - 1) return;
   double sum = 0;
   for (int t = 0; t < kChunk; ++t)
     if (chunk.written[t]) sum -= 0.5f * static_cast<float>(chunk.C) * logf(kTwoPi * chunk.pivots[t]);
-  evidence[sharing.tiles] += sum;
+  chunk.evidence[tiles_of_memory] += sum;
 }
 
 template <Cores kCores>
-__device__ __forceinline__ void filter_memory(Filter& chunk, const FilteringArgs<float>& args, const Sharing& sharing,
-                                              int64_t b, bool reports) {
-  double* const evidence = sharing.evidence + b * (sharing.tiles + 1);
+__device__ __forceinline__ void filter_memory(Filter& chunk, const FilteringArgs<float>& args, const Sharing& sharing) {
   for (int64_t first = 0, T = args.posterior.T; first < T;) {
-    const int count = chunk_size(args, b, first);
-    load_steps(chunk, args, b, first, count);
+    const int count = chunk_size(args, chunk.b, first);
+    load_steps(chunk, args, chunk.b, first, count);
     project_steps<kAllRows>(chunk);
     factor_steps(chunk);
     find_gain(chunk);
     find_read_gain(chunk);
-    find_errors<kCores, kAllRows>(chunk, args, b);
+    find_errors<kCores, kAllRows>(chunk, args, chunk.b);
     find_energies(chunk);
     find_reads<kCores>(chunk);
-    store_reads(chunk, args, b);
-    if (reports) store_variances(chunk, args, b);
-    add_evidence(chunk, sharing, evidence, reports);
+    store_reads(chunk, args);
+    if (chunk.reports) store_variances(chunk, args);
+    add_evidence(chunk, sharing.tiles);
     advance_memory<kCores>(chunk);
     if (threadIdx.x == 0 && chunk.status == kGood) chunk.status = chunk.now;
     __syncthreads();
@@ -130,11 +133,12 @@ __device__ __forceinline__ void filter_memory(Filter& chunk, const FilteringArgs
   }
 }
 
-__device__ void store_memory(const Filter& chunk, const PosteriorArgs<float>& args, int64_t b, bool reports) {
+__device__ void store_memory(const Filter& chunk, const PosteriorArgs<float>& args) {
+  const int64_t b = chunk.b;
   Batch<float> mean = args.new_mean;
   mean.data += chunk.column0 * mean.stride[2];
   store_rows(mean, b, chunk.K, chunk.own, chunk.mean, chunk.columns);
-  if (!reports) return;
+  if (!chunk.reports) return;
   store_rows(args.new_cov, b, chunk.K, chunk.K, chunk.cov, chunk.width);
   if (threadIdx.x == 0) args.info[b] = chunk.status;
 }
@@ -150,21 +154,24 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   __syncthreads();
   for (int64_t task = blockIdx.x; task < B * sharing.blocks_per_memory; task += gridDim.x) {
-    const int64_t b = task / sharing.blocks_per_memory, share = task % sharing.blocks_per_memory;
     if (threadIdx.x == 0) {
+      const int64_t share = task % sharing.blocks_per_memory;
+      chunk.b = task / sharing.blocks_per_memory;
+      chunk.reports = share == 0;
+      chunk.evidence = sharing.evidence + chunk.b * (sharing.tiles + 1);
       const int64_t tile = share * sharing.tiles_each, tiles = min(sharing.tiles_each, sharing.tiles - tile);
       set_sizes(chunk, args, tile * kTile, min(args.posterior.C - tile * kTile, tiles * kTile));
       chunk.tiles = static_cast<int>(tiles);
     }
     __syncthreads();
-    load_memory(chunk, args, b);
-    filter_memory<kCores>(chunk, args, sharing, b, share == 0);
-    store_memory(chunk, args.posterior, b, share == 0);
+    load_memory(chunk, args);
+    filter_memory<kCores>(chunk, args, sharing);
+    store_memory(chunk, args.posterior);
     const unsigned sharers = static_cast<unsigned>(sharing.blocks_per_memory);
-    if (last_to_arrive(sharing.tickets + b, sharers, chunk) && threadIdx.x == 0) {
+    if (last_to_arrive(sharing.tickets + chunk.b, sharers, chunk) && threadIdx.x == 0) {
       double sum = 0;
-      for (int64_t tile = 0; tile <= sharing.tiles; ++tile) sum += sharing.evidence[b * (sharing.tiles + 1) + tile];
-      args.posterior.log_evidence[b] = static_cast<float>(sum);
+      for (int64_t tile = 0; tile <= sharing.tiles; ++tile) sum += chunk.evidence[tile];
+      args.posterior.log_evidence[chunk.b] = static_cast<float>(sum);
     }
     __syncthreads();
   }

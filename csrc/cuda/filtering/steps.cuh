@@ -82,7 +82,7 @@ __device__ inline int chunk_size(const FilteringArgs<float>& args, int64_t b, in
 
 // (F4) and (F6). Nothing is divided, and no difference cancels: 1 − a_i² is the sum of Π_{s<p≤i} α_p² (1 − α_s²) over
 // s ≤ i. Products are taken in double: an error of a scales the noise of its step.
-__device__ inline void load_decay(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
+__device__ FASTKM_OUT_OF_LINE inline void load_decay(FilterChunk& chunk, const FilteringArgs<float>& args, int64_t b) {
   const int t = threadIdx.x;
   if (t < kChunk) {
     const bool inside = t < chunk.count;
