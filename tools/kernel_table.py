@@ -39,6 +39,8 @@ DEVICES = {"sm_80": (163 * 1024, 108), "sm_90": (227 * 1024, 132), "sm_100": (22
 KERNELS = {
     "update_posterior": "update_kernel",
     "update_posterior_backward": "update_backward_kernel",
+    "filter_posterior": "filter_kernel",
+    "filter_posterior_backward": "filter_backward_kernel",
     "solve_addressing": "read_kernel",
     "factor_addressing": "read_kernel",
     "solve_factored": "read_factored_kernel",
