@@ -304,12 +304,10 @@ def test_few_large_memories_on_a_gpu_go_to_the_block_form(operation, gpu):
         assert resolve(operation, "triton", *tensors) == "triton"
 
 
-def test_a_filter_on_a_gpu_is_triton_s(gpu):
-    """There is no CUDA kernel of it, and a call that names one is told so."""
+def test_a_filter_on_a_gpu_is_that_of_cuda(gpu):
     tensors = gpu(*state_shapes(4, 64, 64), (4, 32, 64))
-    assert taken("filter_posterior", tensors) == "triton"
-    with pytest.raises(BackendUnavailableError, match="it runs on cpu, the tensors are on cuda"):
-        resolve("filter_posterior", "native", *tensors)
+    assert taken("filter_posterior", tensors) == "native"
+    assert resolve("filter_posterior", "triton", *tensors) == "triton"
 
 
 def test_every_pattern_of_a_write_is_a_factorisation(gpu):

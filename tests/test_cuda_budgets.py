@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(cuda_code.unavailable() is not None, reason=str(
 FAMILIES = {
     *("update_kernel", "update_backward_kernel", "write_kernel", "write_backward_kernel"),
     *("remove_kernel", "remove_backward_kernel"),
+    *("filter_kernel", "filter_backward_kernel"),
     *("read_kernel", "read_factored_kernel", "read_backward_kernel"),
     *("kl_kernel", "kl_backward_kernel", "logdet_kernel", "logdet_backward_kernel"),
 }

@@ -41,6 +41,8 @@ KERNELS = {
     "update_posterior_backward": "update_backward_kernel",
     "remove_patterns": "remove_kernel",
     "remove_patterns_backward": "remove_backward_kernel",
+    "filter_posterior": "filter_kernel",
+    "filter_posterior_backward": "filter_backward_kernel",
     "solve_addressing": "read_kernel",
     "factor_addressing": "read_kernel",
     "solve_factored": "read_factored_kernel",

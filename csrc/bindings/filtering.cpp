@@ -57,7 +57,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> filter
     FilteringArgs<Real> args = filtering_args<Real>(place, posterior, queries, options, mean);
     args.read_values = batch_of<Real>(read_values);
     args.variance = batch_of<Real>(variance);
-    place.run(B, &Kernels<Real>::filter_posterior, nullptr, args);
+    place.run(B, &Kernels<Real>::filter_posterior, FASTKM_LAUNCHER(filter_posterior), args);
   });
   return {new_mean, new_cov, read_values, variance, innovation_var, log_evidence, info};
 }
@@ -97,7 +97,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
                                .to_prior_var = batch_of<Real>(to_prior_var)};
     grads.posterior.log_evidence = cotangent_of<Real>(grad_log_evidence, "grad_log_evidence", {B}, mean);
     grads.posterior.to_weights = batch_of<Real>(to_weights);
-    place.run(B, &Kernels<Real>::filter_posterior_backward, nullptr, args, grads);
+    place.run(B, &Kernels<Real>::filter_posterior_backward, FASTKM_LAUNCHER(filter_posterior_backward), args, grads);
   });
   return {out.mean,
           out.cov,
@@ -110,12 +110,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
           to_forgetting};
 }
 
-// There are no CUDA kernels of a filter yet.
-#if !defined(FASTKM_SIMT)
-STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) {
-  m.impl("filter_posterior", TORCH_BOX(&filter_posterior<Cpu>));
-  m.impl("filter_posterior_backward", TORCH_BOX(&filter_posterior_backward<Cpu>));
+template <class Place, class Library>
+static void register_filtering(Library& m) {
+  m.impl("filter_posterior", TORCH_BOX(&filter_posterior<Place>));
+  m.impl("filter_posterior_backward", TORCH_BOX(&filter_posterior_backward<Place>));
 }
-#endif
+FASTKM_REGISTER(register_filtering)
 
 }  // namespace fastkm

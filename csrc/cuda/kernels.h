@@ -21,6 +21,8 @@ const char* replace_patterns(const PosteriorArgs<float>& update, const Posterior
                              Context&);
 const char* write(const WritingArgs<float>&, int64_t B, Context&);
 const char* write_backward(const WritingArgs<float>&, const WritingGrads<float>&, int64_t B, Context&);
+const char* filter_posterior(const FilteringArgs<float>&, int64_t B, Context&);
+const char* filter_posterior_backward(const FilteringArgs<float>&, const FilteringGrads<float>&, int64_t B, Context&);
 const char* read(const ReadingArgs<float>&, int64_t B, Context&);
 const char* read_backward(const ReadingArgs<float>&, const ReadingGrads<float>&, int64_t B, Context&);
 const char* factor_addressing(const ReadingArgs<float>&, const AddressingFactors<float>&, int64_t B, Context&);

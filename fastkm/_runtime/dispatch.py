@@ -55,7 +55,7 @@ CAPABILITIES: dict[str, dict[str, Capability]] = {
     "remove_patterns": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "replace_patterns": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "update_square_root": {"reference": REFERENCE, "native": ON_CPU},
-    "filter_posterior": {"reference": REFERENCE, "native": ON_CPU, "triton": TRITON},
+    "filter_posterior": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},
     "read": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "read_factored": {"reference": REFERENCE, "native": NATIVE_READ, "triton": TRITON},
     "attractor_read": {"reference": REFERENCE, "native": NATIVE, "triton": TRITON},

@@ -12,14 +12,15 @@ from test_filtering import LAWS, OUTPUTS, decay_of, every_law, gradients, part_o
 from fastkm import MemoryState, filter_posterior
 from gpu.support import only_with_kernels, widened
 
-# B, T, Q, K, C, masked, read: one step; less than a tile of each; T, K and C over one tile; T over two chunks. Not
-# every combination, because a GPU compiles each for seconds.
+# B, T, Q, K, C, masked, read: one step; less than a tile of each; T, K and C over one tile; T over two chunks; C over
+# tiles that thread blocks share. Not every combination, because a GPU compiles each for seconds.
 CASES = [
     ((3, 1, 0, 5, 7), False, "after"),
     ((2, 9, 0, 5, 7), True, "before"),
     ((1, 37, 0, 33, 40), False, "after"),
     ((2, 70, 0, 6, 9), True, "after"),
     ((1, 40, 0, 17, 6), False, "before"),
+    ((1, 17, 0, 5, 150), True, "after"),
 ]
 every_case = pytest.mark.parametrize(("shape", "masked", "read"), CASES, ids=str)
 FLOAT32 = torch.float32
@@ -98,6 +99,15 @@ def test_each_memory_alone_is_the_memory_in_the_batch(kernels, law):
     together = run_on(kernels, p, law=law)
     alone = run_on(kernels, map_tensors(p, lambda x: x[1:2]), law=law)
     assert all(torch.equal(alone[name], together[name][1:2]) for name in alone)
+
+
+def test_columns_shared_by_thread_blocks_are_the_same_to_the_last_bit(kernels):
+    """A memory alone spreads its columns over more thread blocks than one of four does."""
+    p = problem(4, 20, 0, 6, 150, FLOAT32, masked=True)
+    together = run_on(kernels, p, law="retention")
+    for i in range(4):
+        alone = run_on(kernels, map_tensors(p, lambda x, i=i: x[i : i + 1]), law="retention")
+        assert all(torch.equal(alone[name], together[name][i : i + 1]) for name in alone)
 
 
 @pytest.mark.parametrize("layout", oracle.LAYOUTS)

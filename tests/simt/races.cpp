@@ -162,6 +162,37 @@ void run_update_and_write(Case& c) {
   }
 }
 
+// The law of decay: none, retention or forgetting.
+void run_filter(Case& c, int law) {
+  Array factors(c.B, c.T), prior_var(c.B), read_values(c.B, c.T, c.C), variance(c.B, c.T), evidence(c.B);
+  Array to_queries(c.B, c.T, c.K), to_factors(c.B, c.T), to_prior_var(c.B);
+  factors.fill(0.9f);
+  prior_var.fill(1.2f);
+  FilteringArgs<float> filter{.posterior = posterior_args(c),
+                              .queries = c.weights.read(),
+                              .retention = law == 1 ? c.read_by_pattern(factors) : Batch<const float>{},
+                              .forgetting = law == 2 ? c.read_by_pattern(factors) : Batch<const float>{},
+                              .prior_var = {prior_var.data, {1, 0, 0}},
+                              .read_before = c.masked,
+                              .read_values = read_values.batch(),
+                              .variance = c.by_pattern(variance)};
+  filter.posterior.log_evidence = evidence.data;
+  expect("filter_posterior", cuda::filter_posterior(filter, c.B, c.context),
+         {&c.new_mean, &c.new_cov, &read_values, &variance, &c.s, &evidence});
+  FilteringGrads<float> grads{.posterior = posterior_grads(c),
+                              .read_values = read_values.read(),
+                              .variance = c.read_by_pattern(variance),
+                              .to_queries = to_queries.batch(),
+                              .to_retention = law == 1 ? c.by_pattern(to_factors) : Batch<float>{},
+                              .to_forgetting = law == 2 ? c.by_pattern(to_factors) : Batch<float>{},
+                              .to_prior_var = {to_prior_var.data, {1, 0, 0}}};
+  grads.posterior.kl = {};
+  grads.posterior.log_evidence = {evidence.data, {1, 0, 0}};
+  if (law == 0) to_factors.fill(0);
+  expect("filter_posterior_backward", cuda::filter_posterior_backward(filter, grads, c.B, c.context),
+         {&c.to_mean, &c.to_cov, &c.to_weights, &c.to_values, &to_queries, &c.to_noise, &to_factors, &to_prior_var});
+}
+
 void run_read(Case& c) {
   Array values(c.B, c.Q, c.C), weights(c.B, c.Q, c.K), to_queries(c.B, c.Q, c.C);
   Array lower(c.B, c.K, c.K), pseudoinverse(c.B, c.C, c.K), gram(c.B, c.K, c.K);
@@ -218,6 +249,7 @@ void run_matrix_normal(Case& c) {
 void run(Case&& c) {
   c.draw();
   run_update_and_write(c);
+  for (int law = 0; law < 3; ++law) run_filter(c, law);
   run_read(c);
   run_matrix_normal(c);
 }

@@ -18,6 +18,8 @@ BOUNDS = {
     "S": {
         "update_posterior": 1.09,
         "update_posterior_backward": 1.20,
+        "filter_posterior": 1.00,
+        "filter_posterior_backward": 1.10,
         "write": 1.00,
         "write_backward": 1.20,
         "remove_patterns": 1.08,

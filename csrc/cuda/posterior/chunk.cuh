@@ -33,10 +33,15 @@ __device__ inline float weighted_norm(const float* w, const float* cov, int K, i
   return sum;
 }
 
-// Whether float32 holds the variance along a pattern after it: see cpu/posterior/conditioning.h. By one warp.
+// Whether float32 holds the variance along a pattern after it: see cpu/posterior/conditioning.h.
+__device__ inline bool holds_variance(float scale, float explained, float noise) {
+  return explained * (noise / (explained + noise)) >= kLeastDigits * kEpsilon * scale;
+}
+
+// The same. `w` is the weights of the pattern and `cov` is U before the chunk [K, width]. By one warp.
 __device__ inline bool holds_variance(const float* w, const float* cov, int K, int width, float explained,
                                       float noise) {
-  return explained * (noise / (explained + noise)) >= kLeastDigits * kEpsilon * weighted_norm(w, cov, K, width);
+  return holds_variance(weighted_norm(w, cov, K, width), explained, noise);
 }
 
 // What the removal of a pattern says of U, from its pivot, (S⁻¹)_tt and Σ_k w_k² U_kk: see factor_removal of
