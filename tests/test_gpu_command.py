@@ -516,7 +516,7 @@ def test_every_step_on_a_simulated_device(simulated, monkeypatch, tmp_path):
     assert {step["status"] for step in by_name.values()} == {"passed"}
     assert found["machine"]["device"] == "simulated"
     for name in ("tests-native", "tests-triton", "smoke-native", "smoke-triton", "sanitizer"):
-        assert by_name[name]["counts"]["passed"] > 3
+        assert by_name[name]["counts"]["passed"] >= 3
     verified = {(Case(r["operation"], r["gradient"]), r["candidate"]) for r in found["verified"]}
     assert {case for case, _ in verified} == set(CASES)
     assert (Case("write", True), "triton tf32x3") in verified
