@@ -237,6 +237,54 @@ def pooled_patterns_are_those_of_one_process(rank, size, folder):
             oracle.assert_close(x, expected)
 
 
+def written_from_one_prior(dtype):
+    p = oracle.map_tensors(problem(2, 12, 1, 6, 9), lambda x: x.to(dtype))
+    parts = [slice(0, 3), slice(3, 4), slice(4, 12)]
+    return p.state, [
+        fastkm.update_posterior(p.state, p.weights[:, part], p.values[:, part], p.noise_var[:, part]).state
+        for part in parts
+    ]
+
+
+def memories_of_all_ranks_merge_as_on_one_process(rank, size, folder):
+    """Each rank has one; or one rank has two, and one has none."""
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        prior, states = written_from_one_prior(dtype)
+        truth = fastkm.merge_memories(states, prior)
+        splits = [([0], [1], [2]), ([0, 2], [], [1])] if size == 3 else [([0], [1, 2]), ([], [0, 1, 2])]
+        for split in splits:
+            mine = [states[i] for i in split[rank]]
+            found = distributed.merge_memories(mine[0] if len(mine) == 1 else mine, prior)
+            for x, expected in zip(found, truth, strict=True):
+                assert oracle.error(x, expected) <= rtol * max(1.0, oracle.largest(expected))
+                told = [None] * size
+                dist.all_gather_object(told, x)
+                assert all(torch.equal(x, other) for other in told)
+    numbers = sum(x.numel() for x in prior)
+    assert sent(lambda: distributed.merge_memories(states[0], prior)) == {
+        "all_gather": [LENGTH],
+        "all_reduce": [numbers],
+    }
+
+
+def ranks_that_disagree_do_not_merge(rank, size, folder):
+    prior, states = written_from_one_prior(torch.float64)
+    other = rank == 1
+    cases = {
+        r"prior.mean must be .* on rank 1": ([], MemoryState(prior.mean + 1, prior.cov)),
+        r"prior.cov must be .* on rank 1": ([], MemoryState(prior.mean, 2 * prior.cov)),
+        r"K must be .* 5 on rank 1": ([], MemoryState(prior.mean[:, 1:], prior.cov[:, 1:, 1:])),
+        r"C must be .* 8 on rank 1": ([], MemoryState(prior.mean[..., 1:], prior.cov)),
+        r"the dtype must be .* float32 on rank 1": ([], MemoryState(prior.mean.float(), prior.cov.float())),
+        r"refused on rank 1, ValueError: states\[0\] was not": ([MemoryState(prior.mean, 2 * prior.cov)], prior),
+        r"refused on rank 1, TypeError: states must be": (None, prior),
+    }
+    for message, wrong in cases.items():
+        mine, before = wrong if other else (states[0], prior)
+        with pytest.raises((TypeError, ValueError), match=f"merge_memories: {message}"):
+            distributed.merge_memories(mine, before)
+
+
 def a_mesh_and_a_part_of_the_ranks_are_groups(rank, size, folder):
     p = problem(*SHAPES[0])
     expected = SHARDED["read"](shard(p, rank, size))
@@ -523,6 +571,8 @@ CHECKS = {
         what_every_rank_has_is_the_same_bit_by_bit,
         gradients_equal_those_of_one_process,
         pooled_patterns_are_those_of_one_process,
+        memories_of_all_ranks_merge_as_on_one_process,
+        ranks_that_disagree_do_not_merge,
         a_mesh_and_a_part_of_the_ranks_are_groups,
         what_ranks_disagree_about_is_named_on_every_rank,
         nothing_is_written_or_read_as_on_one_process,
@@ -534,7 +584,12 @@ CHECKS = {
         the_example_is_a_write_and_a_read,
         a_state_is_saved_by_three,
     ],
-    2: [two_load_what_three_have_saved, two_steps_of_training_are_those_of_one_process],
+    2: [
+        two_load_what_three_have_saved,
+        two_steps_of_training_are_those_of_one_process,
+        memories_of_all_ranks_merge_as_on_one_process,
+        ranks_that_disagree_do_not_merge,
+    ],
 }
 
 

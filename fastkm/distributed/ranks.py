@@ -28,6 +28,7 @@ OPERATIONS = (
     "update_sharded",
     "filter_sharded",
     "update_pooled",
+    "merge_memories",
     "save_sharded",
     "load_sharded",
 )

@@ -158,6 +158,15 @@ def merge_memories(states: Sequence[MemoryState], prior: MemoryState) -> MemoryS
         raise TypeError(f"states must be a list of MemoryState, got {type(states).__name__}")
     if not states:
         raise ValueError("states must hold at least one memory, it is empty")
+    forms, dtype = forms_of(states, prior)
+    return merged(reference.merge(forms[1:], forms[0]), dtype)
+
+
+def forms_of(states: Sequence[MemoryState], prior: MemoryState) -> tuple[list[list[Tensor]], torch.dtype]:
+    """The information forms of ``prior`` and of each of ``states``, in float64, and the dtype of the memories.
+
+    Refuses, by name, a memory that was not written from ``prior``.
+    """
     signature = guards.Signature()
     pairs = [signature.state("prior", prior)]
     pairs += [signature.state(f"states[{i}]", state) for i, state in enumerate(states)]
@@ -170,10 +179,14 @@ def merge_memories(states: Sequence[MemoryState], prior: MemoryState) -> MemoryS
         raise_failures(info, f"{name}.cov")
         forms.append(form)
     _refuse_other_priors(pairs)
-    precision, information = reference.merge(forms[1:], forms[0])
-    mean, cov, info = reference.from_information(precision, information)
+    return forms, pairs[0][0].dtype
+
+
+def merged(form: tuple[Tensor, Tensor], dtype: torch.dtype) -> MemoryState:
+    """The memory of a merged information form."""
+    mean, cov, info = reference.from_information(*form)
     raise_failures(info, "the merged precision")
-    return _rounded(mean, cov, pairs[0][0].dtype)
+    return _rounded(mean, cov, dtype)
 
 
 def _widened(value: object, state: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32, *guards.LOW_PRECISION)):
