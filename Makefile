@@ -31,7 +31,7 @@ BIN := $(VENV)/bin
 PINS := $(VENV)/pins.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(PINS)
 SOURCES := $(shell find csrc -type f)
-FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+FORMATTED := $(SOURCES) $(wildcard benchmarks/kernels/*.cpp tests/*.cpp tests/compilers/*.h tests/compilers/*.cpp tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
 .PHONY: help setup wheel empty-root matrix bench bench-full bench-compare sweep serving train demo study gpu kernels test test-kernels fuzz cases arm compilers mutants lint format docs readme clean distclean
 
@@ -86,7 +86,7 @@ cases: setup ## situations that users reported, of the API, the commands and ins
 	$(BIN)/python -m tests.reported.cases
 	bash tests/reported/cases.sh
 
-arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; two minutes
+arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; five minutes
 	PYTHONPATH=tests $(BIN)/python -m compilers --whole aarch64-linux-gnu-g++
 
 compilers: setup ## the CPU kernels as g++ 11 and clang build them, at every level; a compiler that is not there is left out

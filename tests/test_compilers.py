@@ -5,9 +5,15 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import oracle
 import pytest
-from compilers import build
+import torch
+from compilers import build, operators
 from compilers.build import CSRC, Missing
+
+import fastkm
+from fastkm._runtime import schema
+from fastkm.testing.operations import OPERATORS
 
 COMPILERS = ("g++", *build.COMPILERS, build.CROSS)
 OPTIONS = (*build.FLAGS, f"-I{CSRC}")
@@ -108,6 +114,49 @@ def test_a_build_knows_its_levels_and_its_compiler(compiler, levels, tmp_path):
     highest, lowest = map(int, chosen.split())
     assert lowest == 0
     assert 0 <= highest < len(names.split())
+
+
+# ---- the program that answers operators ----------------------------------------------------------------------------
+
+
+def changing_calls(p: oracle.Problem) -> list[torch.Tensor]:
+    """What the operators that change their arguments compute."""
+    out = fastkm.MemoryState(*map(torch.clone, p.state))
+    fastkm.update_posterior(out, p.weights, p.values, p.noise_var, out=out, backend="native")
+    fastkm.write(p.state, p.values, p.noise_var, p.ridge, out=out, backend="native")
+    stream = fastkm.MemoryStream(p.state, p.noise_var[:, 0], p.ridge, backend="native")
+    return [*out, *stream.write(p.values)[:3], *stream.update(p.weights, p.values)[:2], *stream.state]
+
+
+def every_operator(p: oracle.Problem) -> list[torch.Tensor]:
+    results = changing_calls(p)
+    for name in schema.OPERATORS:
+        given = OPERATORS[name].arguments(oracle.as_operands(p, num_iters=2, num_opt_iters=2))
+        got = getattr(torch.ops.fastkm, name)(*given)
+        results += got if isinstance(got, (tuple, list)) else [got]
+    return [x for x in results if x.is_floating_point()]
+
+
+@pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
+def test_the_program_answers_every_operator(tmp_path, monkeypatch):
+    """Built without optimisation, in a tenth of the time; it computes what the extension does."""
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    level = "neon" if build.levels_of("g++") == ("neon",) else "base"
+    one = build.Build("g++", level)
+    needed("g++")
+    build.compile_program(one, flags=("-O0", "-std=c++20", "-fwrapv"))
+    p = oracle.problem(2, 3, 3, 5, 6)
+    expected = every_operator(p)
+    program = operators.Program(build.command_to_run(one))
+    library = operators.take_over(program)
+    try:
+        got = every_operator(p)
+    finally:
+        library._destroy()
+        program.close()
+    assert program.answered == {*schema.OPERATORS, *schema.CHANGING}
+    for ours, theirs in zip(got, expected, strict=True):
+        oracle.assert_close(ours, theirs)
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------

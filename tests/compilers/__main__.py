@@ -17,11 +17,14 @@ import torch
 
 from compilers import build
 
-FAMILIES = ("gradients", "posterior", "filtering", "writing", "reading", "addressing", "matrix_normal")
+FAMILIES = (
+    *("gradients", "posterior", "out", "filtering", "writing", "streaming", "removal", "square_root"),
+    *("reading", "addressing", "factored", "matrix_normal"),
+)
 # All that the kernels compute, at every shape but the largest presets. The refusals are the work of the bindings.
 WHOLE = (
     *(f"tests/test_{family}.py" for family in FAMILIES),
-    "-k=(native or gradients) and not refuses and not opcheck and not rounding_grows and not XL and not LLM",
+    "-k=(native or gradients) and not refuse and not opcheck and not rounding_grows and not XL and not LLM",
 )
 # The same theorems once each: a tenth of the time.
 CORE = (

@@ -63,14 +63,14 @@ def command_to_run(build: Build, source: Path = DRIVER) -> list[str]:
     return [require(EMULATOR), program] if build.emulated else [program]
 
 
-def compile_program(build: Build, source: Path = DRIVER) -> None:
+def compile_program(build: Build, source: Path = DRIVER, *, flags: tuple[str, ...] = FLAGS) -> None:
     """Compile ``source`` around the kernels of a level."""
     compiler, program = require(build.compiler), program_of(build, source)
     program.parent.mkdir(parents=True, exist_ok=True)
     level = CSRC / "cpu" / "levels" / f"{build.level}.cpp"
     defines = [f'-DFASTKM_LEVEL_SOURCE="{level}"', f"-DFASTKM_LEVEL_NAME={build.level}"]
     made, cache = program.with_suffix(".o"), [found] if (found := shutil.which("ccache")) else []
-    options = [*FLAGS, "-w", *defines, f"-I{CSRC}"]
+    options = [*flags, "-w", *defines, f"-I{CSRC}"]
     subprocess.run([*cache, compiler, *options, "-c", source, "-o", made], check=True)
     static = ["-static"] if build.emulated else []  # the emulator then needs no libraries of aarch64
     subprocess.run([compiler, *static, "-pthread", made, "-o", program], check=True)

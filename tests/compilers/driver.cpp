@@ -1,112 +1,19 @@
 // The CPU kernels of one level in a program without torch: it reads calls of the operators of fastkm/_runtime/schema.py
 // from its standard input and writes their results to its standard output, until the input ends. operators.py is the
 // other side. So the tests of the package can hold kernels of any compiler, and of another processor, to the truth.
-//
-// All numbers are int64 in the order of bytes of the machine. A call is the name of an operator, the number of threads,
-// the arguments, and the results without their data. An argument is a Kind and what it needs.
 
 #include FASTKM_LEVEL_SOURCE
 
-#include <algorithm>
 #include <array>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <string>
-#include <thread>
 #include <vector>
 
+#include "call.h"
 #include "cpu/linalg/arena.cpp"
 
 namespace {
 
 using namespace fastkm;
-
-void receive(void* to, size_t bytes) {
-  if (bytes > 0 && std::fread(to, bytes, 1, stdin) != 1) std::exit(1);
-}
-
-int64_t receive_number() {
-  int64_t number;
-  receive(&number, sizeof number);
-  return number;
-}
-
-enum Kind : int64_t { kNone = 0, kNumber = 1, kTensor = 2 };
-
-// An argument or a result. The memory of a tensor ends with its last element.
-struct Value {
-  Kind kind = kNone;
-  int64_t number = 0;
-  int64_t element = 0, count = 0;  // bytes of an element; elements from the first to the last
-  int64_t size[3] = {1, 1, 1}, stride[3] = {};
-  std::unique_ptr<char[]> data;
-
-  size_t bytes() const { return static_cast<size_t>(element * count); }
-};
-
-// A value without the data of a tensor, whose memory is filled with NaN.
-Value receive_value() {
-  Value value;
-  value.kind = static_cast<Kind>(receive_number());
-  if (value.kind == kNumber) value.number = receive_number();
-  if (value.kind != kTensor) return value;
-  value.element = receive_number();
-  value.count = receive_number();
-  receive(value.size, sizeof value.size);
-  receive(value.stride, sizeof value.stride);
-  value.data = std::make_unique<char[]>(value.bytes());
-  std::memset(value.data.get(), 0xFF, value.bytes());
-  return value;
-}
-
-struct Call {
-  std::string name;
-  int64_t threads;
-  std::vector<Value> arguments, results;
-
-  const int64_t* size(size_t i) const { return arguments[i].size; }
-  int64_t number(size_t i) const { return arguments[i].number; }
-
-  template <class Real>
-  Batch<const Real> in(size_t i) const {
-    const Value& value = arguments[i];
-    return {reinterpret_cast<const Real*>(value.data.get()), {value.stride[0], value.stride[1], value.stride[2]}};
-  }
-  template <class Real>
-  Batch<Real> out(size_t i) const {
-    const Value& value = results[i];
-    return {reinterpret_cast<Real*>(value.data.get()), {value.stride[0], value.stride[1], value.stride[2]}};
-  }
-
-  // compute(begin, end) for n memories or tiles, spread over the threads.
-  template <class F>
-  void over_threads(int64_t n, const F& compute) const {
-    const int64_t share = (n + threads - 1) / threads;
-    std::vector<std::thread> others;
-    for (int64_t begin = share; begin < n; begin += share)
-      others.emplace_back([&compute, begin, end = std::min(begin + share, n)] { compute(begin, end); });
-    if (n > 0) compute(int64_t{0}, std::min(share, n));
-    for (std::thread& other : others) other.join();
-  }
-};
-
-bool receive_call(Call& call) {
-  int64_t length;
-  if (std::fread(&length, sizeof length, 1, stdin) != 1) return false;
-  call.name.resize(static_cast<size_t>(length));
-  receive(call.name.data(), call.name.size());
-  call.threads = receive_number();
-  call.arguments.resize(static_cast<size_t>(receive_number()));
-  for (Value& value : call.arguments) {
-    value = receive_value();
-    receive(value.data.get(), value.bytes());
-  }
-  call.results.resize(static_cast<size_t>(receive_number()));
-  for (Value& value : call.results) value = receive_value();
-  return true;
-}
 
 // mean, cov, [weights,] values and noise_var are the first arguments of an update and of a write.
 template <class Real>
@@ -149,8 +56,9 @@ WritingArgs<Real> writing_args(const Call& call) {
           .new_weights = {}};
 }
 
+// The mean, the queries and the ridge are the first arguments of a read.
 template <class Real>
-ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, size_t squared_gram, int32_t* info) {
+ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, bool squared_gram, int32_t* info) {
   return {.K = call.size(0)[1],
           .C = call.size(0)[2],
           .Q = call.size(1)[1],
@@ -158,10 +66,11 @@ ReadingArgs<Real> reading_args(const Call& call, int64_t num_iters, size_t squar
           .queries = call.in<Real>(1),
           .ridge = call.in<Real>(2),
           .num_iters = num_iters,
-          .squared_gram = call.number(squared_gram) != 0,
+          .squared_gram = squared_gram,
           .values = {},
           .weights = {},
-          .info = info};
+          .info = info,
+          .queries_type = call.arguments[1].type};
 }
 
 // Each returns whether the call is of its family.
@@ -290,25 +199,105 @@ bool answer_living(const Call& call, const Kernels<Real>& table, const Run& run)
              patterns_grads<Real>(call, 6, {0, 1, 2, 3, 4}));
 }
 
+// Results of a read or of addressing alone.
+template <class Real>
+ReadingArgs<Real> with_results(const Call& call, ReadingArgs<Real> args) {
+  const bool whole = call.results.size() == 3;
+  if (whole) args.values = call.out<Real>(0), args.values_type = call.results[0].type;
+  args.weights = call.out<Real>(whole ? 1 : 0), args.info = call.out<int32_t>(whole ? 2 : 1).data;
+  return args;
+}
+
+template <class Real>
+ReadingGrads<Real> reading_grads(const Call& call, size_t first) {
+  return {.values = call.in<Real>(first),
+          .weights = call.in<Real>(first + 1),
+          .to_mean = call.out<Real>(0),
+          .to_queries = call.out<Real>(1),
+          .to_ridge = call.out<Real>(2).data};
+}
+
 template <class Real, class Run>
 bool answer_reading(const Call& call, const Kernels<Real>& table, const Run& run) {
-  if (call.name == "solve_addressing" || call.name == "read") {
-    const bool whole = call.name == "read";
-    int32_t* info = call.out<int32_t>(whole ? 2 : 1).data;
-    ReadingArgs<Real> args = reading_args<Real>(call, whole ? call.number(3) : 1, whole ? 4 : 3, info);
-    if (whole) args.values = call.out<Real>(0);
-    args.weights = call.out<Real>(whole ? 1 : 0);
-    run(table.read, args);
-    return true;
-  }
-  if (call.name != "read_backward") return false;
   std::vector<int32_t> info(static_cast<size_t>(call.size(0)[0]));
-  const ReadingGrads<Real> grads{.values = call.in<Real>(6),
-                                 .weights = call.in<Real>(7),
-                                 .to_mean = call.out<Real>(0),
-                                 .to_queries = call.out<Real>(1),
-                                 .to_ridge = call.out<Real>(2).data};
-  return run(table.read_backward, reading_args<Real>(call, call.number(3), 4, info.data()), grads);
+  const auto args = [&](int64_t num_iters, bool squared_gram) {
+    return reading_args<Real>(call, num_iters, squared_gram, info.data());
+  };
+  if (call.name == "solve_addressing") return run(table.read, with_results(call, args(1, call.number(3) != 0)));
+  if (call.name == "read") return run(table.read, with_results(call, args(call.number(3), call.number(4) != 0)));
+  if (call.name == "read_backward")
+    return run(table.read_backward, args(call.number(3), call.number(4) != 0), reading_grads<Real>(call, 6));
+  return false;
+}
+
+// As csrc/bindings/reading.cpp: a gram without rows means that the solve is not the squared-Gram one.
+template <class Real, class Run>
+bool answer_factored(const Call& call, const Kernels<Real>& table, const Run& run) {
+  if (call.name == "factor_addressing") {
+    const bool squared_gram = call.number(2) != 0;
+    const AddressingFactors<Real> factors{.lower = call.out<Real>(1),
+                                          .pseudoinverse = call.out<Real>(0),
+                                          .gram = squared_gram ? call.out<Real>(2) : Batch<Real>{}};
+    const ReadingArgs<Real> args{.K = call.size(0)[1],
+                                 .C = call.size(0)[2],
+                                 .Q = call.size(0)[2],
+                                 .mean = call.in<Real>(0),
+                                 .queries = {},
+                                 .ridge = call.in<Real>(1),
+                                 .num_iters = 1,
+                                 .squared_gram = squared_gram,
+                                 .values = {},
+                                 .weights = {},
+                                 .info = call.out<int32_t>(3).data};
+    return run(table.factor_addressing, args, factors);
+  }
+  if (call.name != "solve_factored" && call.name != "read_factored" && call.name != "read_factored_backward")
+    return false;
+  const bool squared_gram = call.size(5)[1] > 0;
+  const AddressingFactors<const Real> factors{.lower = call.in<Real>(3),
+                                              .pseudoinverse = call.in<Real>(4),
+                                              .gram = squared_gram ? call.in<Real>(5) : Batch<const Real>{}};
+  std::vector<int32_t> info(static_cast<size_t>(call.size(0)[0]));
+  const int64_t num_iters = call.name == "solve_factored" ? 1 : call.number(6);
+  const ReadingArgs<Real> args = reading_args<Real>(call, num_iters, squared_gram, info.data());
+  if (call.name == "read_factored_backward")
+    return run(table.read_factored_backward, args, factors, reading_grads<Real>(call, 8));
+  return run(table.read_factored, with_results(call, args), factors);
+}
+
+// Operators that change their arguments, as csrc/bindings/{posterior,writing,streaming}.cpp.
+template <class Real, class Run>
+bool answer_in_place(const Call& call, const Kernels<Real>& table, const Run& run) {
+  if (call.name == "update_posterior_into") {
+    PosteriorArgs<Real> args = update_args<Real>(call);
+    args.new_mean = call.inout<Real>(7), args.new_cov = call.inout<Real>(8), args.keeps_refused = true;
+    args.innovation_var = call.out<Real>(0), args.kl = call.out<Real>(1);
+    args.log_evidence = call.out<Real>(2).data, args.info = call.out<int32_t>(3).data;
+    return run(table.update_posterior_into, args);
+  }
+  if (call.name == "write_into") {
+    WritingArgs<Real> args = writing_args<Real>(call);
+    PosteriorArgs<Real>& posterior = args.posterior;
+    posterior.new_mean = call.inout<Real>(9), posterior.new_cov = call.inout<Real>(10), posterior.keeps_refused = true;
+    args.new_weights = call.out<Real>(0), posterior.innovation_var = call.out<Real>(1);
+    posterior.kl = call.out<Real>(2), posterior.info = call.out<int32_t>(3).data;
+    return run(table.write, args);
+  }
+  StreamingArgs<Real> args{};
+  args.K = call.size(0)[1], args.mean = call.inout<Real>(0);
+  if (call.name == "refresh_streams") {
+    args.C = call.size(0)[2], args.inverse = call.inout<Real>(1), args.cov = args.inverse;
+    args.ridge = call.in<Real>(2), args.info = call.out<int32_t>(0);
+    return run(table.refresh_streams, args);
+  }
+  if (call.name != "stream_patterns") return false;
+  args.T = call.size(5)[1], args.C = call.size(5)[2];
+  args.cov = call.inout<Real>(1), args.inverse = call.inout<Real>(2), args.refreshes = call.inout<int64_t>(3);
+  args.weights = call.in<Real>(4), args.values = call.in<Real>(5), args.noise_var = call.in<Real>(6);
+  args.ridge = call.in<Real>(7), args.num_opt_iters = call.number(8), args.mask = call.in<bool>(9);
+  args.new_weights = call.out<Real>(0), args.innovation_var = call.out<Real>(1), args.kl = call.out<Real>(2);
+  args.log_evidence = call.out<Real>(3).data, args.info = call.out<int32_t>(4);
+  return run(table.stream_patterns, args);
 }
 
 template <class Real, class Run>
@@ -342,10 +331,11 @@ template <class Real>
 bool answer(const Call& call) {
   const Kernels<Real>& table = FASTKM_LEVEL_NAME::kernels<Real>();
   const auto run = [&](auto kernel, const auto&... args) {
-    call.over_threads(call.size(0)[0], [&](int64_t begin, int64_t end) { kernel(args..., begin, end); });
+    Call::over_threads(call.size(0)[0], [&](int64_t begin, int64_t end) { kernel(args..., begin, end); });
     return true;
   };
   return answer_conditioning(call, table, run) || answer_living(call, table, run) || answer_reading(call, table, run) ||
+         answer_factored(call, table, run) || answer_in_place(call, table, run) ||
          answer_matrix_normal(call, table, run);
 }
 
@@ -357,7 +347,6 @@ int main() {
       std::fprintf(stderr, "there is no %s\n", call.name.c_str());
       return 1;
     }
-    for (const Value& value : call.results) std::fwrite(value.data.get(), 1, value.bytes(), stdout);
-    std::fflush(stdout);
+    send_results(call);
   }
 }
