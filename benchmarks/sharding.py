@@ -3,19 +3,22 @@
 One memory of 1,024 rows and 8,192 columns, float32, every process with one thread on a core of its own. First the
 results are verified against float64, with even and with uneven shards; nothing is timed if one is wrong. Then the bytes
 that a process writes to its sockets are counted and compared with the formula. Then a write and a read of one process
-and of all processes are timed in turns.
+and of all processes are timed in turns. At last a call of all processes is split into what a rank does for its own
+columns, what every rank repeats, and what moves; the split says how much faster more ranks can be.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,8 +27,9 @@ from torch import Tensor
 
 import fastkm
 from fastkm import MemoryState
-from fastkm.distributed import read_sharded, write_sharded
-from fastkm.distributed.ranks import LENGTH
+from fastkm.distributed import ranks as ranks_of_fastkm
+from fastkm.distributed import read_sharded, reading, write_sharded, writing
+from fastkm.distributed.ranks import LENGTH, Ranks
 
 NOISE_VAR, RIDGE = 1.0, 1.0
 # What a message of gloo holds beside its numbers: 48 bytes a segment, and every collective has some segments a rank.
@@ -175,6 +179,77 @@ def time_calls(memory: tuple, mine: slice, rank: int, rounds: int) -> None:
             print(f"  {name:<6} {'   '.join(row)}", flush=True)
 
 
+# The parts of a call in their order. What a rank does for its own columns stands at both ends.
+OWN_PRODUCTS, HEADER, SUM, REPEATED, OWN_COLUMNS = PARTS = (
+    "inner products of own columns",
+    "checksums and header",
+    "all-reduce",
+    "repeated on every rank",
+    "result of own columns",
+)
+
+
+@contextlib.contextmanager
+def boundaries(seconds: dict[str, float]) -> Iterator[None]:
+    """Add to ``seconds`` what this thread computes in each part of the calls inside."""
+    before = [OWN_PRODUCTS, time.thread_time()]
+
+    def enter(part: str) -> None:
+        now = time.thread_time()
+        seconds[before[0]] += now - before[1]
+        before[:] = part, now
+
+    def patched(owner: Any, name: str, entry: str | None, after: str) -> Any:
+        function = getattr(owner, name)
+
+        def timed(*given: Any, **options: Any) -> Any:
+            if entry:
+                enter(entry)
+            result = function(*given, **options)
+            enter(after)
+            return result
+
+        return mock.patch.object(owner, name, timed)
+
+    with (
+        patched(ranks_of_fastkm, "checksum", HEADER, HEADER),
+        patched(Ranks, "_agree", HEADER, REPEATED),
+        patched(Ranks, "sum", SUM, REPEATED),
+        patched(writing.native, "write_gram", None, OWN_COLUMNS),
+        patched(reading, "iterate", None, OWN_COLUMNS),
+    ):
+        yield
+        enter(OWN_PRODUCTS)
+
+
+def split(call: Callable[[], Any], rounds: int) -> dict[str, float]:
+    """The median of the seconds that this rank computes in each part of a call."""
+    found: list[dict[str, float]] = []
+    for _ in range(rounds + 1):  # the first is a warm-up
+        dist.barrier()
+        found.append(dict.fromkeys(PARTS, 0.0))
+        with boundaries(found[-1]):
+            call()
+    return {part: statistics.median(one[part] for one in found[1:]) for part in PARTS}
+
+
+def print_split(name: str, parts: dict[str, float], sizes: Sizes, size: int) -> None:
+    moved = bytes_sent(name, sizes, size)
+    for part, seconds in parts.items():
+        sent = f"{moved:14,.0f} bytes" if part == SUM else ""
+        print(f"  {name:<6} {part:<30} {seconds * 1e3:9.1f}  {seconds / sum(parts.values()):6.1%} {sent}")
+    divided = parts[OWN_PRODUCTS] + parts[OWN_COLUMNS]
+    repeated = parts[HEADER] + parts[REPEATED]
+    whole = repeated + size * divided
+    bounds = [f"{whole / (repeated + parts[SUM] + divided):.2f}× with the sum"] + [
+        f"{whole / (repeated + size * divided / n):.2f}× on {n}" for n in (size, 4 * size)
+    ]
+    print(
+        f"  {name:<6} repeated: {repeated / whole:.1%} of one rank's work; at most {', '.join(bounds)} ranks",
+        flush=True,
+    )
+
+
 def work(rank: int, shared: Shared) -> None:
     torch.set_num_threads(1)
     cores = sorted(os.sched_getaffinity(0))
@@ -197,6 +272,12 @@ def work(rank: int, shared: Shared) -> None:
     if rank == 0:
         print("ms a call, median: one process, all processes, ratio; then the same of time that a process computed")
     time_calls(memory, mine, rank, shared.rounds)
+    if rank == 0:
+        print("ms that the thread of a rank computes in the parts of a call, median, and their share")
+    for name, call in calls_of(*memory, mine).items():
+        parts = split(call, shared.rounds)
+        if rank == 0:
+            print_split(name, parts, shared.sizes, shared.size)
     dist.barrier()
     dist.destroy_process_group()
 

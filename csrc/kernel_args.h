@@ -105,6 +105,15 @@ struct WritingArgs {
   Batch<Real> new_weights;  // [B, T, K]
 };
 
+// A write of which only inner products are known. Its `posterior` has no mean, no values and no new mean; C counts the
+// columns that were summed over.
+template <class Real>
+struct GramWritingArgs {
+  WritingArgs<Real> writing;
+  Batch<const Real> gram;  // [B, K + T, K + T], Y Yᵀ with the rows of the mean and the patterns in Y
+  Batch<Real> pivots;      // [B, K + T], or null
+};
+
 // The backward of a write.
 template <class Real>
 struct WritingGrads {
@@ -256,6 +265,7 @@ struct Kernels {
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*update_posterior_into)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `new_mean` may be `mean`
   void (*stream_patterns)(const StreamingArgs<Real>&, int64_t begin, int64_t end);
+  void (*write_gram)(const GramWritingArgs<Real>&, int64_t begin, int64_t end);
   void (*refresh_streams)(const StreamingArgs<Real>&, int64_t begin, int64_t end);  // H alone; info is [B, 1]
 };
 

@@ -99,6 +99,49 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> write_backward(
   return {out.mean, out.cov, place.like_codes(out.values, values), out.noise_var, to_ridge};
 }
 
+#ifndef FASTKM_SIMT
+// The write of a memory of which only inner products are known. There is no kernel for a GPU.
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> write_gram(const Tensor& gram, const Tensor& cov,
+                                                                             const Tensor& noise_var,
+                                                                             const Tensor& ridge, int64_t columns,
+                                                                             int64_t num_opt_iters,
+                                                                             const std::optional<Tensor>& mask) {
+  const Cpu place(gram, cov, noise_var, ridge, mask);
+  const int64_t B = cov.size(0), K = cov.size(1), T = gram.size(1) - K;
+  STD_TORCH_CHECK(num_opt_iters >= 1, "fastkm: num_opt_iters must be at least 1");
+  STD_TORCH_CHECK(columns >= 0 && T >= 0, "fastkm: gram must be [B, K + T, K + T], and columns at least 0");
+  const Tensor new_cov = make_tensor(cov, {B, K, K}), weights = make_tensor(cov, {B, T, K});
+  const Tensor innovation_var = make_tensor(cov, {B, T}), kl = make_tensor(cov, {B, T});
+  const Tensor pivots = make_tensor(cov, {B, K + T}), info = make_tensor(cov, {B}, ScalarType::Int);
+  place.for_dtype(cov.scalar_type(), [&](auto scalar) {
+    using Real = decltype(scalar);
+    expect(cov, "cov", {B, K, K}, cov.scalar_type());
+    expect(gram, "gram", {B, K + T, K + T}, cov.scalar_type());
+    if (mask) expect(*mask, "mask", {B, T}, ScalarType::Bool);
+    GramWritingArgs<Real> args{.gram = batch_of<const Real>(gram), .pivots = batch_of<Real>(pivots)};
+    args.writing.ridge = positive_numbers_of<Real>(place, ridge, "ridge", {B}, cov);
+    args.writing.num_opt_iters = num_opt_iters;
+    args.writing.squared_gram = false;
+    args.writing.new_weights = batch_of<Real>(weights);
+    PosteriorArgs<Real>& posterior = args.writing.posterior;
+    posterior.K = K;
+    posterior.C = columns;
+    posterior.T = T;
+    posterior.cov = batch_of<const Real>(cov);
+    posterior.noise_var = positive_numbers_of<Real>(place, noise_var, "noise_var", {B, T}, cov);
+    if (mask) posterior.mask = batch_of<const bool>(*mask);
+    posterior.new_cov = batch_of<Real>(new_cov);
+    posterior.innovation_var = batch_of<Real>(innovation_var);
+    posterior.kl = batch_of<Real>(kl);
+    posterior.info = data_of<int32_t>(info);
+    place.run(B, &Kernels<Real>::write_gram, nullptr, args);
+  });
+  return {new_cov, weights, innovation_var, kl, pivots, info};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastkm, CPU, m) { m.impl("write_gram", TORCH_BOX(&write_gram)); }
+#endif  // FASTKM_SIMT
+
 template <class Place, class Library>
 static void register_writing(Library& m) {
   m.impl("write", TORCH_BOX(&write<Place>));

@@ -96,6 +96,12 @@ def write_backward(K: int, C: int, T: int, Q: int) -> Flops:
     return Flops(update.codes + 2 * product(T, C, K), update.other + solved)
 
 
+def write_gram(K: int, C: int, T: int, Q: int) -> Flops:
+    # A write without codes: the factor and the solves, U w and a triangle of a aᵀ; and x of the later patterns follows.
+    solved = third(K) + 2 * triangular_solve(K, T)
+    return Flops(0, solved + product(T, K, K) + symmetric_product(K, T) + 2 * symmetric_product(T, K))
+
+
 update_posterior_into, write_into = update_posterior, write
 
 

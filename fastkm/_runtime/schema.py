@@ -317,6 +317,22 @@ def _(mean, inverse, ridge):
     return _empty_info(mean)
 
 
+@_operator(
+    "write_gram(Tensor gram, Tensor cov, Tensor noise_var, Tensor ridge, int columns, int num_opt_iters, Tensor? mask)"
+    " -> (Tensor cov, Tensor weights, Tensor innovation_var, Tensor kl, Tensor pivots, Tensor info)"
+)
+def _(gram, cov, noise_var, ridge, columns, num_opt_iters, mask):
+    (B, K, _), T = cov.shape, gram.shape[1] - cov.shape[1]
+    return (
+        cov.new_empty(cov.shape),
+        cov.new_empty((B, T, K)),
+        cov.new_empty((B, T)),
+        cov.new_empty((B, T)),
+        cov.new_empty((B, K + T)),
+        _empty_info(cov),
+    )
+
+
 # ---- backward: cotangents of the outputs in, cotangents of the tensor inputs out, in the order of the inputs -------
 # A cotangent that is None is zero. A backward computes again what else it needs.
 

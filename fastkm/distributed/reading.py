@@ -12,7 +12,7 @@ from fastkm._runtime.results import result
 from fastkm.addressing.api import FACTOR_ADDRESSING
 from fastkm.distributed.gram import Gram, holds_digits
 from fastkm.distributed.ranks import Group, Ranks, Share
-from fastkm.distributed.shares import GRADIENT, checked, finite, with_ridge
+from fastkm.distributed.shares import GRADIENT, checked, finite, finite_gram, with_ridge
 from fastkm.reading import ReadResult
 from fastkm.reading.api import READ
 from fastkm.reading.reference import iterate
@@ -54,9 +54,8 @@ def read_sharded(
     def share() -> Share:
         mean_, queries_, ridges, count, *_ = checked(READ, backend, (mean, queries, ridge, num_iters, "ridge", "ieee"))
         queries_ = queries_.to(mean_.dtype)
-        products = _products(mean_, queries_)
-        for name, product in zip(("mean", "queries"), products, strict=True):
-            finite(product, name)
+        products = gram, addressed = _products(mean_, queries_)
+        finite_gram(gram, "mean"), finite(addressed, "queries")
         facts = {"B": mean_.shape[0], "K": mean_.shape[1], "Q": queries_.shape[1], "num_iters": count, "ridge": ridges}
         facts[GRADIENT] = products[0].requires_grad or products[1].requires_grad
         return Share(facts, mean_.dtype, mean_.shape[2], (mean_, queries_, ridges, count, products))
@@ -106,7 +105,7 @@ def factor_sharded(
 
     def share() -> Share:
         mean_, ridges, _ = checked(FACTOR_ADDRESSING, None, (mean, ridge, "ridge"))
-        gram = finite(_products(mean_)[0], "mean")
+        gram = finite_gram(_products(mean_)[0], "mean")
         facts = {"B": mean_.shape[0], "K": mean_.shape[1], "ridge": ridges, GRADIENT: gram.requires_grad}
         return Share(facts, mean_.dtype, mean_.shape[2], (mean_, ridges, (gram,)))
 

@@ -19,7 +19,16 @@ def checked(operation: Operation, backend: str | None, arguments: tuple) -> list
 
 def finite(product: Tensor, names: str) -> Tensor:
     """``product``, or an error that names the memories [B] in which it is not finite."""
-    wrong = ~product.detach().isfinite().flatten(1).all(-1)
+    return _refuse(product, product.detach().flatten(1), names)
+
+
+def finite_gram(gram: Tensor, names: str) -> Tensor:
+    """The same of inner products of rows, of which no entry and no part of its sum is larger than two squares."""
+    return _refuse(gram, gram.detach().diagonal(dim1=-2, dim2=-1), names)
+
+
+def _refuse(product: Tensor, numbers: Tensor, names: str) -> Tensor:
+    wrong = ~numbers.isfinite().all(-1)
     if wrong.any():
         where = status.in_memories(wrong.nonzero().flatten().tolist())
         raise torch.linalg.LinAlgError(f"{names} is not finite{where}, or its square is not")

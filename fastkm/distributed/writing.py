@@ -1,16 +1,20 @@
 """Writing memories whose columns are split over ranks."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastkm._linalg.reference import clear_rows, variance_divergence
+from fastkm._runtime import dispatch, status
 from fastkm._runtime.autocast import in_float32
+from fastkm._runtime.autograd import wants_gradient
 from fastkm.distributed.gram import Gram, SquareRoot, holds_digits
 from fastkm.distributed.ranks import Group, Ranks, Share
-from fastkm.distributed.shares import GRADIENT, checked, finite
+from fastkm.distributed.shares import GRADIENT, checked, finite_gram
 from fastkm.posterior import update_posterior
 from fastkm.state import MemoryState
-from fastkm.writing import WriteResult, write
+from fastkm.writing import WriteResult, native, write
 from fastkm.writing.api import WRITE
 
 __all__ = ["write_sharded"]
@@ -72,7 +76,7 @@ def write_sharded(
             WRITE, backend, (state, values, noise_var, ridge, num_opt_iters, "ridge", mask, "ieee")
         )
         rows = mean, clear_rows(values_.to(mean.dtype), mask_)
-        gram = finite(Gram.apply(*rows), "state.mean or values")
+        gram = finite_gram(Gram.apply(*rows), "state.mean or values")
         facts = {
             "B": mean.shape[0],
             "K": mean.shape[1],
@@ -81,34 +85,87 @@ def write_sharded(
             GRADIENT: gram.requires_grad,
         }
         facts |= {"noise_var": noise, "ridge": ridges, "mask": mask_, "state.cov": cov}
-        return Share(facts, mean.dtype, mean.shape[2], (rows, gram, cov, noise, ridges, mask_))
+        return Share(facts, mean.dtype, mean.shape[2], Work(rows, gram, cov, noise, ridges, mask_, count))
 
-    rows, gram, cov, noise, ridges, mask = ranks.attempt(share)
-    K, dtype = cov.shape[1], cov.dtype
-    root, wide = _root_of_all(ranks, rows, gram, ridges, mask)
-    root, small_noise, small_ridge, small_cov = (x.to(wide) for x in (root, noise, ridges, cov))
-    small = MemoryState(root[:, :K].contiguous(), small_cov)
-    codes = root[:, K:].contiguous()
-    made = write(small, codes, small_noise, small_ridge, num_opt_iters=num_opt_iters, mask=mask, backend=backend)
-    kl = made.kl + _kl_of_columns(sum(ranks.columns) - root.shape[2], small_noise, made.innovation_var)
-    alike = made.weights, made.innovation_var, kl, made.state.cov
-    weights, innovation_var, kl, new_cov = (x.to(dtype) for x in alike)
-    own = update_posterior(MemoryState(rows[0], cov), weights, rows[1], noise, mask=mask, backend=backend)
-    return WriteResult(MemoryState(own.state.mean, new_cov), weights, innovation_var, kl)
+    made = ranks.attempt(share)
+    found = (
+        _found_by_kernel(ranks, made) if _has_kernel(made, backend) else _found_by_small_memory(ranks, made, backend)
+    )
+    (mean, rows), dtype = made.rows, made.cov.dtype
+    weights, innovation_var, kl, cov = (x.to(dtype) for x in found)
+    own = update_posterior(MemoryState(mean, made.cov), weights, rows, made.noise_var, mask=made.mask, backend=backend)
+    return WriteResult(MemoryState(own.state.mean, cov), weights, innovation_var, kl)
 
 
-def _root_of_all(
-    ranks: Ranks, rows: tuple[Tensor, Tensor], gram: Tensor, ridge: Tensor, mask: Tensor | None
-) -> tuple[Tensor, torch.dtype]:
+class Work(NamedTuple):
+    """What a rank brings to a write."""
+
+    rows: tuple[Tensor, Tensor]  # R [B, K, this rank's columns] and Z [B, T, this rank's columns]
+    gram: Tensor  # [B, K + T, K + T], of its columns
+    cov: Tensor
+    noise_var: Tensor  # [B, T]
+    ridge: Tensor  # [B]
+    mask: Tensor | None
+    num_opt_iters: int
+
+    def unread(self) -> Tensor | None:
+        """Which rows of Y are masked patterns [B, K + T]."""
+        return None if self.mask is None else torch.nn.functional.pad(~self.mask, (self.cov.shape[1], 0))
+
+
+class Found(NamedTuple):
+    """What every rank finds alike."""
+
+    weights: Tensor  # [B, T, K]
+    innovation_var: Tensor  # [B, T]
+    kl: Tensor  # [B, T]
+    cov: Tensor  # [B, K, K]
+
+
+def _has_kernel(work: Work, backend: str | None) -> bool:
+    """Whether the operator ``write_gram`` computes this call. It has no gradient, and none for a GPU."""
+    if wants_gradient((*work.rows, *work)) or not work.gram.is_cpu:
+        return False
+    return dispatch.resolve("write", backend, work.rows[0], work.cov, work.rows[1]) == "native"
+
+
+def _found_by_kernel(ranks: Ranks, work: Work) -> Found:
+    (gram,) = ranks.sum(work.gram)
+    cov, weights, innovation_var, kl, pivots, info = _write_gram(ranks, work, gram)
+    without_ridge = pivots - work.ridge.unsqueeze(-1)
+    if gram.dtype != torch.float64 and not holds_digits(gram, without_ridge, work.ridge):
+        (gram,) = ranks.sum(Gram.apply(*(x.double() for x in work.rows)))
+        cov, weights, innovation_var, kl, _, info = _write_gram(ranks, work, gram)
+    status.raise_failures(info, "state.cov")
+    return Found(weights, innovation_var, kl, cov)
+
+
+def _write_gram(ranks: Ranks, work: Work, gram: Tensor) -> tuple[Tensor, ...]:
+    given = (x.to(gram.dtype) for x in (work.cov, work.noise_var, work.ridge))
+    return native.write_gram(gram, *given, sum(ranks.columns), work.num_opt_iters, work.mask)
+
+
+def _found_by_small_memory(ranks: Ranks, work: Work, backend: str | None) -> Found:
+    """By a write of the memory of K + T columns, on any backend and with its gradient."""
+    root, wide = _root_of_all(ranks, work)
+    K = work.cov.shape[1]
+    noise_var, ridge, cov = (x.to(wide) for x in (work.noise_var, work.ridge, work.cov))
+    small, codes = MemoryState(root[:, :K].to(wide).contiguous(), cov), root[:, K:].to(wide).contiguous()
+    count = work.num_opt_iters
+    made = write(small, codes, noise_var, ridge, num_opt_iters=count, mask=work.mask, backend=backend)
+    kl = made.kl + _kl_of_columns(sum(ranks.columns) - root.shape[2], noise_var, made.innovation_var)
+    return Found(made.weights, made.innovation_var, kl, made.state.cov)
+
+
+def _root_of_all(ranks: Ranks, work: Work) -> tuple[Tensor, torch.dtype]:
     """The square root of the inner products of all columns, and the dtype that holds these."""
-    (gram,) = ranks.sum(gram)
+    (gram,) = ranks.sum(work.gram)
     rank = min(gram.shape[1], sum(ranks.columns))
-    unread = None if mask is None else torch.nn.functional.pad(~mask, (rows[0].shape[1], 0))
-    root, pivots = SquareRoot.apply(gram, rank, unread)
-    if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge):
+    root, pivots = SquareRoot.apply(gram, rank, work.unread())
+    if gram.dtype == torch.float64 or holds_digits(gram, pivots, work.ridge):
         return root, gram.dtype
-    (gram,) = ranks.sum(Gram.apply(*(x.double() for x in rows)))
-    root, _ = SquareRoot.apply(gram, rank, unread)
+    (gram,) = ranks.sum(Gram.apply(*(x.double() for x in work.rows)))
+    root, _ = SquareRoot.apply(gram, rank, work.unread())
     return root, gram.dtype
 
 

@@ -46,7 +46,7 @@ class Operation(NamedTuple):
     inputs: Inputs | None = None  # what it is differentiated by; None: its gradient is no case
     operator: Operator | None = None  # None: it is made of other operations, or has the reference only
     backward: Operator | None = None
-    parts: tuple[Operator, ...] = ()  # operators that do a part of the job
+    parts: tuple[Operator, ...] = ()  # operators that do a part of the job, on a CPU
     value: str = "value"  # the name of a result that is one tensor
     compared: tuple[str, ...] = ()  # the fields of a result that the definition has; empty: all
 
@@ -130,6 +130,11 @@ def write_backward_arguments(o: Operands) -> tuple:
     return *write_arguments(o), o.weights, o.mean, o.cov, o.weights, o.noise_var, o.noise_var
 
 
+def write_gram_arguments(o: Operands) -> tuple:
+    rows = torch.cat((o.mean, o.values), 1)
+    return rows @ rows.mT, o.cov, o.noise_var, o.ridge, o.mean.shape[2], o.num_opt_iters, o.mask
+
+
 def read_arguments(o: Operands) -> tuple:
     return o.mean, o.queries, o.ridge, o.num_iters, o.squared_gram, o.precision
 
@@ -200,6 +205,7 @@ ENTRIES = (
         inputs=Inputs("prior", ("values", "noise_var", "ridge")),
         operator=Operator("write", write_arguments, counts.write),
         backward=Operator("write_backward", write_backward_arguments, counts.write_backward),
+        parts=(Operator("write_gram", write_gram_arguments, counts.write_gram),),
     ),
     Operation(
         "remove_patterns",
@@ -383,7 +389,7 @@ OPERATORS = {
 
 def _operators_of(names: tuple[str, ...]) -> tuple[str, ...]:
     entries = (op for op in ENTRIES if op.name in names)
-    return tuple(each.name for op in entries for each in (op.operator, op.backward, *op.parts) if each)
+    return tuple(each.name for op in entries for each in (op.operator, op.backward) if each)
 
 
 def _on_gpus(name: str, backend: str) -> bool:

@@ -10,3 +10,4 @@ _operators = torch.ops.fastkm
 WEIGHTS = 2  # the output that the backward takes
 write = differentiable(_operators.write.default, _operators.write_backward.default, keep=(WEIGHTS,))
 write_into = _operators.write_into.default
+write_gram = _operators.write_gram.default  # without a gradient, and on a CPU only

@@ -2,7 +2,7 @@
 
 import torch
 
-from fastkm._linalg.reference import first_failure, symmetry
+from fastkm._linalg.reference import clear_rows, factor_status, first_failure, symmetry, variance_divergence
 from fastkm.addressing.reference import solve_addressing
 from fastkm.posterior.reference import update_block
 
@@ -53,3 +53,38 @@ def write_gram_space(mean, cov, values, noise_var, ridge):
     weights = torch.cat(weights, 1)
     mean, cov, innovation_var, kl, _, _ = update_block(mean, cov, weights, values, noise_var, None)
     return mean, cov, weights, innovation_var, kl
+
+
+def write_gram(gram, cov, noise_var, ridge, columns, num_opt_iters, mask):
+    """The write of a memory of which ``Y Yᵀ [B, K + T, K + T]`` is known, with ``Y = [R; Z]`` of so many ``columns``.
+
+    An update ``R + c δᵀ`` with ``δ = z_t − Rᵀw`` is one of the rows of Y, and of the columns of ``Y Yᵀ``. Returns (cov,
+    weights, innovation_var, kl, the pivots of ``Y Yᵀ + λI`` [B, K + T], status).
+    """
+    K, patterns = cov.shape[1], gram.shape[1] - cov.shape[1]
+    unread = None if mask is None else torch.nn.functional.pad(mask, (K, 0), value=True)
+    gram = clear_rows(clear_rows(gram, unread).mT, unread)
+    identity = torch.eye(K + patterns, dtype=gram.dtype, device=gram.device)
+    pivots = torch.linalg.cholesky_ex(gram + ridge.view(-1, 1, 1) * identity).L.diagonal(dim1=-2, dim2=-1).square()
+    status, weights, variances, kl = symmetry(cov), [], [], []
+    for t in range(patterns):
+        changed = gram
+        for _ in range(num_opt_iters):
+            system = changed[:, :K, :K] + ridge.view(-1, 1, 1) * identity[:K, :K]
+            factor, failed = torch.linalg.cholesky_ex(system)
+            status = first_failure(status, factor_status(factor, failed))
+            w = torch.cholesky_solve(changed[:, :K, K + t, None], factor)  # [B, K, 1]
+            a = cov @ w
+            s = w.mT @ a + noise_var[:, t].view(-1, 1, 1)
+            c = torch.nn.functional.pad(a / s, (0, 0, 0, patterns))  # of the rows of Y
+            innovation = identity[:, K + t, None] - torch.nn.functional.pad(w, (0, 0, 0, patterns))  # δ = Yᵀ of it
+            squared = innovation.mT @ gram @ innovation
+            changed = gram + c @ (innovation.mT @ gram) + gram @ innovation @ c.mT + squared * (c @ c.mT)
+        gram, cov = changed, cov - a @ a.mT / s
+        noise, beta = noise_var[:, t], ((s - noise_var[:, t].view(-1, 1, 1)) / s).flatten()
+        energy = (squared / s).flatten().clamp_min(0)
+        kl.append((columns * variance_divergence(noise / s.flatten(), -beta) + beta * energy) / 2)
+        weights.append(w.mT), variances.append(s.flatten())
+    if not weights:
+        return cov.clone(), cov.new_zeros(len(cov), 0, K), noise_var.clone(), noise_var.clone(), pivots, status
+    return cov, torch.cat(weights, 1), torch.stack(variances, 1), torch.stack(kl, 1), pivots, status

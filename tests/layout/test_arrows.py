@@ -221,9 +221,9 @@ def test_both_wings_have_the_same_rooms():
 
 # What several kernels of a family share on a GPU, and what is part of one file on a CPU.
 ON_GPUS_ONLY = {"posterior/chunk", "reading/addressing"}
-# Results in place, which a GPU computes and then copies; memories that are computed again in double; and small memories
-# in the lanes of vector registers.
-ON_CPUS_ONLY = {"posterior/update_into", "posterior/in_double"} | {
+# Results in place, which a GPU computes and then copies; memories that are computed again in double; a write of inner
+# products; and small memories in the lanes of vector registers.
+ON_CPUS_ONLY = {"posterior/update_into", "posterior/in_double", "writing/write_gram"} | {
     f"{family}/lanes" for family in ("posterior", "reading", "writing", "matrix_normal")
 }
 

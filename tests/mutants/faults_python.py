@@ -585,7 +585,14 @@ PROCESSES = [
     fault(
         "inner-products-never-summed-in-float64",
         "a sharded write of float32 keeps inner products that do not hold its system",
-        before="if gram.dtype == torch.float64 or holds_digits(gram, pivots, ridge):",
+        before="if gram.dtype != torch.float64 and not holds_digits(gram, without_ridge, work.ridge):",
+        after="if False:",
+        tests=(SHARED,),
+    ),
+    fault(
+        "small-memory-never-in-float64",
+        "a sharded write by a small memory keeps inner products that do not hold its system",
+        before="if gram.dtype == torch.float64 or holds_digits(gram, pivots, work.ridge):",
         after="if True:",
         tests=(SHARED,),
     ),

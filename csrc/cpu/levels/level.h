@@ -30,6 +30,7 @@ template struct Tile<2, 1, float>;
 #include "cpu/streaming/stream.h"
 #include "cpu/writing/write.h"
 #include "cpu/writing/write_backward.h"
+#include "cpu/writing/write_gram.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -58,6 +59,7 @@ const Kernels<Real>& kernels() {
       .logdet_backward = logdet_backward<Real>,
       .update_posterior_into = update_posterior_into<Real>,
       .stream_patterns = stream_patterns<Real>,
+      .write_gram = write_gram<Real>,
       .refresh_streams = refresh_streams<Real>,
   };
   return table;

@@ -5,7 +5,7 @@
 // where subtracting a term from the base would read and write K² numbers.
 #pragma once
 
-#include "cpu/linalg/vectors.h"
+#include "cpu/linalg/half_product.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -36,7 +36,7 @@ struct LowRankDifference {
   // y = M x, for each of N pairs of vectors.
   template <size_t N>
   void product(Real* const (&y)[N], int64_t padded, const Real* const (&x)[N]) const {
-    product_transposed<Into::kSet, N, Real>(y, base, base.rows, padded, x);
+    symmetric_product<N, Real>(y, base, padded, x);
     subtract_terms(y, padded, x);
   }
 };

@@ -282,12 +282,11 @@ void update_memory(const MemoryRows<Real>& after, const MemoryRows<Real>& before
 }
 
 // (4) to the caller's memory, for patterns from `first` on, and (5) added to `log_evidence` unless that is null.
+// `energies` are the ‖E_t‖².
 template <class Real>
 void store_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first, const WhitenedRows<Real>& chunk,
-                   double* log_evidence) {
+                   const Real* energies, double* log_evidence) {
   constexpr Real kTwoPi = Real(6.283185307179586476925286766559);
-  Real energies[kLargestChunk];
-  squared_norms(chunk.values, energies);
   const Real C = static_cast<Real>(args.C);
   Real log_noise = 0, log_noise_of = 0;  // ln(2πσ²) of the last σ²; patterns often share one
   for (int64_t t = 0; t < chunk.count(); ++t) {
@@ -302,6 +301,14 @@ void store_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first, co
     }
     *log_evidence -= Real(0.5) * (C * (divergence + beta + log_noise) + energy);
   }
+}
+
+template <class Real>
+void store_reports(const PosteriorArgs<Real>& args, int64_t b, int64_t first, const WhitenedRows<Real>& chunk,
+                   double* log_evidence) {
+  Real energies[kLargestChunk];
+  squared_norms(chunk.values, energies);
+  store_reports(args, b, first, chunk, energies, log_evidence);
 }
 
 }  // namespace fastkm::FASTKM_LEVEL

@@ -128,28 +128,34 @@ void update_inverse(LowRankDifference<Real>& inverse, const SystemChange<Real>& 
   inverse.subtract(q, f);
 }
 
-// Factor A = G + λI, which replaces G, and invert it.
+// Factor A = G + λI, which replaces G.
+template <class Real>
+Status factor_system(const Factor<Real>& factor, const Matrix<Real>& gram, const SearchSettings<Real>& settings,
+                     Arena& arena) {
+  for (int64_t i = 0; i < gram.rows; ++i) gram.row(i)[i] += settings.ridge;
+  copy_rows(factor.lower, gram);
+  if (!cholesky(factor, arena)) return kNotPositiveDefinite;
+  return well_conditioned(factor, largest_diagonal(gram), settings.limits) ? kGood : kInexactSystem;
+}
+
+// The same, and invert it.
 template <class Real>
 Status invert_system(const Matrix<Real>& inverse, const Matrix<Real>& gram, const SearchSettings<Real>& settings,
                      Arena& arena) {
   const Factor<Real> factor = allocate_factor<Real>(arena, gram.rows);
-  for (int64_t i = 0; i < gram.rows; ++i) gram.row(i)[i] += settings.ridge;
-  copy_rows(factor.lower, gram);
-  if (!cholesky(factor, arena)) return kNotPositiveDefinite;
-  if (!well_conditioned(factor, largest_diagonal(gram), settings.limits)) return kInexactSystem;
-  invert_cholesky(factor, inverse, arena);
-  clear_padding(inverse);
-  return kGood;
+  const Status factored = factor_system(factor, gram, settings, arena);
+  if (factored == kGood) invert_cholesky(factor, inverse, arena);
+  if (factored == kGood) clear_padding(inverse);
+  return factored;
 }
 
-// Find the weights [t, K] of a chunk with one factorisation. Rows of masked patterns stay as they are.
+// Find the weights [t, K] of a chunk. `space.gram` holds A, and `search.inverse` its inverse. Rows of masked patterns
+// stay as they are.
 template <class Real>
 Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, const Observations<Real>& observed,
                     const SearchSettings<Real>& settings, Search<Real>& search, Arena& arena) {
   const int64_t K = space.size(), padded = round_up(K, kLanes<Real>), count = space.count();
   const Matrix<Real>& inverse = search.inverse.base;
-  const Status inverted = invert_system(inverse, space.gram, settings, arena);
-  if (inverted != kGood) return inverted;
   const Real ridge = settings.ridge, size = trace(space.gram);
   bool inexact = false;
   LowRankDifference<Real> system = allocate_difference<Real>(space.gram, K, 2 * count, arena);  // A
@@ -186,7 +192,7 @@ Status find_weights(const Matrix<Real>& weights, const GramSpace<Real>& space, c
     inexact |= changes_too_much(space.inner.row(t)[t], dot(padded, c, c), d, size, settings.limits);
 
     // (4), (5) and (6): X, H and A follow.
-    product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
+    symmetric_product<2, Real>({p, q}, inverse, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t), &solved, p);
     search.inverse.subtract_terms({p, q}, padded, {c, w});
     update_inverse(search.inverse, SystemChange<Real>{c, w, d, ridge}, p, q, e, f);

@@ -61,7 +61,7 @@ Search<Real> replay_search(const GramSpace<Real>& space, const ChunkColumns<Real
     if (status == kGood && count > 1 &&
         changes_too_much(space.inner.row(t)[t], dot(padded, c, c), d, size, settings.limits))
       status = kInexactSystem;
-    product_transposed<Into::kSet>({p, q}, inverse, K, padded, {c, w});
+    symmetric_product<2, Real>({p, q}, inverse, padded, {c, w});
     update_cross(space, t, w, c, search.delta_dot_z.row(t));
     search.inverse.subtract_terms({p, q}, padded, {c, w});
     update_inverse(search.inverse, SystemChange<Real>{c, w, d, ridge}, p, q, e, f);

@@ -124,10 +124,11 @@ struct RefactoringSolver {
 };
 
 // Find the weights [t, K] of a chunk. G, X and U of `space` are left as after the chunk. Rows of masked patterns stay
-// as they are.
+// as they are. `d` receives δ·δ of each pattern, unless it is null.
 template <class Real>
 Status find_weights_refactored(const Matrix<Real>& weights, const GramSpace<Real>& space,
-                               const Observations<Real>& observed, const SearchSettings<Real>& settings, Arena& arena) {
+                               const Observations<Real>& observed, const SearchSettings<Real>& settings, Arena& arena,
+                               Real* d = nullptr) {
   const RefactoringSolver<Real> solver(space, settings, arena);
   Solution<Real> now = allocate_solution<Real>(solver.K, arena), before = allocate_solution<Real>(solver.K, arena);
   const Arena::Mark solve_start = arena.mark();
@@ -142,6 +143,7 @@ Status find_weights_refactored(const Matrix<Real>& weights, const GramSpace<Real
       if (settings.limits.again(status)) return status;
     }
     __builtin_memcpy(weights.row(t), now.w, static_cast<size_t>(solver.K) * sizeof(Real));
+    if (d) d[t] = now.d;
     write_solution(space, now, Real(1));
     update_cross<Real>(space, t, now.w, now.c, nullptr);
   }

@@ -47,15 +47,13 @@ GramSpace<Real> compute_gram_space(const MemoryRows<Real>& memory, const Matrix<
   return space;
 }
 
-// (1) and (2) of conditioning.h from a search. For patterns [from, from + count) of it, with L̃ the c_earlier · w_t
-// below a unit diagonal, S = L Lᵀ for L = L̃ diag(√s), and row t of G is a/√s.
+// (1) and G of (2) of conditioning.h from a search. For patterns [from, from + count) of it, with L̃ the
+// c_earlier · w_t below a unit diagonal, S = L Lᵀ for L = L̃ diag(√s), and row t of G is a/√s.
 template <class Real>
-WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Search<Real>& search, int64_t from,
-                                      const Matrix<Real>& weights, const Matrix<Real>& values,
-                                      const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena) {
-  const int64_t K = memory.cov.rows, count = weights.rows;
-  WhitenedRows<Real> chunk = allocate_whitened_rows(K, values.columns, count, observed, arena);
-  const Factor<Real> factor = allocate_factor<Real>(arena, count);
+void gain_from_search(WhitenedRows<Real>& chunk, const Factor<Real>& factor, const Search<Real>& search, int64_t from,
+                      const Matrix<Real>& weights, const Matrix<Real>& cov, const Limits<Real>& limits, Arena& arena) {
+  const int64_t K = cov.rows, count = weights.rows;
+  const Observations<Real>& observed = chunk.observed;
   Real std_dev[kLargestChunk];
   bool positive = true;
   for (int64_t t = 0; t < count; ++t) {
@@ -72,8 +70,19 @@ WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Sear
     for (int64_t k = 0; k < chunk.gain.ld; ++k) gain[k] = a[k] * reciprocal;
   }
   const Real taken = static_cast<Real>(inner_product(chunk.gain, chunk.gain));
-  chunk.status = chunk_status(positive, chunk, taken, observed, operand(memory.cov), weights, limits, arena);
+  chunk.status = chunk_status(positive, chunk, taken, observed, operand(cov), weights, limits, arena);
   invert_blocks(factor);
+}
+
+// (1) and (2) of conditioning.h from a search.
+template <class Real>
+WhitenedRows<Real> whiten_from_search(const MemoryRows<Real>& memory, const Search<Real>& search, int64_t from,
+                                      const Matrix<Real>& weights, const Matrix<Real>& values,
+                                      const Observations<Real>& observed, const Limits<Real>& limits, Arena& arena) {
+  const int64_t count = weights.rows;
+  WhitenedRows<Real> chunk = allocate_whitened_rows(memory.cov.rows, values.columns, count, observed, arena);
+  const Factor<Real> factor = allocate_factor<Real>(arena, count);
+  gain_from_search(chunk, factor, search, from, weights, memory.cov, limits, arena);
   whiten_values(chunk, factor, memory.mean, weights, values, arena);
   return chunk;
 }
@@ -94,8 +103,10 @@ Status write_chunk(const WritingArgs<Real>& args, const SearchSettings<Real>& se
   const GramSpace<Real> space = compute_gram_space(memory, stacked, !once, arena);
   fill_zero(weights);
   Search<Real> search = once ? allocate_search(space, arena) : Search<Real>{};
-  Status status = once ? find_weights(weights, space, observed, settings, search, arena)
-                       : find_weights_refactored(weights, space, observed, settings, arena);
+  Status status = once ? invert_system(search.inverse.base, space.gram, settings, arena) : kGood;
+  if (status == kGood)
+    status = once ? find_weights(weights, space, observed, settings, search, arena)
+                  : find_weights_refactored(weights, space, observed, settings, arena);
   if (settings.limits.again(status)) return status;
   const Arena::Mark searched = arena.mark();
   const int64_t size = chunk_size<Real>(K, stacked.columns);
