@@ -36,8 +36,8 @@ def write_sharded(
 
     The weights depend on the columns only through the inner products of the rows of ``Y = [R; Z]``::
 
-        G = Σ_ranks Y_r Y_rᵀ = F Fᵀ        one all-reduce of (K + T)² numbers a memory
-        write a memory of K + T columns with the mean F_R and the values F_Z: the same weights, covariance and KL
+        G = Σ_ranks Y_r Y_rᵀ        one all-reduce of (K + T)² numbers a memory
+        the weights, the covariance, the variances and the KL from G: the same on every rank
         R_r' = the posterior mean of rank r's own columns, given these weights
 
     Args:
@@ -47,7 +47,7 @@ def write_sharded(
         noise_var, ridge, num_opt_iters, mask: as in :func:`fastkm.write`, the same on every rank.
         group: a process group, a :class:`torch.distributed.device_mesh.DeviceMesh` of one dimension, or None for all
             processes. Every rank of it must call.
-        backend: ``"reference"``, ``"native"``, ``"triton"`` or None, for the small memory and for the columns.
+        backend: ``"reference"``, ``"native"``, ``"triton"`` or None, for the search and for the columns.
 
     Returns:
         :class:`fastkm.WriteResult`. ``state.mean`` has the columns of this rank. All else is the same on every rank,
