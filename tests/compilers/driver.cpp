@@ -133,6 +133,20 @@ bool answer_conditioning(const Call& call, const Kernels<Real>& table, const Run
   return false;
 }
 
+template <class Real, class Run>
+bool answer_products(const Call& call, const Kernels<Real>& table, const Run& run) {
+  if (call.name != "write_gram") return false;
+  GramWritingArgs<Real> args{};
+  PosteriorArgs<Real>& posterior = args.writing.posterior;
+  posterior.K = call.size(1)[1], posterior.T = call.size(0)[1] - posterior.K, posterior.C = call.number(4);
+  posterior.cov = call.in<Real>(1), posterior.noise_var = call.in<Real>(2), posterior.mask = call.in<bool>(6);
+  args.gram = call.in<Real>(0), args.writing.ridge = call.in<Real>(3), args.writing.num_opt_iters = call.number(5);
+  posterior.new_cov = call.out<Real>(0), args.writing.new_weights = call.out<Real>(1);
+  posterior.innovation_var = call.out<Real>(2), posterior.kl = call.out<Real>(3), args.pivots = call.out<Real>(4);
+  posterior.info = call.out<int32_t>(5).data;
+  return run(table.write_gram, args);
+}
+
 // The cotangents of a memory and of patterns, at these places.
 template <class Real>
 PosteriorGrads<Real> patterns_grads(const Call& call, size_t grad_mean, const std::array<size_t, 5>& to) {
@@ -335,7 +349,7 @@ bool answer(const Call& call) {
     return true;
   };
   return answer_conditioning(call, table, run) || answer_living(call, table, run) || answer_reading(call, table, run) ||
-         answer_factored(call, table, run) || answer_in_place(call, table, run) ||
+         answer_factored(call, table, run) || answer_in_place(call, table, run) || answer_products(call, table, run) ||
          answer_matrix_normal(call, table, run);
 }
 
