@@ -17,6 +17,7 @@ MODULE = "torch.utils.flop_counter"
 # The axes of the arguments that give an operator its sizes.
 AXES = {"mean": "BKC", "cov": "BKK", "weights": "BTK", "values": "BTC", "queries": "BQC"}
 FILTER_AXES = AXES | {"queries": "BTK"}  # one query a step, in the space of the weights
+PRODUCT_AXES = {"gram": "BNN", "cov": "BKK"}  # inner products of the N = K + T rows of a memory and its patterns
 
 
 def count_flops_once_loaded(operators: list[str], namespaces: tuple[str, ...]) -> None:
@@ -41,13 +42,15 @@ def count_flops_once_loaded(operators: list[str], namespaces: tuple[str, ...]) -
 def formula_of(name: str, arguments: list[str]) -> Callable[..., int]:
     """Of the shapes of an operator's arguments, as the counter gives them: the operations of all memories."""
     flops = getattr(counts, name)
-    axes = FILTER_AXES if name.startswith("filter_posterior") else AXES
+    axes = FILTER_AXES if name.startswith("filter_posterior") else PRODUCT_AXES if name == "write_gram" else AXES
 
     def formula(*given: Any, out_shape: Any = None, **named: Any) -> int:
         sizes: dict[str, int] = {}
         for argument, shape in (*zip(arguments, given, strict=False), *named.items()):
             if argument in axes:
                 sizes.update(zip(axes[argument], shape, strict=True))
+        if "N" in sizes:
+            sizes["T"] = sizes["N"] - sizes["K"]
         return sizes["B"] * sum(flops(*(sizes.get(letter, 0) for letter in "KCTQ")))
 
     return formula
