@@ -35,7 +35,7 @@ OPERATIONS = (
 # The first numbers of a header. What follows is, for each name that the operation compares, one number.
 REFUSED, OPERATION, DTYPE, COLUMNS, COMPARED = range(5)
 LENGTH = 20  # numbers of a header, whatever the operation: ranks that call different operations must not hang either
-BLOCK = 2**15  # of the integers of 64 bits that a checksum multiplies at once
+BLOCK = 2**15  # numbers that a checksum multiplies at once
 
 # What arguments, files or the machine of one rank can raise. The first kind that fits an error is raised on all ranks,
 # so that LinAlgError and BackendUnavailableError stand before RuntimeError, from which they derive.
@@ -151,21 +151,13 @@ def checksum(x: Tensor | None) -> Tensor | int:
     """One number for the bits of a tensor and their places. It copies a block at a time, and waits for no device."""
     if x is None:
         return 0
-    bits = _integers(x.detach().contiguous().flatten())
+    x = x.detach().contiguous().flatten()
+    if x.stride(-1) != 1:  # of one number
+        x = x.clone(memory_format=torch.contiguous_format)
+    bits = x.view(torch.uint8) if x.dtype == torch.bool else x.view(torch.int32)
     within = _factors(0, min(BLOCK, bits.numel()), x.device)
     sums = torch.stack([(block * within[: block.numel()]).sum() for block in bits.split(BLOCK)])
     return 1 + x.numel() + (sums * _factors(BLOCK, BLOCK + sums.numel(), x.device)).sum()
-
-
-def _integers(x: Tensor) -> Tensor:
-    """The bits of a vector as integers of 64 bits, two float32 in each; of booleans as bytes."""
-    if x.dtype == torch.bool:
-        return x.view(torch.uint8)
-    if x.element_size() == 4 and x.numel() % 2:
-        x = torch.cat((x, x.new_zeros(1)))
-    if x.stride(-1) != 1 or x.storage_offset() * x.element_size() % 8:  # one number has any stride
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x.view(torch.int64)
 
 
 def _factors(first: int, last: int, device: torch.device) -> Tensor:
