@@ -20,18 +20,24 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Steps of a chunk. Smaller ones would pass over the memory more often, larger ones do more work in S, H and P.
-constexpr int64_t kFilterChunk = 32;
+// Steps of a chunk. Smaller ones pass over the memory more often, larger ones do more work in S, H and P. A memory that
+// does not fit the second-level cache, and the backward, which does more in each pass, have the larger ones.
+constexpr int64_t kFilterChunk = 32, kSmallFilterChunk = 16;
 static_assert(kFilterChunk <= kLargestChunk);
+
+template <class Real>
+int64_t forward_filter_chunk(int64_t K, int64_t C) {
+  return chunk_size<Real>(K, C) > kChunk ? kFilterChunk : kSmallFilterChunk;
+}
 
 // With forgetting, S is up to a_t² times as large as what the factor leaves of it, and rounds at its own size. A chunk
 // ends before that is more.
 constexpr double kMostGrowth = 1.5;
 
-// How many steps from `first` on make a chunk: at least one.
+// How many steps from `first` on make a chunk: at least one, at most `largest`.
 template <class Real>
-int64_t filter_chunk_size(const FilteringArgs<Real>& args, int64_t b, int64_t first) {
-  const int64_t most = smaller(kFilterChunk, args.posterior.T - first);
+int64_t filter_chunk_size(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t largest) {
+  const int64_t most = smaller(largest, args.posterior.T - first);
   double left = 1;
   for (int64_t t = 0; args.forgetting.data && t < most; ++t) {
     left *= args.decay(args.forgetting, b, first + t);
@@ -101,7 +107,7 @@ void scale_rows(const Matrix<Real>& to, const Matrix<Real>& from, const Real* fa
 }
 
 // Bring steps [first, first + count) in: as copies, which are padded, or, unless a mask or decay changes them, as views
-// of the caller's rows.
+// of the caller's rows, if these are whole vector registers.
 template <class Real>
 Steps<Real> load_steps(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t count, bool copies,
                        Arena& arena) {
@@ -111,7 +117,7 @@ Steps<Real> load_steps(const FilteringArgs<Real>& args, int64_t b, int64_t first
   copies |= given.mask.data || steps.decay.any();
   const auto bring = [&](const Batch<const Real>& from, int64_t columns, const bool* unmasked) {
     const Matrix<Real> work = allocate_matrix<Real>(arena, count, columns);
-    if (!copies) return view_or_copy(from.from_row(first), b, work);
+    if (!copies && columns % kLanes<Real> == 0) return view_or_copy(from.from_row(first), b, work);
     load_matrix(work, from.from_row(first), b);
     for (int64_t t = 0; unmasked && t < count; ++t)
       if (!unmasked[t]) __builtin_memset(work.row(t), 0, static_cast<size_t>(columns) * sizeof(Real));
@@ -156,12 +162,12 @@ void add_drift(const Matrix<Real>& m, const Matrix<Real>& drift, const Matrix<Re
 template <class Real>
 Status steps_status(bool positive, const WhitenedRows<Real>& rows, const Matrix<Real>& cov, const Steps<Real>& steps,
                     Arena& arena) {
-  const Real* diagonal = copy_diagonal(operand(cov), cov.rows, arena);
   bool holds = true, in_range = true;
+  Real scales[kFilterChunk], norms[kFilterChunk] = {};
+  weighted_norms(steps.scaled_weights, copy_diagonal(operand(cov), cov.rows, arena), scales);
+  if (steps.decay.retains) squared_norms(steps.weights, norms);
   for (int64_t t = 0; t < rows.count(); ++t) {
-    const Real *weights = steps.weights.row(t), relaxed = steps.decay.relaxed[t];
-    Real scale = weighted_norm(cov.rows, steps.scaled_weights.row(t), diagonal);
-    if (relaxed > 0) scale += relaxed * dot(cov.rows, weights, weights);
+    const Real scale = scales[t] + steps.decay.relaxed[t] * norms[t];
     in_range &= scale - scale == 0;
     const Real left = rows.explained[t] * (rows.observed.noise_var[t] / rows.pivot[t]);
     holds &= left >= kLeastDigits * std::numeric_limits<Real>::epsilon() * scale;
@@ -192,10 +198,10 @@ WhitenedSteps<Real> allocate_whitened_steps(int64_t K, int64_t C, int64_t count,
 
 template <class Real>
 void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, const Steps<Real>& steps,
-                  const TransposedWeights<Real>& transposes, Arena& arena) {
+                  const TransposedWeights<Real>& transposes, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = memory.cov.rows, count = steps.count();
   const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  product<Into::kSet>(chunk.projected, K, operand(steps.scaled_weights), memory.cov);
+  product<Into::kSet>(chunk.projected, K, operand(steps.scaled_weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.projected), transposes.scaled);
   if (steps.decay.retains) add_drift(factor.lower, steps.decay.drift, steps.weights, transposes.plain, arena);
   WhitenedRows<Real>& rows = chunk.rows;
@@ -211,7 +217,7 @@ void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, co
                     e * load(chunk.projected.row(t) + k) + drift[t] * load(steps.weights.row(t) + k));
   }
   solve_lower(rows.gain, factor, crossed, 0, {}, crossed);
-  whiten_values(rows, factor, memory.mean, steps.scaled_weights, steps.values, arena);
+  whiten_values(rows, factor, memory.mean, steps.scaled_weights, steps.values, arena, prefetch);
   invert_lower(factor, chunk.inverse, arena);
 }
 
@@ -232,11 +238,11 @@ struct Reads {
 
 template <class Real>
 Reads<Real> read_steps(const Matrix<Real>& cov, const Steps<Real>& steps, const TransposedWeights<Real>& transposes,
-                       const Matrix<Real>& inverse, bool before, Arena& arena) {
+                       const Matrix<Real>& inverse, bool before, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = cov.rows, count = steps.count();
   const Reads<Real> reads{allocate_cleared<Real>(arena, count, K), allocate_matrix<Real>(arena, count, count)};
   const Matrix<Real> crossed = allocate_zero<Real>(arena, count, count);  // H
-  product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov);
+  product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov, prefetch);
   product_lower<Into::kSet>(crossed, K, operand(reads.projected), transposes.scaled);
   if (steps.decay.retains) add_drift(crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
   product_of_triangle<true>(reads.gain, crossed, transposed_copy(inverse, arena));
@@ -246,12 +252,15 @@ Reads<Real> read_steps(const Matrix<Real>& cov, const Steps<Real>& steps, const 
 
 // v of (4), at least 0.
 template <class Real>
-Real read_variance(const Steps<Real>& steps, const Reads<Real>& reads, int64_t t) {
-  const int64_t K = steps.queries.columns;
-  const Real *query = steps.queries.row(t), *gain = reads.gain.row(t), relaxed = steps.decay.relaxed[t];
-  Real variance = dot(K, reads.projected.row(t), steps.scaled_queries.row(t)) - dot(steps.count(), gain, gain);
-  if (relaxed > 0) variance += relaxed * dot(K, query, query);
-  return variance > 0 ? variance : 0;
+void read_variances(Real (&variances)[kFilterChunk], const Steps<Real>& steps, const Reads<Real>& reads) {
+  Real explained[kFilterChunk], norms[kFilterChunk] = {};
+  dots_of_rows(reads.projected, steps.scaled_queries, variances);
+  squared_norms(reads.gain, explained);
+  if (steps.decay.retains) squared_norms(steps.queries, norms);
+  for (int64_t t = 0; t < steps.count(); ++t) {
+    const Real variance = variances[t] - explained[t] + steps.decay.relaxed[t] * norms[t];
+    variances[t] = variance > 0 ? variance : 0;
+  }
 }
 
 // The memory relaxed to the end of a chunk: e R and e² U + (1 − e²) u I.

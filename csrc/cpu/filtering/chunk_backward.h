@@ -42,9 +42,10 @@ ReportedCotangents<Real> load_reported(const FilteringArgs<Real>& args, const Fi
   grad.log_evidence = value_or_zero(grads.posterior.log_evidence, b, 0);
   load_or_zero(grad.values, grads.read_values.data ? grads.read_values.from_row(kept.first) : grads.read_values, b);
   const Real C = static_cast<Real>(args.posterior.C);
+  Real variances[kFilterChunk];
+  if (grads.variance.data) read_variances(variances, steps, reads);
   for (int64_t t = 0; t < kept.count; ++t) {
-    const Real variance = value_or_zero(grads.variance, b, kept.first + t);
-    grad.variance[t] = variance != 0 && read_variance(steps, reads, t) > 0 ? variance : 0;
+    grad.variance[t] = grads.variance.data && variances[t] > 0 ? *grads.variance.at(b, kept.first + t) : 0;
     const Real of_evidence = steps.observed.unmasked[t] ? grad.log_evidence * C / kept.whitened.rows.pivot[t] : 0;
     grad.innovation[t] = value_or_zero(grads.posterior.innovation_var, b, kept.first + t) - Real(0.5) * of_evidence;
     const Real unscaled = 1 / steps.decay.scale[t];

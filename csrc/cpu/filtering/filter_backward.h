@@ -12,7 +12,7 @@ namespace fastkm::FASTKM_LEVEL {
 template <class Real>
 int64_t count_filter_chunks(const FilteringArgs<Real>& args, int64_t b) {
   int64_t chunks = 0;
-  for (int64_t first = 0; first < args.posterior.T; ++chunks) first += filter_chunk_size(args, b, first);
+  for (int64_t first = 0; first < args.posterior.T; ++chunks) first += filter_chunk_size(args, b, first, kFilterChunk);
   return chunks;
 }
 
@@ -27,7 +27,7 @@ KeptChunk<Real>* whiten_sequence(const FilteringArgs<Real>& args, int64_t b, int
   load_matrix(memory.cov, given.cov, b);
   int64_t first = 0;
   for (int64_t n = 0; n < chunks; ++n) {
-    const int64_t count = filter_chunk_size(args, b, first);
+    const int64_t count = filter_chunk_size(args, b, first, kFilterChunk);
     kept[n] = {.first = first,
                .count = count,
                .memory = allocate_matrix<Real>(arena, K + C, K),

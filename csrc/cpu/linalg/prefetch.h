@@ -15,7 +15,7 @@ class Prefetch {
   // Add rows [first, first + count) of matrix `b`. Rows that are not contiguous, and null, are left out.
   template <class Real>
   void add(const Batch<Real>& rows, int64_t b, int64_t first, int64_t count, int64_t columns) {
-    if (!rows.data || rows.stride[2] != 1 || rows.stride[1] != columns) return;
+    if (!rows.data || count == 0 || rows.stride[2] != 1 || rows.stride[1] != columns) return;
     const char* begin = reinterpret_cast<const char*>(rows.at(b, first));
     const int64_t bytes = count * columns * static_cast<int64_t>(sizeof(Real));
     regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
