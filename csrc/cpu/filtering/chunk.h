@@ -67,10 +67,11 @@ template <class Real>
 ChunkDecay<Real> load_decay(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t count, Arena& arena) {
   ChunkDecay<Real> decay{.retains = args.retention.data != nullptr, .forgets = args.forgetting.data != nullptr};
   decay.prior_var = *args.prior_var.at(b);
-  if (decay.retains) {
-    decay.drift = allocate_matrix<Real>(arena, count, count);
-    fill_zero(decay.drift);
+  if (!decay.any()) {
+    for (int64_t t = 0; t < count; ++t) decay.factor[t] = decay.scale[t] = 1, decay.relaxed[t] = 0;
+    return decay;
   }
+  if (decay.retains) decay.drift = allocate_zero<Real>(arena, count, count);
   double left = 1, relaxed = 0;  // the product of the factors, and (1 − a²)
   for (int64_t t = 0; t < count; ++t) {
     const Real factor = decay.factor[t] = args.decay(decay.forgets ? args.forgetting : args.retention, b, first + t);
@@ -142,6 +143,7 @@ template <class Real>
 struct WhitenedSteps {
   WhitenedRows<Real> rows;  // G, E, L_tt², e
   Matrix<Real> projected;   // V [t, K]
+  Factor<Real> factor;      // L
   Matrix<Real> inverse;     // L⁻¹ [t, t], zero above its diagonal
 };
 
@@ -193,14 +195,15 @@ WhitenedSteps<Real> allocate_whitened_steps(int64_t K, int64_t C, int64_t count,
                                             Arena& arena) {
   return {.rows = allocate_whitened_rows(K, C, count, observed, arena),
           .projected = allocate_cleared<Real>(arena, count, K),
-          .inverse = allocate_matrix<Real>(arena, count, count)};
+          .factor = allocate_factor<Real>(arena, count),
+          .inverse = allocate_matrix<Real>(arena, count > kBlock ? count : 0, count)};
 }
 
 template <class Real>
 void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, const Steps<Real>& steps,
                   const TransposedWeights<Real>& transposes, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = memory.cov.rows, count = steps.count();
-  const Factor<Real> factor = allocate_factor<Real>(arena, count);
+  const Factor<Real>& factor = chunk.factor;
   product<Into::kSet>(chunk.projected, K, operand(steps.scaled_weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.projected), transposes.scaled);
   if (steps.decay.retains) add_drift(factor.lower, steps.decay.drift, steps.weights, transposes.plain, arena);
@@ -218,7 +221,10 @@ void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, co
   }
   solve_lower(rows.gain, factor, crossed, 0, {}, crossed);
   whiten_values(rows, factor, memory.mean, steps.scaled_weights, steps.values, arena, prefetch);
-  invert_lower(factor, chunk.inverse, arena);
+  if (count > kBlock)
+    invert_lower(factor, chunk.inverse, arena);
+  else
+    chunk.inverse = factor.inverse_block(0).block(0, count, 0, count);
 }
 
 // Set a square to zero above its diagonal, and the diagonal too if `diagonal`, padding included.
@@ -233,21 +239,31 @@ void clear_above(const Matrix<Real>& m, bool diagonal) {
 template <class Real>
 struct Reads {
   Matrix<Real> projected;  // X [t, K]
+  Matrix<Real> crossed;    // H [t, t]
   Matrix<Real> gain;       // P [t, t]
 };
 
+// X and H, which need no factor.
 template <class Real>
-Reads<Real> read_steps(const Matrix<Real>& cov, const Steps<Real>& steps, const TransposedWeights<Real>& transposes,
-                       const Matrix<Real>& inverse, bool before, Arena& arena, Prefetch* prefetch = nullptr) {
+Reads<Real> project_queries(const Matrix<Real>& cov, const Steps<Real>& steps,
+                            const TransposedWeights<Real>& transposes, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = cov.rows, count = steps.count();
-  const Reads<Real> reads{allocate_cleared<Real>(arena, count, K), allocate_matrix<Real>(arena, count, count)};
-  const Matrix<Real> crossed = allocate_zero<Real>(arena, count, count);  // H
+  const Reads<Real> reads{allocate_cleared<Real>(arena, count, K), allocate_zero<Real>(arena, count, count),
+                          allocate_matrix<Real>(arena, count, count)};
   product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov, prefetch);
-  product_lower<Into::kSet>(crossed, K, operand(reads.projected), transposes.scaled);
-  if (steps.decay.retains) add_drift(crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
-  product_of_triangle<true>(reads.gain, crossed, transposed_copy(inverse, arena));
-  clear_above(reads.gain, before);
+  product_lower<Into::kSet>(reads.crossed, K, operand(reads.projected), transposes.scaled);
+  if (steps.decay.retains) add_drift(reads.crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
   return reads;
+}
+
+// P.
+template <class Real>
+void find_read_gain(const Reads<Real>& reads, const WhitenedSteps<Real>& chunk, bool before, Arena& arena) {
+  const int64_t count = reads.gain.rows;
+  product_of_triangle<true>(reads.gain, reads.crossed,
+                            count > kBlock ? transposed_copy(chunk.inverse, arena)
+                                           : chunk.factor.inverse_transposed_block(0).block(0, count, 0, count));
+  clear_above(reads.gain, before);
 }
 
 // v of (4), at least 0.

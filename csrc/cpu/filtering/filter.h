@@ -88,9 +88,9 @@ void filter_posterior(const FilteringArgs<Real>& args, int64_t begin, int64_t en
       const Steps<Real> steps = load_steps(args, b, first, count, false, arena);
       const TransposedWeights<Real> transposes = transpose_weights(steps, arena);
       WhitenedSteps<Real> chunk = allocate_whitened_steps(K, C, count, steps.observed, arena);
+      const Reads<Real> reads = project_queries(memory.cov, steps, transposes, arena, &prefetch);
       whiten_steps(chunk, memory, steps, transposes, arena, &prefetch);
-      const Reads<Real> reads =
-          read_steps(memory.cov, steps, transposes, chunk.inverse, args.read_before, arena, &prefetch);
+      find_read_gain(reads, chunk, args.read_before, arena);
       store_reads(args, b, first, memory.mean, steps, reads, chunk.rows.values, arena, &prefetch);
       store_evidence(args, b, first, steps, chunk.rows, log_evidence);
       const MemoryRows<Real>& after = first + count < T ? work : result;

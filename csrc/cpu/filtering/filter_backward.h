@@ -63,7 +63,8 @@ double filter_chunk_backward(const Matrix<Real>& grad_memory, const FilteringArg
   const ChunkDecay<Real>& decay = steps.decay;
   const TransposedWeights<Real> transposes = transpose_weights(steps, arena);
   const Matrix<Real> cov = kept.memory.rows_from(0, K);
-  const Reads<Real> reads = read_steps(cov, steps, transposes, kept.whitened.inverse, args.read_before, arena);
+  const Reads<Real> reads = project_queries(cov, steps, transposes, arena);
+  find_read_gain(reads, kept.whitened, args.read_before, arena);
   const StackedRows<Real> stacked = allocate_stacked_rows<Real>(K, C, count, arena);
   const auto upper = [&](const Matrix<Real>& rows) { return rows.rows_from(0, count); };
   const auto lower = [&](const Matrix<Real>& rows) { return rows.rows_from(count, count); };
