@@ -46,6 +46,24 @@ int64_t filter_chunk_size(const FilteringArgs<Real>& args, int64_t b, int64_t fi
   return most;
 }
 
+// Prefetch the steps of the chunk that begins with `next`, and, if it `reads`, the rows of its reads, while the chunk
+// before it of `count` steps is computed. Products with a memory that does not fit the cache are packed, and do not
+// prefetch.
+template <class Real>
+Prefetch plan_steps_prefetch(const FilteringArgs<Real>& args, int64_t b, int64_t next, int64_t count, bool reads) {
+  const PosteriorArgs<Real>& given = args.posterior;
+  const int64_t K = given.K, C = given.C, most = smaller(count, given.T - next);
+  const int64_t tiles = (count + FASTKM_TILE_ROWS - 1) / FASTKM_TILE_ROWS * (strips<Real>(K) + strips<Real>(C));
+  Prefetch prefetch(reads ? 2 * tiles : tiles);
+  if (chunk_size<Real>(K, C) > kChunk) return prefetch;
+  prefetch.add(given.weights, b, next, most, K);
+  prefetch.add(given.values, b, next, most, C);
+  if (!reads) return prefetch;
+  prefetch.add(args.queries, b, next, most, K);
+  prefetch.add(args.read_values, b, next, most, C);
+  return prefetch;
+}
+
 // The decay of a chunk. A masked step has none.
 template <class Real>
 struct ChunkDecay {
@@ -252,6 +270,17 @@ Reads<Real> project_queries(const Matrix<Real>& cov, const Steps<Real>& steps,
                           allocate_matrix<Real>(arena, count, count)};
   product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov, prefetch);
   product_lower<Into::kSet>(reads.crossed, K, operand(reads.projected), transposes.scaled);
+  if (steps.decay.retains) add_drift(reads.crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
+  return reads;
+}
+
+// H alone, from V of the weights.
+template <class Real>
+Reads<Real> cross_queries(const Matrix<Real>& projected_weights, const Steps<Real>& steps,
+                          const TransposedWeights<Real>& transposes, Arena& arena) {
+  const int64_t K = steps.queries.columns, count = steps.count();
+  const Reads<Real> reads{{}, allocate_zero<Real>(arena, count, count), allocate_matrix<Real>(arena, count, count)};
+  product_lower<Into::kSet>(reads.crossed, K, operand(steps.scaled_queries), transposed_copy(projected_weights, arena));
   if (steps.decay.retains) add_drift(reads.crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
   return reads;
 }

@@ -47,22 +47,6 @@ void store_evidence(const FilteringArgs<Real>& args, int64_t b, int64_t first, c
   }
 }
 
-// Prefetch the steps of the chunk that begins with `next`, and the rows of its reads, while the chunk before it of
-// `count` steps is computed. Large products do not prefetch.
-template <class Real>
-Prefetch plan_steps_prefetch(const FilteringArgs<Real>& args, int64_t b, int64_t next, int64_t count) {
-  const PosteriorArgs<Real>& given = args.posterior;
-  const int64_t K = given.K, C = given.C, most = smaller(count, given.T - next);
-  const int64_t tiles = (count + FASTKM_TILE_ROWS - 1) / FASTKM_TILE_ROWS * (strips<Real>(K) + strips<Real>(C));
-  Prefetch prefetch(2 * tiles);
-  if (count * K * (K > C ? K : C) >= kLargeProduct) return prefetch;
-  prefetch.add(args.queries, b, next, most, K);
-  prefetch.add(given.weights, b, next, most, K);
-  prefetch.add(given.values, b, next, most, C);
-  prefetch.add(args.read_values, b, next, most, C);
-  return prefetch;
-}
-
 template <class Real>
 void filter_posterior(const FilteringArgs<Real>& args, int64_t begin, int64_t end) {
   const PosteriorArgs<Real>& given = args.posterior;
@@ -84,7 +68,7 @@ void filter_posterior(const FilteringArgs<Real>& args, int64_t begin, int64_t en
     for (int64_t count; first < T; first += count) {
       arena.release(chunk_start);
       count = filter_chunk_size(args, b, first, forward_filter_chunk<Real>(K, C));
-      Prefetch prefetch = plan_steps_prefetch(args, b, first + count, count);
+      Prefetch prefetch = plan_steps_prefetch(args, b, first + count, count, true);
       const Steps<Real> steps = load_steps(args, b, first, count, false, arena);
       const TransposedWeights<Real> transposes = transpose_weights(steps, arena);
       WhitenedSteps<Real> chunk = allocate_whitened_steps(K, C, count, steps.observed, arena);
