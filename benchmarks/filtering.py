@@ -1,11 +1,13 @@
 """The price of exactness on a CPU: the filter beside its loop, its block form, the delta rule and softmax attention.
 
-``python -m benchmarks.filtering`` prints one table, forward, and forward with backward; ``--peak`` the memory of one
-training step and ``--drift`` the error of float32 over T instead. Candidates that compute the filter are verified
-against it in float32 before they are timed.
+``python -m benchmarks.filtering`` prints the times, forward, and forward with backward; how they grow with T; one step
+of decoding beside the time that its bytes need; and the memory of one training step. ``--only`` prints one of these,
+or the drift: the error of float32 over T. Candidates that compute the filter are verified against it in float32 before
+they are timed.
 """
 
 import argparse
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -24,6 +26,7 @@ from fastkm.filtering.reference import filter_sequential
 from fastkm.testing.peak import resident
 from fastkm.testing.timing import clock, time_in_turn
 
+PARTS = ("times", "slope", "step", "peak", "drift")
 SHAPES = ((16, 1024, 64), (64, 1024, 64), (16, 1024, 128), (16, 4096, 128))
 NOISE = 0.1
 BLOCK, DELTA = 64, 64  # chunks of the forms in PyTorch: the fastest of 16, 32, 64 and 128 at 16 × 1,024 × 64
@@ -59,22 +62,32 @@ def step_loop(k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return filter_sequential(*prior(k, v), k, v, q, k.new_full(k.shape[:2], NOISE))[2:4]
 
 
-def block_form(k: Tensor, v: Tensor, q: Tensor, size: int = BLOCK) -> tuple[Tensor, Tensor]:
+def block_step(
+    mean: Tensor, cov: Tensor, w: Tensor, z: Tensor, x: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t = w.shape[1]
+    projected = torch.cat([w, x], 1) @ cov
+    crossed = projected @ w.mT  # S above H
+    lower = torch.linalg.cholesky_ex(crossed[:, :t] + noise).L
+    gain = torch.linalg.solve_triangular(lower, crossed[:, t:].mT, upper=False).mT.tril()
+    error = torch.linalg.solve_triangular(lower, torch.baddbmm(z, w, mean, alpha=-1), upper=False)
+    variance = (projected[:, t:] * x).sum(-1) - gain.square().sum(-1)
+    values = torch.baddbmm(x @ mean, gain, error)
+    whitened = torch.linalg.solve_triangular(lower, projected[:, :t], upper=False)
+    new_mean = torch.baddbmm(mean, whitened.mT, error)
+    return values, variance, new_mean, torch.baddbmm(cov, whitened.mT, whitened, alpha=-1)
+
+
+def block_form(
+    k: Tensor, v: Tensor, q: Tensor, size: int = BLOCK, step: Callable[..., tuple[Tensor, ...]] = block_step
+) -> tuple[Tensor, Tensor]:
     """Chunks with one Cholesky factor each, (F4) to (F9) of docs/math/filtering.md, without decay or checks."""
     (mean, cov), made = prior(k, v), []
     noise = NOISE * torch.eye(size)
     for w, z, x in zip(k.split(size, 1), v.split(size, 1), q.split(size, 1), strict=True):
         t = w.shape[1]
-        projected = torch.cat([w, x], 1) @ cov
-        crossed = projected @ w.mT  # S above H
-        lower = torch.linalg.cholesky_ex(crossed[:, :t] + noise[:t, :t]).L
-        gain = torch.linalg.solve_triangular(lower, crossed[:, t:].mT, upper=False).mT.tril()
-        error = torch.linalg.solve_triangular(lower, torch.baddbmm(z, w, mean, alpha=-1), upper=False)
-        variance = (projected[:, t:] * x).sum(-1) - gain.square().sum(-1)
-        made.append((torch.baddbmm(x @ mean, gain, error), variance))
-        whitened = torch.linalg.solve_triangular(lower, projected[:, :t], upper=False)
-        mean = torch.baddbmm(mean, whitened.mT, error)
-        cov = torch.baddbmm(cov, whitened.mT, whitened, alpha=-1)
+        values, variance, mean, cov = step(mean, cov, w, z, x, noise[:t, :t])
+        made.append((values, variance))
     values, variances = zip(*made, strict=True)
     return torch.cat(values, 1), torch.cat(variances, 1)
 
@@ -116,7 +129,8 @@ CANDIDATES: dict[str, Candidate] = {
     "delta rule in chunks": delta_chunks,
     "softmax attention": attention,
 }
-EXACT = ("step loop", "block form", "block form, compiled")
+COMPILED = "block form, compiled"
+EXACT = ("step loop", "block form", COMPILED)
 
 
 def with_gradient(form: Candidate) -> Callable[[Inputs], tuple[Tensor, ...]]:
@@ -158,14 +172,16 @@ def product_rate() -> float:
 def rows_of(shape: tuple[int, int, int], seconds: float, compiles: bool) -> list[tuple[str, ...]]:
     inputs = draw(*shape)
     candidates = dict(CANDIDATES)
-    if compiles:
-        candidates["block form, compiled"] = torch.compile(block_form, dynamic=False)
+    if compiles:  # a chunk, not the loop over chunks, which would compile for minutes
+        candidates[COMPILED] = partial(block_form, step=torch.compile(block_step, dynamic=False))
     if shape[1] > 1024:
         del candidates["step loop"]
     verify(candidates, inputs)
     bound, rows = least_operations(*shape) / product_rate(), []
     forward = {name: lambda form=form: form(*inputs[:3]) for name, form in candidates.items()}
     both = {name: partial(with_gradient(form), inputs) for name, form in candidates.items()}
+    if compiles:
+        forward[COMPILED](), both[COMPILED]()  # the timer takes a slow first call for a sample
     for kind, calls in (("forward", forward), ("forward and backward", both)):
         timings = time_in_turn(calls, seconds)
         for name, timing in timings.items():
@@ -178,6 +194,39 @@ def rows_of(shape: tuple[int, int, int], seconds: float, compiles: bool) -> list
 
 
 HEADERS = ("heads × T × K", "", "candidate", "ms", "quartiles", "of the filter's", "of the product's rate")
+
+
+# ---- how time grows with T, and one step -----------------------------------------------------------------------------
+
+
+def slope_rows(heads: int, size: int, seconds: float, few: int = 1024, many: int = 4096) -> list[tuple[str, ...]]:
+    """The exponent p of time ∝ T^p between two lengths."""
+    short, long = draw(heads, few, size), draw(heads, many, size)
+    rows = []
+    for kind, run in (("forward", lambda x: native(*x[:3])), ("forward and backward", with_gradient(native))):
+        timings = time_in_turn({"few": partial(run, short), "many": partial(run, long)}, seconds)
+        slope = math.log(timings["many"].median / timings["few"].median) / math.log(many / few)
+        rows.append((f"{heads} × {few:,} … {many:,} × {size}", kind, f"{slope:.3f}"))
+    return rows
+
+
+def step_rows(heads: int, size: int, seconds: float) -> list[tuple[str, ...]]:
+    """One step of decoding, as the function and as the operator, beside a copy of the memories that it reads and
+    writes."""
+    inputs = draw(heads, 1, size)
+    state = prior(inputs.keys, inputs.values)
+    memory = torch.cat([state.mean, state.cov], -1)
+    noise, prior_var = torch.full((heads, 1), NOISE), torch.ones(heads)
+    given = inputs.keys, inputs.values, inputs.queries
+    operator = torch.ops.fastkm.filter_posterior
+    candidates = {
+        "copy of the bytes": memory.clone,
+        "operator": lambda: operator(*state, *given, noise, None, prior_var, None, False, None, 0),
+        "function": lambda: filter_posterior(state, *given, NOISE, backend="native"),
+    }
+    timings = time_in_turn(candidates, seconds)
+    bound, where = timings["copy of the bytes"].median, f"{heads} × 1 × {size}"
+    return [(where, name, f"{1e6 * t.median:.0f}", f"{t.median / bound:.2f}") for name, t in timings.items()]
 
 
 # ---- drift: the error of float32 over T ------------------------------------------------------------------------------
@@ -215,12 +264,30 @@ def print_peak(name: str, shape: tuple[int, int, int]) -> None:
 
 
 def peak_rows(shape: tuple[int, int, int]) -> list[tuple[str, ...]]:
-    rows = []
-    for name in (FILTER, "step loop", "block form"):
+    peaks = {}
+    for name in ("step loop", "block form", FILTER):
         command = [sys.executable, "-m", "benchmarks.filtering", "--peak-of", name, "--shape", *map(str, shape)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        rows.append((" × ".join(map(str, shape)), name, f"{int(done.stdout) / 2**20:,.0f}"))
-    return rows
+        peaks[name] = int(done.stdout)
+    where, loop = " × ".join(map(str, shape)), peaks["step loop"]
+    return [(where, name, f"{peak / 2**20:,.0f}", f"{peak / loop:.3f}") for name, peak in peaks.items()]
+
+
+def print_part(part: str, shapes: list[tuple[int, int, int]], seconds: float, compiles: bool) -> None:
+    if part == "times":
+        for shape in shapes:
+            print(markdown_table(HEADERS, rows_of(shape, seconds, compiles)), flush=True)
+    elif part == "slope":
+        rows = [row for size in (64, 128) for row in slope_rows(16, size, seconds)]
+        print(markdown_table(("heads × T × K", "", "time ∝ T^"), rows), flush=True)
+    elif part == "step":
+        rows = [row for size in (64, 128) for row in step_rows(64, size, seconds / 4)]
+        print(markdown_table(("heads × T × K", "", "µs", "of the copy's"), rows), flush=True)
+    elif part == "peak":
+        headers = ("heads × T × K", "candidate", "MB at the peak of a training step", "of the loop's")
+        print(markdown_table(headers, peak_rows(shapes[0])), flush=True)
+    else:
+        print(markdown_table(("decay", "T", "values", "variance", "mean", "cov"), drift_rows()), flush=True)
 
 
 def main() -> None:
@@ -228,24 +295,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=20, help="for each half of each shape (default: 20)")
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("HEADS", "T", "K"))
-    parser.add_argument("--compile", action="store_true", help="the block form compiled too: minutes a shape")
-    parser.add_argument("--peak", action="store_true", help="the memory of a training step instead")
-    parser.add_argument("--drift", action="store_true", help="the error of float32 over T instead")
+    parser.add_argument("--eager", action="store_true", help="without the compiled block form, which compiles first")
+    parser.add_argument("--only", choices=PARTS, help="one part; without it all but the drift")
     parser.add_argument("--peak-of", choices=CANDIDATES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     shapes = [tuple(shape) for shape in options.shape or SHAPES]
     threads = pin(options.threads)
     if options.peak_of:
         return print_peak(options.peak_of, shapes[0])
-    if options.drift:
-        print(markdown_table(("decay", "T", "values", "variance", "mean", "cov"), drift_rows()))
-        return None
-    if options.peak:
-        print(markdown_table(("heads × T × K", "candidate", "MB at the peak"), peak_rows(shapes[0])))
-        return None
     print(f"Threads: {threads}. Freed memory: {keep_freed_memory()}. Product: {product_rate() / 1e9:.0f} Gflop/s.\n")
-    for shape in shapes:
-        print(markdown_table(HEADERS, rows_of(shape, options.seconds, options.compile)), flush=True)
+    for part in [options.only] if options.only else PARTS[:-1]:
+        print_part(part, shapes, options.seconds, not options.eager)
     return None
 
 

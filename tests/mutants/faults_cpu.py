@@ -71,7 +71,7 @@ LINALG = [
     fault(
         "norms-without-their-tail",
         "the squared norms of rows leave out the columns that do not fill a vector",
-        before="sum[lane] = last * last;",
+        before="sum[lane] = last;",
         after="sum[lane] = Vec<Real>{};",
         tests=(UPDATE,),
     ),

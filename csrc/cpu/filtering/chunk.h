@@ -20,24 +20,48 @@
 
 namespace fastkm::FASTKM_LEVEL {
 
-// Steps of a chunk. Smaller ones would pass over the memory more often, larger ones do more work in S, H and P.
-constexpr int64_t kFilterChunk = 32;
+// Steps of a chunk. Smaller ones pass over the memory more often, larger ones do more work in S, H and P. A memory that
+// does not fit the second-level cache, and the backward, which does more in each pass, have the larger ones.
+constexpr int64_t kFilterChunk = 32, kSmallFilterChunk = 16;
 static_assert(kFilterChunk <= kLargestChunk);
+
+template <class Real>
+int64_t forward_filter_chunk(int64_t K, int64_t C) {
+  return chunk_size<Real>(K, C) > kChunk ? kFilterChunk : kSmallFilterChunk;
+}
 
 // With forgetting, S is up to a_t² times as large as what the factor leaves of it, and rounds at its own size. A chunk
 // ends before that is more.
 constexpr double kMostGrowth = 1.5;
 
-// How many steps from `first` on make a chunk: at least one.
+// How many steps from `first` on make a chunk: at least one, at most `largest`.
 template <class Real>
-int64_t filter_chunk_size(const FilteringArgs<Real>& args, int64_t b, int64_t first) {
-  const int64_t most = smaller(kFilterChunk, args.posterior.T - first);
+int64_t filter_chunk_size(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t largest) {
+  const int64_t most = smaller(largest, args.posterior.T - first);
   double left = 1;
   for (int64_t t = 0; args.forgetting.data && t < most; ++t) {
     left *= args.decay(args.forgetting, b, first + t);
     if (t > 0 && left * kMostGrowth < 1) return t;
   }
   return most;
+}
+
+// Prefetch the steps of the chunk that begins with `next`, and, if it `reads`, the rows of its reads, while the chunk
+// before it of `count` steps is computed. Products with a memory that does not fit the cache are packed, and do not
+// prefetch.
+template <class Real>
+Prefetch plan_steps_prefetch(const FilteringArgs<Real>& args, int64_t b, int64_t next, int64_t count, bool reads) {
+  const PosteriorArgs<Real>& given = args.posterior;
+  const int64_t K = given.K, C = given.C, most = smaller(count, given.T - next);
+  const int64_t tiles = (count + FASTKM_TILE_ROWS - 1) / FASTKM_TILE_ROWS * (strips<Real>(K) + strips<Real>(C));
+  Prefetch prefetch(reads ? 2 * tiles : tiles);
+  if (chunk_size<Real>(K, C) > kChunk) return prefetch;
+  prefetch.add(given.weights, b, next, most, K);
+  prefetch.add(given.values, b, next, most, C);
+  if (!reads) return prefetch;
+  prefetch.add(args.queries, b, next, most, K);
+  prefetch.add(args.read_values, b, next, most, C);
+  return prefetch;
 }
 
 // The decay of a chunk. A masked step has none.
@@ -61,10 +85,11 @@ template <class Real>
 ChunkDecay<Real> load_decay(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t count, Arena& arena) {
   ChunkDecay<Real> decay{.retains = args.retention.data != nullptr, .forgets = args.forgetting.data != nullptr};
   decay.prior_var = *args.prior_var.at(b);
-  if (decay.retains) {
-    decay.drift = allocate_matrix<Real>(arena, count, count);
-    fill_zero(decay.drift);
+  if (!decay.any()) {
+    for (int64_t t = 0; t < count; ++t) decay.factor[t] = decay.scale[t] = 1, decay.relaxed[t] = 0;
+    return decay;
   }
+  if (decay.retains) decay.drift = allocate_zero<Real>(arena, count, count);
   double left = 1, relaxed = 0;  // the product of the factors, and (1 − a²)
   for (int64_t t = 0; t < count; ++t) {
     const Real factor = decay.factor[t] = args.decay(decay.forgets ? args.forgetting : args.retention, b, first + t);
@@ -101,7 +126,7 @@ void scale_rows(const Matrix<Real>& to, const Matrix<Real>& from, const Real* fa
 }
 
 // Bring steps [first, first + count) in: as copies, which are padded, or, unless a mask or decay changes them, as views
-// of the caller's rows.
+// of the caller's rows, if these are whole vector registers.
 template <class Real>
 Steps<Real> load_steps(const FilteringArgs<Real>& args, int64_t b, int64_t first, int64_t count, bool copies,
                        Arena& arena) {
@@ -111,7 +136,7 @@ Steps<Real> load_steps(const FilteringArgs<Real>& args, int64_t b, int64_t first
   copies |= given.mask.data || steps.decay.any();
   const auto bring = [&](const Batch<const Real>& from, int64_t columns, const bool* unmasked) {
     const Matrix<Real> work = allocate_matrix<Real>(arena, count, columns);
-    if (!copies) return view_or_copy(from.from_row(first), b, work);
+    if (!copies && columns % kLanes<Real> == 0) return view_or_copy(from.from_row(first), b, work);
     load_matrix(work, from.from_row(first), b);
     for (int64_t t = 0; unmasked && t < count; ++t)
       if (!unmasked[t]) __builtin_memset(work.row(t), 0, static_cast<size_t>(columns) * sizeof(Real));
@@ -136,6 +161,7 @@ template <class Real>
 struct WhitenedSteps {
   WhitenedRows<Real> rows;  // G, E, L_tt², e
   Matrix<Real> projected;   // V [t, K]
+  Factor<Real> factor;      // L
   Matrix<Real> inverse;     // L⁻¹ [t, t], zero above its diagonal
 };
 
@@ -156,12 +182,12 @@ void add_drift(const Matrix<Real>& m, const Matrix<Real>& drift, const Matrix<Re
 template <class Real>
 Status steps_status(bool positive, const WhitenedRows<Real>& rows, const Matrix<Real>& cov, const Steps<Real>& steps,
                     Arena& arena) {
-  const Real* diagonal = copy_diagonal(operand(cov), cov.rows, arena);
   bool holds = true, in_range = true;
+  Real scales[kFilterChunk], norms[kFilterChunk] = {};
+  weighted_norms(steps.scaled_weights, copy_diagonal(operand(cov), cov.rows, arena), scales);
+  if (steps.decay.retains) squared_norms(steps.weights, norms);
   for (int64_t t = 0; t < rows.count(); ++t) {
-    const Real *weights = steps.weights.row(t), relaxed = steps.decay.relaxed[t];
-    Real scale = weighted_norm(cov.rows, steps.scaled_weights.row(t), diagonal);
-    if (relaxed > 0) scale += relaxed * dot(cov.rows, weights, weights);
+    const Real scale = scales[t] + steps.decay.relaxed[t] * norms[t];
     in_range &= scale - scale == 0;
     const Real left = rows.explained[t] * (rows.observed.noise_var[t] / rows.pivot[t]);
     holds &= left >= kLeastDigits * std::numeric_limits<Real>::epsilon() * scale;
@@ -187,15 +213,16 @@ WhitenedSteps<Real> allocate_whitened_steps(int64_t K, int64_t C, int64_t count,
                                             Arena& arena) {
   return {.rows = allocate_whitened_rows(K, C, count, observed, arena),
           .projected = allocate_cleared<Real>(arena, count, K),
-          .inverse = allocate_matrix<Real>(arena, count, count)};
+          .factor = allocate_factor<Real>(arena, count),
+          .inverse = allocate_matrix<Real>(arena, count > kBlock ? count : 0, count)};
 }
 
 template <class Real>
 void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, const Steps<Real>& steps,
-                  const TransposedWeights<Real>& transposes, Arena& arena) {
+                  const TransposedWeights<Real>& transposes, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = memory.cov.rows, count = steps.count();
-  const Factor<Real> factor = allocate_factor<Real>(arena, count);
-  product<Into::kSet>(chunk.projected, K, operand(steps.scaled_weights), memory.cov);
+  const Factor<Real>& factor = chunk.factor;
+  product<Into::kSet>(chunk.projected, K, operand(steps.scaled_weights), memory.cov, prefetch);
   product_lower<Into::kSet>(factor.lower, K, operand(chunk.projected), transposes.scaled);
   if (steps.decay.retains) add_drift(factor.lower, steps.decay.drift, steps.weights, transposes.plain, arena);
   WhitenedRows<Real>& rows = chunk.rows;
@@ -211,8 +238,11 @@ void whiten_steps(WhitenedSteps<Real>& chunk, const MemoryRows<Real>& memory, co
                     e * load(chunk.projected.row(t) + k) + drift[t] * load(steps.weights.row(t) + k));
   }
   solve_lower(rows.gain, factor, crossed, 0, {}, crossed);
-  whiten_values(rows, factor, memory.mean, steps.scaled_weights, steps.values, arena);
-  invert_lower(factor, chunk.inverse, arena);
+  whiten_values(rows, factor, memory.mean, steps.scaled_weights, steps.values, arena, prefetch);
+  if (count > kBlock)
+    invert_lower(factor, chunk.inverse, arena);
+  else
+    chunk.inverse = factor.inverse_block(0).block(0, count, 0, count);
 }
 
 // Set a square to zero above its diagonal, and the diagonal too if `diagonal`, padding included.
@@ -227,31 +257,55 @@ void clear_above(const Matrix<Real>& m, bool diagonal) {
 template <class Real>
 struct Reads {
   Matrix<Real> projected;  // X [t, K]
+  Matrix<Real> crossed;    // H [t, t]
   Matrix<Real> gain;       // P [t, t]
 };
 
+// X and H, which need no factor.
 template <class Real>
-Reads<Real> read_steps(const Matrix<Real>& cov, const Steps<Real>& steps, const TransposedWeights<Real>& transposes,
-                       const Matrix<Real>& inverse, bool before, Arena& arena) {
+Reads<Real> project_queries(const Matrix<Real>& cov, const Steps<Real>& steps,
+                            const TransposedWeights<Real>& transposes, Arena& arena, Prefetch* prefetch = nullptr) {
   const int64_t K = cov.rows, count = steps.count();
-  const Reads<Real> reads{allocate_cleared<Real>(arena, count, K), allocate_matrix<Real>(arena, count, count)};
-  const Matrix<Real> crossed = allocate_zero<Real>(arena, count, count);  // H
-  product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov);
-  product_lower<Into::kSet>(crossed, K, operand(reads.projected), transposes.scaled);
-  if (steps.decay.retains) add_drift(crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
-  product_of_triangle<true>(reads.gain, crossed, transposed_copy(inverse, arena));
-  clear_above(reads.gain, before);
+  const Reads<Real> reads{allocate_cleared<Real>(arena, count, K), allocate_zero<Real>(arena, count, count),
+                          allocate_matrix<Real>(arena, count, count)};
+  product<Into::kSet>(reads.projected, K, operand(steps.scaled_queries), cov, prefetch);
+  product_lower<Into::kSet>(reads.crossed, K, operand(reads.projected), transposes.scaled);
+  if (steps.decay.retains) add_drift(reads.crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
   return reads;
+}
+
+// H alone, from V of the weights.
+template <class Real>
+Reads<Real> cross_queries(const Matrix<Real>& projected_weights, const Steps<Real>& steps,
+                          const TransposedWeights<Real>& transposes, Arena& arena) {
+  const int64_t K = steps.queries.columns, count = steps.count();
+  const Reads<Real> reads{{}, allocate_zero<Real>(arena, count, count), allocate_matrix<Real>(arena, count, count)};
+  product_lower<Into::kSet>(reads.crossed, K, operand(steps.scaled_queries), transposed_copy(projected_weights, arena));
+  if (steps.decay.retains) add_drift(reads.crossed, steps.decay.drift, steps.queries, transposes.plain, arena);
+  return reads;
+}
+
+// P.
+template <class Real>
+void find_read_gain(const Reads<Real>& reads, const WhitenedSteps<Real>& chunk, bool before, Arena& arena) {
+  const int64_t count = reads.gain.rows;
+  product_of_triangle<true>(reads.gain, reads.crossed,
+                            count > kBlock ? transposed_copy(chunk.inverse, arena)
+                                           : chunk.factor.inverse_transposed_block(0).block(0, count, 0, count));
+  clear_above(reads.gain, before);
 }
 
 // v of (4), at least 0.
 template <class Real>
-Real read_variance(const Steps<Real>& steps, const Reads<Real>& reads, int64_t t) {
-  const int64_t K = steps.queries.columns;
-  const Real *query = steps.queries.row(t), *gain = reads.gain.row(t), relaxed = steps.decay.relaxed[t];
-  Real variance = dot(K, reads.projected.row(t), steps.scaled_queries.row(t)) - dot(steps.count(), gain, gain);
-  if (relaxed > 0) variance += relaxed * dot(K, query, query);
-  return variance > 0 ? variance : 0;
+void read_variances(Real (&variances)[kFilterChunk], const Steps<Real>& steps, const Reads<Real>& reads) {
+  Real explained[kFilterChunk], norms[kFilterChunk] = {};
+  dots_of_rows(reads.projected, steps.scaled_queries, variances);
+  squared_norms(reads.gain, explained);
+  if (steps.decay.retains) squared_norms(steps.queries, norms);
+  for (int64_t t = 0; t < steps.count(); ++t) {
+    const Real variance = variances[t] - explained[t] + steps.decay.relaxed[t] * norms[t];
+    variances[t] = variance > 0 ? variance : 0;
+  }
 }
 
 // The memory relaxed to the end of a chunk: e R and e² U + (1 − e²) u I.

@@ -1,12 +1,13 @@
-// Backward of one chunk of a filter: equations (F10) to (F15) of docs/math/filtering.md.
+// Backward of one chunk of a filter: equations (F10) to (F12) and (F19) of docs/math/filtering.md.
 //
 // With the chunk of chunk.h, bars for cotangents and primes for what comes after the chunk:
 //   (1)  Ḡ = E R̄'ᵀ − 2 G Ū',  P̄ = tril(Ō Eᵀ) − 2 diag(v̄) P,  Ē = G R̄' + Pᵀ Ō − ℓ̄ E
 //   (2)  B̄ = L⁻ᵀ Ḡ,  Z̄ = L⁻ᵀ Ē,  H̄ = P̄ L⁻¹
 //   (3)  N = Ḡ Gᵀ + Ē Eᵀ + P̄ᵀ P, its lower triangle mirrored,  S̄ = L⁻ᵀ (diag(L_tt² p̄_t) − ½ N) L⁻¹
-//   (4)  V̄ = S̄ W~ + e B̄,  X̄ = H̄ W~ + diag(v̄) Q~
-//   (5)  [W~; Q~]‾ = [V̄; X̄] U + [−Z̄; Ō] Rᵀ + [S̄ V + H̄ᵀ X; diag(v̄) X]
-//   (6)  Ū = e² Ū' + sym([W~; Q~]ᵀ [V̄; X̄]),  R̄ᵀ = e R̄'ᵀ + [−Z̄; Ō]ᵀ [W~; Q~].
+//   (4)  Y = S̄ W~ + H̄ᵀ Q~ + e B̄
+//   (5)  [W~; Q~]‾ = [Y + S̄ W~; H̄ W~ + 2 diag(v̄) Q~] U + [−Z̄; Ō] Rᵀ
+//   (6)  Ū = e² Ū' + sym([W~; Q~]ᵀ [Y; diag(v̄) Q~]),  R̄ᵀ = e R̄'ᵀ + [−Z̄; Ō]ᵀ [W~; Q~].
+// X, which v alone needs, and the lower half of the product in Ū are left out where there is no v̄.
 // p̄_t = s̄_t − ½ ℓ̄ C / s_t is the cotangent of e_t, or of σ_t² alone where rounding has made e_t zero.
 //
 // The memory, and its cotangent, are U above Rᵀ [K + C, K], so that (5) and (6) have contiguous right operands.
@@ -42,9 +43,10 @@ ReportedCotangents<Real> load_reported(const FilteringArgs<Real>& args, const Fi
   grad.log_evidence = value_or_zero(grads.posterior.log_evidence, b, 0);
   load_or_zero(grad.values, grads.read_values.data ? grads.read_values.from_row(kept.first) : grads.read_values, b);
   const Real C = static_cast<Real>(args.posterior.C);
+  Real variances[kFilterChunk];
+  if (grads.variance.data) read_variances(variances, steps, reads);
   for (int64_t t = 0; t < kept.count; ++t) {
-    const Real variance = value_or_zero(grads.variance, b, kept.first + t);
-    grad.variance[t] = variance != 0 && read_variance(steps, reads, t) > 0 ? variance : 0;
+    grad.variance[t] = grads.variance.data && variances[t] > 0 ? *grads.variance.at(b, kept.first + t) : 0;
     const Real of_evidence = steps.observed.unmasked[t] ? grad.log_evidence * C / kept.whitened.rows.pivot[t] : 0;
     grad.innovation[t] = value_or_zero(grads.posterior.innovation_var, b, kept.first + t) - Real(0.5) * of_evidence;
     const Real unscaled = 1 / steps.decay.scale[t];
@@ -118,15 +120,38 @@ void innovation_cotangents(const InnerCotangents<Real>& to, const ReportedCotang
 template <class Real>
 struct StackedRows {
   Matrix<Real> inputs;     // W~ above Q~
-  Matrix<Real> projected;  // V̄ above X̄
+  Matrix<Real> projected;  // what (5) multiplies by U
+  Matrix<Real> outer;      // what (6) adds to Ū: Y above diag(v̄) Q~, or Y alone
   Matrix<Real> values;     // −Z̄ above Ō
   Matrix<Real> to_inputs;  // their cotangents
 };
 
 template <class Real>
-StackedRows<Real> allocate_stacked_rows(int64_t K, int64_t C, int64_t count, Arena& arena) {
+StackedRows<Real> allocate_stacked_rows(int64_t K, int64_t C, int64_t count, bool of_variance, Arena& arena) {
   return {allocate_matrix<Real>(arena, 2 * count, K), allocate_matrix<Real>(arena, 2 * count, K),
-          allocate_matrix<Real>(arena, 2 * count, C), allocate_matrix<Real>(arena, 2 * count, K)};
+          allocate_matrix<Real>(arena, of_variance ? 2 * count : count, K), allocate_matrix<Real>(arena, 2 * count, C),
+          allocate_matrix<Real>(arena, 2 * count, K)};
+}
+
+// (4), and the left operands of (5) and (6) that are made of it.
+template <class Real>
+void stack_projected(const StackedRows<Real>& stacked, const InnerCotangents<Real>& inner,
+                     const ReportedCotangents<Real>& grad, const Steps<Real>& steps) {
+  const int64_t count = steps.count();
+  const Matrix<Real> of_weights = stacked.projected.rows_from(0, count);
+  const Matrix<Real> of_queries = stacked.projected.rows_from(count, count);
+  const Matrix<Real> Y = stacked.outer.rows_from(0, count);
+  Real factors[kFilterChunk];
+  product<Into::kSet>(of_weights, count, operand(inner.variances), steps.scaled_weights);
+  product<Into::kSet>(of_queries, count, operand(inner.reads), steps.scaled_weights);
+  product<Into::kAdd>(Y, of_weights, count, transposed(inner.reads), steps.scaled_queries);
+  for (int64_t t = 0; t < count; ++t) factors[t] = steps.decay.end;
+  add_scaled_rows(Y, factors, inner.crossed);
+  add_rows(of_weights, Y);
+  if (stacked.outer.rows == count) return;
+  scale_rows(stacked.outer.rows_from(count, count), steps.scaled_queries, grad.variance);
+  for (int64_t t = 0; t < count; ++t) factors[t] = 2 * grad.variance[t];
+  add_scaled_rows(of_queries, factors, steps.scaled_queries);
 }
 
 // (1) to (4): cotangents inside the chunk, and the stacked rows without their own.
@@ -154,35 +179,24 @@ InnerCotangents<Real> inner_cotangents(const StackedRows<Real>& stacked, const M
   product<Into::kSet>(stacked.values.rows_from(0, count), count, transposed(inverse), to.error);  // Z̄
   product<Into::kSet>(to.reads, count, operand(to.read_gain), inverse);
   innovation_cotangents(to, grad, kept, reads, error_transposed, arena);  // (3)
-  const Matrix<Real> V = stacked.projected.rows_from(0, count), X = stacked.projected.rows_from(count, count);
-  product<Into::kSet>(V, count, operand(to.variances), steps.scaled_weights);  // (4)
-  product<Into::kSet>(X, count, operand(to.reads), steps.scaled_weights);
-  for (int64_t t = 0; t < count; ++t) factors[t] = steps.decay.end;
-  add_scaled_rows(V, factors, to.crossed);
-  add_scaled_rows(X, grad.variance, steps.scaled_queries);
+  stack_projected(stacked, to, grad, steps);                              // (4)
   return to;
 }
 
 // (5) and (6). `grad_memory` goes in as the cotangent of the memory after the chunk and comes out as that before it.
 template <class Real>
-void memory_cotangents(const Matrix<Real>& grad_memory, const StackedRows<Real>& stacked,
-                       const InnerCotangents<Real>& inner, const ReportedCotangents<Real>& grad,
-                       const KeptChunk<Real>& kept, const Reads<Real>& reads, Real end) {
-  const int64_t K = grad_memory.columns, C = grad_memory.rows - K, count = kept.count;
+void memory_cotangents(const Matrix<Real>& grad_memory, const StackedRows<Real>& stacked, const KeptChunk<Real>& kept,
+                       Real end, Prefetch* prefetch) {
+  const int64_t K = grad_memory.columns, C = grad_memory.rows - K;
   const Matrix<Real> grad_cov = grad_memory.rows_from(0, K), grad_mean = grad_memory.rows_from(K, C);
-  const Matrix<Real> to_weights = stacked.to_inputs.rows_from(0, count);
-  const Matrix<Real> to_queries = stacked.to_inputs.rows_from(count, count);
-  product<Into::kSet>(stacked.to_inputs, K, operand(stacked.projected), kept.memory.rows_from(0, K));
-  product<Into::kAdd>(stacked.to_inputs, C, operand(stacked.values), kept.memory.rows_from(K, C));
-  product<Into::kAdd>(to_weights, count, operand(inner.variances), kept.whitened.projected);
-  product<Into::kAdd>(to_weights, count, transposed(inner.reads), reads.projected);
-  add_scaled_rows(to_queries, grad.variance, reads.projected);
+  product<Into::kSet>(stacked.to_inputs, K, operand(stacked.projected), kept.memory.rows_from(0, K), prefetch);
+  product<Into::kAdd>(stacked.to_inputs, C, operand(stacked.values), kept.memory.rows_from(K, C), prefetch);
   if (end != 1) {
     scale(grad_cov, end * end);
     scale(grad_mean, end);
   }
-  product<Into::kAdd>(grad_cov, 2 * count, transposed(stacked.inputs), stacked.projected);
-  product<Into::kAdd>(grad_mean, 2 * count, transposed(stacked.values), stacked.inputs);
+  product<Into::kAdd>(grad_cov, stacked.outer.rows, transposed(stacked.inputs), stacked.outer, prefetch);
+  product<Into::kAdd>(grad_mean, stacked.values.rows, transposed(stacked.values), stacked.inputs, prefetch);
   symmetrise(grad_cov);
 }
 

@@ -12,16 +12,19 @@ namespace fastkm::FASTKM_LEVEL {
 // (4) to the caller's memory, for steps from `first` on.
 template <class Real>
 void store_reads(const FilteringArgs<Real>& args, int64_t b, int64_t first, const Matrix<Real>& mean,
-                 const Steps<Real>& steps, const Reads<Real>& reads, const Matrix<Real>& error, Arena& arena) {
+                 const Steps<Real>& steps, const Reads<Real>& reads, const Matrix<Real>& error, Arena& arena,
+                 Prefetch* prefetch) {
   const int64_t C = mean.columns, count = steps.count();
   const Batch<Real> to = args.read_values.from_row(first);
   const Matrix<Real> from_mean = allocate_cleared<Real>(arena, count, C),
                      work = allocate_cleared<Real>(arena, count, C);
   const Matrix<Real> values = view_or_work(to, b, work);
-  product<Into::kSet>(from_mean, mean.rows, operand(steps.scaled_queries), mean);
+  product<Into::kSet>(from_mean, mean.rows, operand(steps.scaled_queries), mean, prefetch);
   product<Into::kAdd>(values, from_mean, count, operand(reads.gain), error);
+  Real variances[kFilterChunk];
+  read_variances(variances, steps, reads);
   for (int64_t t = 0; t < count; ++t) {
-    *args.variance.at(b, first + t) = read_variance(steps, reads, t);
+    *args.variance.at(b, first + t) = variances[t];
     const Real unscaled = 1 / steps.decay.scale[t];
     for (int64_t c = 0; steps.decay.forgets && c < C; ++c) values.row(t)[c] *= unscaled;
   }
@@ -64,13 +67,15 @@ void filter_posterior(const FilteringArgs<Real>& args, int64_t begin, int64_t en
     }
     for (int64_t count; first < T; first += count) {
       arena.release(chunk_start);
-      count = filter_chunk_size(args, b, first);
+      count = filter_chunk_size(args, b, first, forward_filter_chunk<Real>(K, C));
+      Prefetch prefetch = plan_steps_prefetch(args, b, first + count, count, true);
       const Steps<Real> steps = load_steps(args, b, first, count, false, arena);
       const TransposedWeights<Real> transposes = transpose_weights(steps, arena);
       WhitenedSteps<Real> chunk = allocate_whitened_steps(K, C, count, steps.observed, arena);
-      whiten_steps(chunk, memory, steps, transposes, arena);
-      const Reads<Real> reads = read_steps(memory.cov, steps, transposes, chunk.inverse, args.read_before, arena);
-      store_reads(args, b, first, memory.mean, steps, reads, chunk.rows.values, arena);
+      const Reads<Real> reads = project_queries(memory.cov, steps, transposes, arena, &prefetch);
+      whiten_steps(chunk, memory, steps, transposes, arena, &prefetch);
+      find_read_gain(reads, chunk, args.read_before, arena);
+      store_reads(args, b, first, memory.mean, steps, reads, chunk.rows.values, arena, &prefetch);
       store_evidence(args, b, first, steps, chunk.rows, log_evidence);
       const MemoryRows<Real>& after = first + count < T ? work : result;
       const Status now = advance_memory(after, memory, work, chunk.rows, steps.decay);

@@ -1,7 +1,7 @@
 // Asks the caches for memory that is needed soon.
 #pragma once
 
-#include "kernel_args.h"
+#include "cpu/linalg/matrix.h"
 
 namespace fastkm::FASTKM_LEVEL {
 
@@ -15,10 +15,16 @@ class Prefetch {
   // Add rows [first, first + count) of matrix `b`. Rows that are not contiguous, and null, are left out.
   template <class Real>
   void add(const Batch<Real>& rows, int64_t b, int64_t first, int64_t count, int64_t columns) {
-    if (!rows.data || rows.stride[2] != 1 || rows.stride[1] != columns) return;
+    if (!rows.data || count == 0 || rows.stride[2] != 1 || rows.stride[1] != columns) return;
     const char* begin = reinterpret_cast<const char*>(rows.at(b, first));
     const int64_t bytes = count * columns * static_cast<int64_t>(sizeof(Real));
     regions_[count_++] = {begin, begin + bytes, bytes / parts_ + 1};
+  }
+
+  // Add a matrix in working memory.
+  template <class Real>
+  void add(const Matrix<Real>& m) {
+    add(Batch<Real>{m.data, {0, m.ld, 1}}, 0, 0, m.rows, m.ld);
   }
 
   bool is_empty() const { return count_ == 0; }

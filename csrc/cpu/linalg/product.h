@@ -28,10 +28,9 @@ constexpr int tile_rows(int vectors) {
   return vectors == 1 ? kThinTileRows : vectors == 2 ? kNarrowTileRows : FASTKM_TILE_ROWS;
 }
 
-// Width of the next strip if `remaining` vector registers of columns remain.
-inline int64_t tile_vectors(int64_t remaining) {
-  return kLowTiles && remaining == 4 ? 2 : smaller(kTileVectors, remaining);
-}
+// Width of the next strip if `remaining` vector registers of columns remain. Four are two and two: a tile that is one
+// vector wide loads nearly as many numbers of A as it does multiply-adds.
+inline int64_t tile_vectors(int64_t remaining) { return remaining == 4 ? 2 : smaller(kTileVectors, remaining); }
 
 // Tiles of ROWS rows, from row `i` on, as long as they fit.
 template <Into INTO, int ROWS, int VECS, class Real>

@@ -34,24 +34,48 @@ Real weighted_norm(int64_t n, const Real* x, const Real* weight) {
   return total;
 }
 
-// norms = ‖row‖² of every row. `norms` has room for a whole number of vector registers.
-template <class Real>
-void squared_norms(const Matrix<Real>& m, Real* norms) {
+// sums_i = Σ_j x_ij y_ij weight_j, or without weights. `sums` has room for a whole number of vector registers.
+template <bool WEIGHTED, class Real>
+[[gnu::always_inline]] inline void sum_products_of_rows(const Matrix<Real>& x, const Matrix<Real>& y,
+                                                        const Real* weight, Real* sums) {
   constexpr int64_t W = kLanes<Real>;
-  const int64_t whole = m.columns / W * W;
-  const auto inside = lane_numbers<Real>() < static_cast<LaneNumber<Real>>(m.columns - whole);
-  for (int64_t i = 0; i < m.rows; i += W) {
+  const int64_t whole = x.columns / W * W;
+  const auto inside = lane_numbers<Real>() < static_cast<LaneNumber<Real>>(x.columns - whole);
+  for (int64_t i = 0; i < x.rows; i += W) {
     Vec<Real> sum[W];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < W; ++lane) {
-      const Real* row = m.row(smaller(i + lane, m.rows - 1));
+      const int64_t row = smaller(i + lane, x.rows - 1);
+      const Real *left = x.row(row), *right = y.row(row);
+      const auto term = [&](int64_t j) __attribute__((always_inline)) {
+        const Vec<Real> both = load(left + j) * load(right + j);
+        return WEIGHTED ? both * load(weight + j) : both;
+      };
       Vec<Real> last = {};
-      if (whole < m.columns) last = inside ? load(row + whole) : last;
-      sum[lane] = last * last;
-      for (int64_t j = 0; j < whole; j += W) sum[lane] += load(row + j) * load(row + j);
+      if (whole < x.columns) last = inside ? term(whole) : last;
+      sum[lane] = last;
+      for (int64_t j = 0; j < whole; j += W) sum[lane] += term(j);
     }
-    store<Real>(norms + i, lane_sums<Real>(sum));
+    store<Real>(sums + i, lane_sums<Real>(sum));
   }
+}
+
+// sums_i = Σ_j x_ij y_ij
+template <class Real>
+void dots_of_rows(const Matrix<Real>& x, const Matrix<Real>& y, Real* sums) {
+  sum_products_of_rows<false, Real>(x, y, nullptr, sums);
+}
+
+// norms = ‖row‖² of every row.
+template <class Real>
+void squared_norms(const Matrix<Real>& m, Real* norms) {
+  sum_products_of_rows<false, Real>(m, m, nullptr, norms);
+}
+
+// norms_i = Σ_j weight_j m_ij²
+template <class Real>
+void weighted_norms(const Matrix<Real>& m, const Real* weight, Real* norms) {
+  sum_products_of_rows<true, Real>(m, m, weight, norms);
 }
 
 // Σ_ij x_ij y_ij
