@@ -1,4 +1,4 @@
-"""The memory of sentences with a stand-in for the encoder, which needs packages that are not installed with the tests."""
+"""The memory of sentences, with a stand-in for the encoder, which comes in packages that the tests do not install."""
 
 import random
 import sys
