@@ -1,0 +1,1 @@
+"""A memory of sentences, read by paraphrase: ``python -m examples.sentences``."""
