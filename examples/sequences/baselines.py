@@ -7,7 +7,6 @@ The second half trains fast, without a loop over steps: ``*_causal`` read at eac
 
 import torch
 from torch import Tensor
-
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastkm import MemoryState, filter_posterior

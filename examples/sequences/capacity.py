@@ -7,6 +7,7 @@ program; the layers that are trained here differ in what is written and read.
 """
 
 import math
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +16,47 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot, softplus
 
 from examples.sequences import baselines
-from examples.sequences.saved import Record, find, load, spread, train_missing
+from examples.sequences.saved import Record, find, spread, train_missing
 from fastkm import MemoryState, filter_posterior, update_posterior
+from fastkm.cli.console import markdown_table
 
 SIZE, BATCH, TESTED, EVERY, STRIKES, SOLVED = 64, 32, 20, 100, 10, 1e-3
 MOST_STEPS, SEEDS = 3_000, (1, 2, 3)
 PAIRS = {1: (20, 60, 100, 200, 300, 600), 2: (20, 60, 100, 200)}
 LAYERS = {1: ("linear, sum", "exact", "exact, DPFP-1"), 2: ("linear, delta rule", "exact", "exact, retention")}
-ROWS = {"exact, DPFP-1": 2 * SIZE}  # of the memory, where they are not SIZE
 FILE = "sequences-capacity.json"
+
+PAGE = """## The capacity of a trained layer
+
+The synthetic task of Schlag, Irie and Schmidhuber, 2021: a sequence shows S keys with values, one key is asked for, and
+the loss is ½ ‖answer − value‖² for one-hot values. Keys of size {SIZE} are learned from key and value, queries from the
+key. Batches of {BATCH}, Adam at 0.001, a test every {EVERY} steps; a training ends at a loss of {SOLVED}, or after more
+than {STRIKES} tests without a lower one, or here after {MOST_STEPS:,} steps (there 100,000). The least test loss, over
+{seeds} seeds; `python -m examples.sequences capacity` trains what the saved results lack. Rows called "published" are
+single runs of the paper's authors, read from the logs beside their program. Their test counts the last, smaller part of
+a batch as much as the others and asks for at most 200 keys; here all keys count the same.
+
+Setting 1, every key once. No memory of K rows can have less than ½ (1 − K/S): its answers to S keys are a matrix of
+rank K. Linear features are {SIZE} rows, DPFP-ν features 2ν times as many; softmax attention keeps all pairs.
+
+{setting_1}
+
+Steps until the loss was {SOLVED}, for the runs that came so far:
+
+{steps_1}
+
+Setting 2, 2 S pairs drawn with replacement; the last value of a key counts. The test has sequences of S pairs, as the
+paper's program has.
+
+{setting_2}
+
+{steps_2}
+
+```{{image}} ../images/sequences_capacity.png
+:alt: least test loss of every layer, by the number of keys, in both settings
+:width: 90%
+```
+"""
 
 # The least test loss in synthetic/logs of github.com/ischlag/fast-weight-transformers, one run each, by setting and S.
 PUBLISHED = {
@@ -134,8 +167,8 @@ def errors(layer: Layer, keys: Tensor, values: Tensor, asked: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test(layer: Layer, task: Task, generator: torch.Generator) -> float:
-    """The mean error over all keys of some sequences, which have S steps in both settings, as in the paper's program."""
+def evaluate(layer: Layer, task: Task, generator: torch.Generator) -> float:
+    """The mean error over all keys of some sequences, of S steps in both settings, as in the paper's program."""
     keys, values = task._replace(length=task.pairs).draw(TESTED, generator)
     return errors(layer, keys, values, torch.arange(task.pairs).repeat(TESTED, 1)).mean().item()
 
@@ -146,7 +179,7 @@ def train(layer: str, setting: int, pairs: int, seed: int, most_steps: int = MOS
     generator = torch.Generator().manual_seed(seed)
     task, model = Task(setting, pairs, setting * pairs), Layer(layer, pairs)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    first = test(model, task, generator)
+    first = evaluate(model, task, generator)
     least, strikes, step = math.inf, 0, 0
     while step < most_steps and least > SOLVED and strikes <= STRIKES:
         for _ in range(EVERY):
@@ -156,7 +189,7 @@ def train(layer: str, setting: int, pairs: int, seed: int, most_steps: int = MOS
             errors(model, keys, values, asked).mean().backward()
             optimizer.step()
         step += EVERY
-        found = test(model, task, generator)
+        found = evaluate(model, task, generator)
         least, strikes = (found, 0) if found < least else (least, strikes + 1)
     stopped = "solved" if least <= SOLVED else "no progress" if strikes > STRIKES else "most steps"
     return {"first": first, "loss": least, "steps": step, "stopped": stopped}
@@ -177,3 +210,64 @@ def runs() -> list[Record]:
 
 def main(folder: Path) -> list[Record]:
     return train_missing(folder / "results" / FILE, runs(), train)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def losses(records: list[Record], setting: int, layer: str) -> list[list[float]]:
+    """The least test loss of every seed, for each number of pairs."""
+    return [
+        [record["loss"] for record in find(records, setting=setting, layer=layer, pairs=pairs)]
+        for pairs in PAIRS[setting]
+    ]
+
+
+def rows(records: list[Record], setting: int) -> list[tuple[str, ...]]:
+    trained = [(layer, *map(spread, losses(records, setting, layer))) for layer in LAYERS[setting]]
+    told = [(f"{layer} (published)", *(f"{x:.4f}" for x in line)) for layer, line in PUBLISHED[setting].items()]
+    least = [
+        (f"the least that {K} rows allow", *(f"{max(0, 0.5 - 0.5 * K / S):.4f}" for S in PAIRS[1]))
+        for K in (SIZE, 2 * SIZE, 4 * SIZE, 6 * SIZE)
+    ]
+    return trained + told + (least if setting == 1 else [])
+
+
+def step_rows(records: list[Record], setting: int) -> list[tuple[str, ...]]:
+    """Steps until the task was solved, and how many of the runs solved it."""
+    lines = []
+    for layer in LAYERS[setting]:
+        cells = []
+        for pairs in PAIRS[setting]:
+            run = find(records, setting=setting, layer=layer, pairs=pairs)
+            steps = [record["steps"] for record in run if record["stopped"] == "solved"]
+            cells.append(f"{spread(steps, '.0f')} ({len(steps)} of {len(run)})")
+        lines.append((layer, *cells))
+    return lines
+
+
+def section(records: list[Record]) -> str:
+    tables = {}
+    for setting in LAYERS:
+        headers = ("layer", *(f"S = {S}" for S in PAIRS[setting]))
+        tables[f"setting_{setting}"] = markdown_table(headers, rows(records, setting))
+        tables[f"steps_{setting}"] = markdown_table(headers, step_rows(records, setting))
+    sizes = {"SIZE": SIZE, "BATCH": BATCH, "EVERY": EVERY, "SOLVED": SOLVED, "STRIKES": STRIKES}
+    return PAGE.format(**tables, **sizes, MOST_STEPS=MOST_STEPS, seeds=len(SEEDS))
+
+
+def draw_picture(records: list[Record], path: str) -> None:
+    from matplotlib import pyplot
+
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axes, setting in zip(both, LAYERS, strict=True):
+        for layer, line in PUBLISHED[setting].items():
+            axes.plot(PAIRS[setting], line, "--", linewidth=1, label=f"{layer} (published)")
+        for layer in LAYERS[setting]:
+            found = losses(records, setting, layer)
+            seen = [(S, statistics.mean(x)) for S, x in zip(PAIRS[setting], found, strict=True) if x]
+            axes.plot([S for S, _ in seen], [x for _, x in seen], "o-", label=layer)
+        axes.set(xlabel="S", title=f"setting {setting}", ylim=(0, 0.55))
+        axes.legend(fontsize=7)
+    both[0].set_ylabel("least test loss")
+    figure.savefig(path, dpi=110)

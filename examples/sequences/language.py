@@ -7,6 +7,7 @@ queries, keys and values.
 """
 
 import math
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +16,39 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, silu
 
 from examples.sequences import baselines
-from examples.sequences.saved import Record, train_missing
+from examples.sequences.saved import Record, find, spread, train_missing
+from fastkm.cli.console import markdown_table
 from fastkm.nn import KanervaMixer
 
 SIZE, HEADS, HEAD, LAYERS, TOKENS = 64, 2, 32, 2, 1_024  # tokens of a batch
 MIXERS = ("exact", "softmax attention", "delta rule", "linear attention")
 SEEDS, RATES = (1, 2, 3), (4e-3, 2e-3)
 FILE = "sequences-language.json"
+
+PAGE = """## A language model on multi-query recall, trained
+
+The task of Zoology (Arora et al., 2023): a sequence begins with pairs of a key and a value token; later some tokens are
+keys again, and the model forecasts the value that follows. Two layers of size {SIZE}, each an RMS norm and a mixer of
+{HEADS} heads with keys of size {HEAD} and a short convolution; no MLP; the output has the embeddings' weights. "exact"
+is `KanervaMixer` as it is. Embeddings, projections, convolution, gate and norm are the same in the other models.
+
+Not as in Zoology: every batch is new (1,024 tokens) and has a number of pairs from 1, 2, 4, … to the largest of the
+table, and after a key that is asked for stands its value, not a random token. The tests have 256 sequences that ask for
+every key once. AdamW, a weight decay of 0.1, a warm-up, a cosine; {seeds} seeds, and for every model the better of the
+rates that were tried, by the last column of the recall. `python -m examples.sequences language` trains what the saved
+results lack.
+
+Where the keys of a sequence are all alike, the exact layer has little to tell them apart by. Rank is of the Gram matrix
+of a head's keys in a sequence, as a mean over heads and sequences, in layers 1 / 2: stable is Σλ / max λ, effective is
+the exponential of the entropy of λ / Σλ; both are from 1 to {HEAD}.
+
+{tables}
+
+```{{image}} ../images/sequences_language.png
+:alt: recall of every model while it is trained
+:width: 90%
+```
+"""
 
 
 class Task(NamedTuple):
@@ -54,7 +81,7 @@ TASKS = {
 
 
 class Mixer(nn.Module):
-    """What :class:`KanervaMixer` is around its memory, with softmax, the delta rule or linear attention in its place."""
+    """What :class:`KanervaMixer` has around its memory, with another layer of the literature in its place."""
 
     def __init__(self, rule: str) -> None:
         super().__init__()
@@ -123,7 +150,7 @@ def ranks(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def test(model: Model, task: Task, pairs: int, sequences: int = 256) -> tuple[float, list[list[float]]]:
+def evaluate(model: Model, task: Task, pairs: int, sequences: int = 256) -> tuple[float, list[list[float]]]:
     """Share right where each key is asked for once, and the two ranks of a sequence's keys in every layer.
 
     The ranks are means over heads and sequences. All tests have the same sequences.
@@ -150,7 +177,7 @@ def train(task: str, mixer: str, rate: float, seed: int) -> Record:
     model = Model(mixer, sizes.vocabulary)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step / sizes.steps))
-    most, before = sizes.pairs[-1], test(model, sizes, sizes.pairs[-1])[1]
+    most, before = sizes.pairs[-1], evaluate(model, sizes, sizes.pairs[-1])[1]
     curve = []
     for step in range(1, sizes.steps + 1):
         pairs = sizes.pairs[int(torch.randint(len(sizes.pairs), (1,), generator=generator))]
@@ -160,12 +187,12 @@ def train(task: str, mixer: str, rate: float, seed: int) -> Record:
         optimizer.step()
         schedule.step()
         if step % max(1, sizes.steps // 20) == 0:
-            curve.append(round(test(model, sizes, most, 32)[0], 4))
+            curve.append(round(evaluate(model, sizes, most, 32)[0], 4))
     return {
         "parameters": sum(x.numel() for x in model.parameters()),
-        "shares": [test(model, sizes, pairs)[0] for pairs in sizes.pairs[-3:]],
+        "shares": [evaluate(model, sizes, pairs)[0] for pairs in sizes.pairs[-3:]],
         "ranks before": before,
-        "ranks": test(model, sizes, most)[1],
+        "ranks": evaluate(model, sizes, most)[1],
         "curve": curve,
     }
 
@@ -187,3 +214,58 @@ def runs() -> list[Record]:
 
 def main(folder: Path) -> list[Record]:
     return train_missing(folder / "results" / FILE, runs(), train)
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------
+
+
+def best(records: list[Record], task: str, mixer: str) -> list[Record]:
+    """The seeds at the rate with the higher recall of the most pairs."""
+    tried = [find(records, task=task, mixer=mixer, rate=rate) for rate in RATES]
+    return max(tried, key=lambda runs: statistics.mean([run["shares"][-1] for run in runs] or [-1.0]))
+
+
+def rows(records: list[Record], task: str) -> list[tuple[str, ...]]:
+    """Recall in percent, and ranks of the keys: mean and standard deviation over seeds."""
+    lines = []
+    for mixer in MIXERS:
+        runs = best(records, task, mixer)
+        if not runs:
+            continue
+        shares = [spread([100 * run["shares"][i] for run in runs], ".1f") for i in range(3)]
+        by_rank = [
+            " / ".join(spread([run[when][layer][kind] for run in runs], ".1f") for layer in range(LAYERS))
+            for kind, when in ((0, "ranks"), (1, "ranks"), (1, "ranks before"))
+        ]
+        lines.append((mixer, f"{runs[0]['parameters']:,}", f"{runs[0]['rate']:g}", str(len(runs)), *shares, *by_rank))
+    return lines
+
+
+def section(records: list[Record]) -> str:
+    tables = []
+    for task, sizes in TASKS.items():
+        if lines := rows(records, task):
+            recalled = (f"{pairs} pairs, %" for pairs in sizes.pairs[-3:])
+            headers = ("mixer", "parameters", "rate", "seeds", *recalled, "stable rank", "effective rank", "before")
+            title = f"A vocabulary of {sizes.vocabulary:,}, {sizes.length} tokens, {sizes.steps:,} steps:"
+            tables.append(f"{title}\n\n{markdown_table(headers, lines)}")
+    text = "\n\n".join(tables) or "No training has been saved."
+    return PAGE.format(tables=text, SIZE=SIZE, HEADS=HEADS, HEAD=HEAD, seeds=len(SEEDS))
+
+
+def draw_picture(records: list[Record], path: str) -> None:
+    from matplotlib import pyplot
+
+    figure, every = pyplot.subplots(1, len(TASKS), figsize=(3.6 * len(TASKS), 3.2), layout="constrained", sharey=True)
+    for axes, (task, sizes) in zip(every, TASKS.items(), strict=True):
+        for number, mixer in enumerate(MIXERS):
+            axes.plot([], [], color=f"C{number}", label=mixer)
+            for run in best(records, task, mixer):
+                steps = [(j + 1) * sizes.steps / len(run["curve"]) for j in range(len(run["curve"]))]
+                axes.plot(steps, run["curve"], color=f"C{number}", linewidth=1)
+        title = f"vocabulary {sizes.vocabulary:,}, {sizes.length} tokens, {sizes.pairs[-1]} pairs"
+        axes.set(xlabel="steps", title=title, ylim=(0, 1.03))
+        axes.title.set_fontsize(9)
+    every[0].set_ylabel("share recalled")
+    every[0].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
