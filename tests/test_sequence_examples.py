@@ -1,5 +1,6 @@
 """The experiments on sequences: the exact layer is what they say it is, and the page is made of what was found."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,7 @@ def test_the_trained_sections_hold_what_was_saved(tmp_path):
     ]
     page = capacity.section(capacities)
     assert "| exact | – | 0.0040 ± 0.0020 | – |" in page
-    assert "| exact | – (0 of 0) | 900 ± 0 (3 of 3) |" in page
+    assert "| exact | – | 900 ± 0 (3 of 3) | – |" in page
     ranks = [[2.0, 3.0], [4.0, 5.0]]
     languages = [
         {"task": "256, 64", "mixer": "exact", "rate": rate, "seed": s, "parameters": 1_234, "ranks": ranks,
@@ -234,8 +235,8 @@ def test_the_trained_sections_hold_what_was_saved(tmp_path):
 
 
 def test_the_page_holds_what_was_found(tmp_path, monkeypatch):
-    from examples.sequences import recall, rewriting
-    from examples.sequences.__main__ import write
+    from examples.sequences import capacity, recall, rewriting
+    from examples.sequences.__main__ import write, write_section
 
     monkeypatch.setattr(recall, "PAIRS", (16, 32))
     monkeypatch.setattr(rewriting, "PAIRS", (8,))
@@ -244,3 +245,11 @@ def test_the_page_holds_what_was_found(tmp_path, monkeypatch):
     for picture in ("regression", "recall", "capacity", "language"):
         assert (tmp_path / "images" / f"sequences_{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert page.count("| exact |") == 3 + 4  # two tables for each setting of the capacity
+
+    run = {"layer": "exact", "setting": 1, "pairs": 20, "seed": 1, "loss": 0.125, "steps": 100, "stopped": "solved"}
+    (tmp_path / "results" / capacity.FILE).write_text(json.dumps([run]))
+    section = write_section("capacity", tmp_path)
+    assert "| exact | 0.1250 |" in section
+    assert (tmp_path / "results" / "sequences.md").read_text(encoding="utf-8") == page.replace(
+        capacity.section([]), section
+    )

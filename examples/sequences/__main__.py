@@ -1,6 +1,7 @@
 """Run the experiments and write docs/results/sequences.md with its pictures: ``python -m examples.sequences``.
 
-``capacity`` and ``language`` are trainings. They save every run beside the page, and go on where they were stopped.
+``capacity`` and ``language`` are trainings. They save every run beside the page, go on where they were stopped, and
+write their own section of the page at the end.
 """
 
 import argparse
@@ -66,8 +67,12 @@ scalars ($\\sigma^2$ and its decay, or $\\beta$ and its gate) that are best on o
 
 {rewriting}
 
-{capacity}
-{language}"""
+<!-- capacity -->
+{capacity}<!-- /capacity -->
+
+<!-- language -->
+{language}<!-- /language -->
+"""
 
 
 def write(sequences: int, seeds: int, folder: Path) -> str:
@@ -115,15 +120,30 @@ def write(sequences: int, seeds: int, folder: Path) -> str:
     return page
 
 
+def write_section(name: str, folder: Path) -> str:
+    """Write what is saved of one training into its section of the page and its picture, and return the section."""
+    training, page = TRAININGS[name], folder / "results" / "sequences.md"
+    records = load(folder / "results" / training.FILE)
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    section, after = training.section(records), rest.partition(end)[2]
+    page.write_text(before + begin + section + end + after, encoding="utf-8")
+    training.draw_picture(records, str(folder / "images" / f"sequences_{name}.png"))
+    return section
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m examples.sequences", description=__doc__)
     parser.add_argument("experiment", nargs="?", default="page", choices=("page", *TRAININGS))
     parser.add_argument("--sequences", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--saved", action="store_true", help="of a training: write what is saved, train nothing")
     parser.add_argument("--threads", type=int, help="1 for trainings, else 2")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or (1 if options.experiment in TRAININGS else 2))
     if options.experiment in TRAININGS:
-        print(TRAININGS[options.experiment].section(TRAININGS[options.experiment].main(DOCS)))
+        if not options.saved:
+            TRAININGS[options.experiment].main(DOCS)
+        print(write_section(options.experiment, DOCS))
     else:
         print(write(options.sequences, options.seeds, DOCS))

@@ -213,6 +213,7 @@ def runs() -> list[Record]:
 
 
 def main(folder: Path) -> list[Record]:
+    """Train what is not yet saved under ``folder``, the documentation's."""
     return train_missing(folder / "results" / FILE, runs(), train)
 
 
