@@ -182,6 +182,7 @@ def test_every_mixer_trains_and_is_of_the_same_size(monkeypatch):
         assert len(record["curve"]) == 4
         assert len(record["shares"]) == 3
         assert all(1 <= rank <= language.HEAD for layer in record["ranks"] for rank in layer)
+    assert abs(found["exact, no retention"]["parameters"] - found["delta rule"]["parameters"]) == 2 * 2
     assert found["exact"] == language.train("small", "exact", 4e-3, 1)
 
 

@@ -148,7 +148,7 @@ class Layer(nn.Module):
     def _exact(self, k: Tensor, v: Tensor, q: Tensor, gates: Tensor) -> Tensor:
         """The posterior mean; with retention, the memory forgets a part of all it holds at every step."""
         B, K, C = len(k), k.shape[-1], v.shape[-1]
-        u = self.log_prior_var.exp()  # type: ignore[union-attr]
+        u = self.log_prior_var.exp()
         prior = MemoryState(k.new_zeros(B, K, C), u * torch.eye(K).repeat(B, 1, 1))
         noise_var = 1e-2 + softplus(gates[..., 0])
         if gates.shape[-1] == 1:
@@ -260,15 +260,15 @@ def section(records: list[Record]) -> str:
 def draw_picture(records: list[Record], path: str) -> None:
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     for axes, setting in zip(both, LAYERS, strict=True):
         for layer, line in PUBLISHED[setting].items():
-            axes.plot(PAIRS[setting], line, "--", linewidth=1, label=f"{layer} (published)")
+            axes.plot(PAIRS[setting], line, ":", linewidth=1.5, label=f"{layer} (published)")
         for layer in LAYERS[setting]:
             found = losses(records, setting, layer)
             seen = [(S, statistics.mean(x)) for S, x in zip(PAIRS[setting], found, strict=True) if x]
             axes.plot([S for S, _ in seen], [x for _, x in seen], "o-", label=layer)
         axes.set(xlabel="S", title=f"setting {setting}", ylim=(0, 0.55))
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     both[0].set_ylabel("least test loss")
     figure.savefig(path, dpi=110)

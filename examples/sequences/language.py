@@ -21,7 +21,7 @@ from fastkm.cli.console import markdown_table
 from fastkm.nn import KanervaMixer
 
 SIZE, HEADS, HEAD, LAYERS, TOKENS = 64, 2, 32, 2, 1_024  # tokens of a batch
-MIXERS = ("exact", "softmax attention", "delta rule", "linear attention")
+MIXERS = ("exact", "exact, no retention", "softmax attention", "delta rule", "linear attention")
 SEEDS, RATES = (1, 2, 3), (4e-3, 2e-3)
 FILE = "sequences-language.json"
 
@@ -30,7 +30,8 @@ PAGE = """## A language model on multi-query recall, trained
 The task of Zoology (Arora et al., 2023): a sequence begins with pairs of a key and a value token; later some tokens are
 keys again, and the model forecasts the value that follows. Two layers of size {SIZE}, each an RMS norm and a mixer of
 {HEADS} heads with keys of size {HEAD} and a short convolution; no MLP; the output has the embeddings' weights. "exact"
-is `KanervaMixer` as it is. Embeddings, projections, convolution, gate and norm are the same in the other models.
+is `KanervaMixer` as it is; without retention it differs from the delta rule in what a head computes, and has one number
+a head more. Embeddings, projections, convolution, gate and norm are the same in all models.
 
 Not as in Zoology: every batch is new (1,024 tokens) and has a number of pairs from 1, 2, 4, … to the largest of the
 table, and after a key that is asked for stands its value, not a random token. The tests have 256 sequences that ask for
@@ -100,7 +101,7 @@ class Mixer(nn.Module):
         elif self.rule == "linear attention":
             read = baselines.normalised_sum_causal(baselines.elu_plus_one(k), v, baselines.elu_plus_one(q))
         else:
-            beta = self.beta_proj(x).sigmoid().mT  # type: ignore[misc]
+            beta = self.beta_proj(x).sigmoid().mT
             read = baselines.delta_rule_causal(normalize(k, dim=-1), v, normalize(q, dim=-1), beta)
         gated = self.norm(read).transpose(1, 2).flatten(2) * silu(self.gate_proj(x))
         return self.o_proj(gated), None, None
@@ -117,7 +118,10 @@ class Model(nn.Module):
         self.embeddings = nn.Embedding(vocabulary, SIZE)  # also of the output
         nn.init.normal_(self.embeddings.weight, std=0.02)
         self.mixers = nn.ModuleList(
-            KanervaMixer(SIZE, HEADS, HEAD) if mixer == "exact" else Mixer(mixer) for _ in range(LAYERS)
+            KanervaMixer(SIZE, HEADS, HEAD, use_retention=mixer == "exact")
+            if mixer.startswith("exact")
+            else Mixer(mixer)
+            for _ in range(LAYERS)
         )
         self.norms = nn.ModuleList(nn.RMSNorm(SIZE) for _ in range(LAYERS + 1))
 
@@ -257,16 +261,17 @@ def section(records: list[Record]) -> str:
 def draw_picture(records: list[Record], path: str) -> None:
     from matplotlib import pyplot
 
-    figure, every = pyplot.subplots(1, len(TASKS), figsize=(3.6 * len(TASKS), 3.2), layout="constrained", sharey=True)
-    for axes, (task, sizes) in zip(every, TASKS.items(), strict=True):
+    shown = {task: sizes for task, sizes in TASKS.items() if find(records, task=task)}
+    figure, every = pyplot.subplots(1, max(1, len(shown)), figsize=(9, 3.6), layout="constrained", squeeze=False)
+    for axes, (task, sizes) in zip(every[0], shown.items(), strict=False):  # with nothing saved, one empty picture
         for number, mixer in enumerate(MIXERS):
             axes.plot([], [], color=f"C{number}", label=mixer)
             for run in best(records, task, mixer):
                 steps = [(j + 1) * sizes.steps / len(run["curve"]) for j in range(len(run["curve"]))]
                 axes.plot(steps, run["curve"], color=f"C{number}", linewidth=1)
         title = f"vocabulary {sizes.vocabulary:,}, {sizes.length} tokens, {sizes.pairs[-1]} pairs"
-        axes.set(xlabel="steps", title=title, ylim=(0, 1.03))
-        axes.title.set_fontsize(9)
-    every[0].set_ylabel("share recalled")
-    every[0].legend(fontsize=7)
+        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="steps", ylabel="share recalled", ylim=(0, 1.03))
+    if shown:
+        figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(MIXERS))
     figure.savefig(path, dpi=110)
