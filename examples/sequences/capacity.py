@@ -37,9 +37,9 @@ single runs of the paper's authors, read from the logs beside their program. The
 a batch as much as the others and asks for at most 200 keys; here all keys count the same.
 
 Setting 1, every key once. No memory of K rows can have less than ½ (1 − K/S): its answers to S keys are a matrix of
-rank K. The exact layer has this least loss without training where queries are the keys and σ² is small, so beyond S = K
-the table shows how close a training comes to it, and how fast. Linear features are {SIZE} rows, DPFP-ν features 2ν times
-as many; softmax attention keeps all pairs.
+rank K. The exact layer has this least loss without training where queries are the keys and σ² is small. So beyond S = K
+the table shows how close a training comes to it, and how fast. Linear features are {SIZE} rows, DPFP-ν features
+2ν times as many; softmax attention keeps all pairs.
 
 {setting_1}
 
