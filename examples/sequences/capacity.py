@@ -32,7 +32,8 @@ The synthetic task of Schlag, Irie and Schmidhuber, 2021: a sequence shows S key
 the loss is ½ ‖answer − value‖² for one-hot values. Keys of size {SIZE} are learned from key and value, queries from the
 key. Batches of {BATCH}, Adam at 0.001, a test every {EVERY} steps; a training ends at a loss of {SOLVED}, or after more
 than {STRIKES} tests without a lower one, or here after {MOST_STEPS:,} steps (there 100,000). The least test loss, over
-{seeds} seeds; `python -m examples.sequences capacity` trains what the saved results lack. Rows called "published" are
+{seeds} seeds; a figure without a spread is one run, and a dash stands where none is saved yet:
+`python -m examples.sequences capacity` trains what the saved results lack. Rows called "published" are
 single runs of the paper's authors, read from the logs beside their program. Their test counts the last, smaller part of
 a batch as much as the others and asks for at most 200 keys; here all keys count the same.
 
