@@ -1,19 +1,26 @@
-"""Run the experiments and write docs/results/sequences.md with its pictures: ``python -m examples.sequences``."""
+"""Run the experiments and write docs/results/sequences.md with its pictures: ``python -m examples.sequences``.
+
+``capacity`` and ``language`` are trainings. They save every run beside the page, go on where they were stopped, and
+write their own section of the page at the end.
+"""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from examples.sequences import recall, regression, rewriting
+from examples.sequences import capacity, language, recall, regression, rewriting
+from examples.sequences.saved import load
 from fastkm.cli.console import markdown_table
 
+TRAININGS = {"capacity": capacity, "language": language}
 DOCS = Path(__file__).parents[2] / "docs"
 
 PAGE = """# Sequences
 
 Written by `python -m examples.sequences --sequences {sequences} --seeds {seeds}`: what the filter does on tasks that
-others defined for sequence layers. Every figure is a mean ± standard deviation over {seeds} seeds.
+others defined for sequence layers. Figures are means ± standard deviations over {seeds} seeds; where layers
+are trained, over the seeds that are named there.
 
 ## In-context linear regression, untrained
 
@@ -59,14 +66,21 @@ with other values, and the last value counts. Percent recalled of rewritten / un
 scalars ($\\sigma^2$ and its decay, or $\\beta$ and its gate) that are best on other sequences, for each column.
 
 {rewriting}
+
+<!-- capacity -->
+{capacity}<!-- /capacity -->
+
+<!-- language -->
+{language}<!-- /language -->
 """
 
 
 def write(sequences: int, seeds: int, folder: Path) -> str:
-    """Run everything, write the page and its pictures under ``folder``, and return the page."""
+    """Run what is not trained, write the page and its pictures under ``folder``, and return the page."""
     forecast, few = regression.main(sequences, seeds), max(1, sequences // 50)
     plain, hard = (recall.main(few, seeds, shared) for shared in (0.0, recall.SHARED))
     twice = rewriting.main(few, seeds)
+    trained = {name: load(folder / "results" / training.FILE) for name, training in TRAININGS.items()}
     covered = forecast.covered.mean(2)  # [seeds, levels]
     pairs = ("layer", *(f"{n} pairs, {n / recall.K:g} K" for n in recall.PAIRS))
     page = PAGE.format(
@@ -94,20 +108,42 @@ def write(sequences: int, seeds: int, folder: Path) -> str:
         plain=markdown_table(pairs, recall.rows(plain)),
         hard=markdown_table(pairs, recall.rows(hard)),
         rewriting=markdown_table(("layer", *(f"{n} pairs" for n in rewriting.PAIRS)), rewriting.rows(twice)),
+        **{name: training.section(trained[name]) for name, training in TRAININGS.items()},
     )
     (folder / "results").mkdir(parents=True, exist_ok=True)
     (folder / "images").mkdir(exist_ok=True)
     (folder / "results" / "sequences.md").write_text(page, encoding="utf-8")
     regression.draw_picture(forecast, str(folder / "images" / "sequences_regression.png"))
     recall.draw_picture(plain, hard, str(folder / "images" / "sequences_recall.png"))
+    for name, training in TRAININGS.items():
+        training.draw_picture(trained[name], str(folder / "images" / f"sequences_{name}.png"))
     return page
+
+
+def write_section(name: str, folder: Path) -> str:
+    """Write what is saved of one training into its section of the page and its picture, and return the section."""
+    training, page = TRAININGS[name], folder / "results" / "sequences.md"
+    records = load(folder / "results" / training.FILE)
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    section, after = training.section(records), rest.partition(end)[2]
+    page.write_text(before + begin + section + end + after, encoding="utf-8")
+    training.draw_picture(records, str(folder / "images" / f"sequences_{name}.png"))
+    return section
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m examples.sequences", description=__doc__)
+    parser.add_argument("experiment", nargs="?", default="page", choices=("page", *TRAININGS))
     parser.add_argument("--sequences", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--saved", action="store_true", help="of a training: write what is saved, train nothing")
+    parser.add_argument("--threads", type=int, help="1 for trainings, else 2")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    print(write(options.sequences, options.seeds, DOCS))
+    torch.set_num_threads(options.threads or (1 if options.experiment in TRAININGS else 2))
+    if options.experiment in TRAININGS:
+        if not options.saved:
+            TRAININGS[options.experiment].main(DOCS)
+        print(write_section(options.experiment, DOCS))
+    else:
+        print(write(options.sequences, options.seeds, DOCS))
