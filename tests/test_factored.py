@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastkm
 from fastkm import AddressingFactor, factor_addressing, read, read_factored, solve_factored
 from fastkm._runtime import schema
+from fastkm.reading.reference import read_literal
 
 NATIVE_MISSING = pytest.mark.skipif(schema.unavailable is not None, reason=str(schema.unavailable))
 METHODS = ("ridge", "deepmind")
@@ -21,6 +22,40 @@ methods = pytest.mark.parametrize("method", METHODS)
 def in_two_steps(p, backend, *, method="ridge", made_by=None, **options):
     factor = factor_addressing(p.state.mean, p.ridge, method=method, backend=made_by or backend)
     return read_factored(factor, p.queries, backend=backend, **options)
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize("num_iters", [1, 3])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1e2, 1e5])
+@pytest.mark.parametrize(("K", "C"), [(8, 12), (40, 17), (40, 60), (160, 40), (160, 200)])
+def test_codes_that_are_nearly_equal_keep_the_digits_of_the_literal_loop(K, C, ridge, num_iters):
+    """Four times the error of the literal loop in float32 is the bound that every kernel keeps."""
+    mean, queries = torch.randn(3, 1, C) + 1e-2 * torch.randn(3, K, C), torch.randn(3, 9, C)
+    ridges = torch.full((3,), ridge)
+    exact = read_literal(mean.double(), queries.double(), ridges.double(), num_iters, False)
+    literal = read_literal(mean, queries, ridges, num_iters, False)
+    factor = factor_addressing(mean, ridges, backend="native")
+    got = read_factored(factor, queries, num_iters=num_iters, backend="native")
+    # Every product has sums of up to max(K, C) terms, each rounded; errors of their signs add up like a random walk.
+    rounding = torch.finfo(torch.float32).eps * max(K, C) ** 0.5
+    norm = lambda x: torch.linalg.matrix_norm(x, 2).max()  # noqa: E731
+    weights = norm(factor.pseudoinverse) * queries.norm(dim=-1).max()
+    for ours, theirs, truth, largest in zip(got, literal, exact, (norm(mean) * weights, weights), strict=False):
+        assert oracle.error(ours, truth) <= 4 * oracle.error(theirs, truth) + rounding * largest
+
+
+@NATIVE_MISSING
+@pytest.mark.parametrize(("K", "C"), [(8, 12), (40, 17), (40, 60), (160, 40), (160, 200)])
+def test_iterations_keep_their_digits_where_the_ridge_dominates(K, C):
+    """w − λ A⁻¹ w is a small difference there; a third address is a millionth of the first."""
+    mean, queries, ridges = torch.randn(3, K, C), torch.randn(3, 9, C), torch.full((3,), 1e5)
+    exact = read_literal(mean.double(), queries.double(), ridges.double(), 3, False)
+    got = read_factored(factor_addressing(mean, ridges, backend="native"), queries, num_iters=3, backend="native")
+    rounding = torch.finfo(torch.float32).eps * max(K, C) ** 0.5
+    for ours, truth in zip(got, exact, strict=False):
+        assert oracle.error(ours, truth) <= 6 * rounding * oracle.largest(
+            truth
+        )  # products: three addresses, three reads
 
 
 # ---------------------------------------------------------------------------------------------------------- the factor

@@ -211,24 +211,26 @@ Status read_backward_one(const ReadingArgs<Real>& args, const ReadingGrads<Real>
       [&](const FactoredMemory<Real>& memory, Arena& arena) { return factor_memory(args, b, memory, limits, arena); });
 }
 
+inline void read_backward_in_double(const ReadingArgs<float>& args, const ReadingGrads<float>& grads, int64_t b) {
+  Doubles doubles(b);
+  const ReadingGrads<double> wide{
+      .values = doubles.argument(grads.values, args.Q, args.C),
+      .weights = doubles.argument(grads.weights, args.Q, args.K),
+      .to_mean = doubles.result(grads.to_mean, args.K, args.C),
+      .to_queries = doubles.codes_result(grads.to_queries, args.queries_type, args.Q, args.C),
+      .to_ridge = doubles.result(grads.to_ridge)};
+  read_backward_one(in_double(args, doubles), wide, 0, limits_of<double>(args.K, args.C));
+  doubles.put_out();
+}
+
 template <class Real>
 void read_backward(const ReadingArgs<Real>& args, const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
   Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
   if (kHasDouble<Real> && system_size(args) < args.K) limits.condition = 4;
   for (int64_t b = begin; b < end; ++b) {
     const Status status = read_backward_one(args, grads, b, limits);
-    if constexpr (kHasDouble<Real>) {
-      if (!limits.again(status)) continue;
-      Doubles doubles(b);
-      const ReadingGrads<double> wide{
-          .values = doubles.argument(grads.values, args.Q, args.C),
-          .weights = doubles.argument(grads.weights, args.Q, args.K),
-          .to_mean = doubles.result(grads.to_mean, args.K, args.C),
-          .to_queries = doubles.codes_result(grads.to_queries, args.queries_type, args.Q, args.C),
-          .to_ridge = doubles.result(grads.to_ridge)};
-      read_backward_one(in_double(args, doubles), wide, 0, limits_of<double>(args.K, args.C));
-      doubles.put_out();
-    }
+    if constexpr (kHasDouble<Real>)
+      if (limits.again(status)) read_backward_in_double(args, grads, b);
   }
 }
 

@@ -2,13 +2,17 @@
 //
 // With A, G and λ as in read.h:
 //   (1)  R⁺ = Rᵀ A⁻¹, or B⁻¹ Rᵀ, or Rᵀ G A⁻¹: row c holds the weights of the c-th unit code
-//   (2)  w_1 = z R⁺      w_n+1 = w_n − λ A⁻¹ w_n      ẑ = w_n R
+//   (2)  w_1 = z R⁺      w_n+1 = w_n − λ A⁻¹ w_n, or (w_n R) R⁺ where λ dominates A      ẑ = w_n R
 // Bound of one query and one iteration: the bytes of R⁺ and R, 8 K C, each read once. Operations: K² C + K³/3 and
 // 2 K² C for (1), 4 K C + 2 (n − 1) K² a query.
 //
 // R⁺ is as accurate as solving for each query; A⁻¹ and L⁻¹ are not: where A is badly conditioned, they lose up to two
-// digits more. With more queries than columns, the iterations of (2) are done for the rows of R⁺ instead.
+// digits more. What (1) loses in float32, it computes again in double. With more queries than columns, the iterations
+// of (2) are done for the rows of R⁺ instead.
 #pragma once
+
+#include <algorithm>
+#include <utility>
 
 #include "cpu/linalg/few_rows.h"
 #include "cpu/reading/read_backward.h"
@@ -24,11 +28,12 @@ void share_tiles(const Matrix<Real>& x, int64_t steps, const F& f) {
   });
 }
 
-// R⁺ [C, K] by a system of size C.
+// R⁺ [C, K] by a system of size C. Sets `status` to that of this system.
 template <class Real>
-Matrix<Real> pseudoinverse_in_codes(const ReadingArgs<Real>& args, int64_t b, Arena& arena) {
+Matrix<Real> pseudoinverse_in_codes(const ReadingArgs<Real>& args, int64_t b, const Limits<Real>& limits,
+                                    Status& status, Arena& arena) {
   const FactoredMemory<Real> memory = allocate_factored(args, args.C, arena);
-  factor_memory(args, b, memory, no_limits<Real>(), arena);
+  status = factor_memory(args, b, memory, limits, arena);
   const Matrix<Real> work = allocate_matrix<Real>(arena, args.K, kBlock);
   share_tiles(memory.mean, args.C * args.C, [&](int64_t first, int64_t count) {
     solve_cholesky(memory.factor, memory.lower_transposed, memory.mean.rows_from(first, count),
@@ -53,22 +58,48 @@ Matrix<Real> pseudoinverse_in_rows(const ReadingArgs<Real>& args, const Factored
   return rows;
 }
 
-// Factor memories and store what reads need of them. Args have no queries.
+// Factor memory b and store what reads need of it. Args have no queries. One that is to be computed again is not
+// stored.
+template <class Real>
+Status factor_one(const ReadingArgs<Real>& args, const AddressingFactors<Real>& factors, int64_t b,
+                  const Limits<Real>& limits) {
+  Arena& arena = Arena::fresh();
+  const FactoredMemory<Real> memory = allocate_factored(args, args.K, arena);
+  const bool in_codes = system_size(args) < args.K;
+  Status status = factor_memory(args, b, memory, limits, arena);
+  // In double, a system in C may have digits where A has few. Gradients look at L for themselves.
+  if (in_codes && !kHasDouble<Real> && status == kInexactSystem) status = kGood;
+  if (limits.again(status)) return status;
+  Status of_codes = kGood;
+  const Matrix<Real> pseudoinverse =
+      in_codes ? pseudoinverse_in_codes(args, b, limits, of_codes, arena) : pseudoinverse_in_rows(args, memory, arena);
+  if (limits.again(of_codes)) return of_codes;
+  share_rows(memory.factor.lower, [&](int64_t i) {
+    Real* const row = factors.lower.at(b, i);
+    for (int64_t j = 0; j < args.K; ++j) row[j] = j <= i ? memory.factor.lower.row(i)[j] : 0;
+  });
+  if (args.squared_gram) store_matrix(factors.gram, b, memory.gram);
+  store_matrix(factors.pseudoinverse, b, pseudoinverse);
+  return status == kGood ? of_codes : status;
+}
+
+inline Status factor_in_double(const ReadingArgs<float>& args, const AddressingFactors<float>& factors, int64_t b) {
+  Doubles doubles(b);
+  const AddressingFactors<double> wide{.lower = doubles.result(factors.lower, args.K, args.K),
+                                       .pseudoinverse = doubles.result(factors.pseudoinverse, args.C, args.K),
+                                       .gram = doubles.result(factors.gram, args.squared_gram ? args.K : 0, args.K)};
+  const Status status = factor_one(in_double(args, doubles), wide, 0, limits_for_float32());
+  return doubles.put_out() && status == kGood ? status : kNotPositiveDefinite;
+}
+
 template <class Real>
 void factor_addressing(const ReadingArgs<Real>& args, const AddressingFactors<Real>& factors, int64_t begin,
                        int64_t end) {
+  const Limits<Real> limits = limits_of_solve<Real>(args.C);
   for (int64_t b = begin; b < end; ++b) {
-    Arena& arena = Arena::fresh();
-    const FactoredMemory<Real> memory = allocate_factored(args, args.K, arena);
-    args.info[b] = factor_memory(args, b, memory, no_limits<Real>(), arena);
-    share_rows(memory.factor.lower, [&](int64_t i) {
-      Real* const row = factors.lower.at(b, i);
-      for (int64_t j = 0; j < args.K; ++j) row[j] = j <= i ? memory.factor.lower.row(i)[j] : 0;
-    });
-    if (args.squared_gram) store_matrix(factors.gram, b, memory.gram);
-    store_matrix(factors.pseudoinverse, b,
-                 system_size(args) < args.K ? pseudoinverse_in_codes(args, b, arena)
-                                            : pseudoinverse_in_rows(args, memory, arena));
+    args.info[b] = factor_one(args, factors, b, limits);
+    if constexpr (kHasDouble<Real>)
+      if (limits.again(static_cast<Status>(args.info[b]))) args.info[b] = factor_in_double(args, factors, b);
   }
 }
 
@@ -91,11 +122,24 @@ void load_factor(const Factor<Real>& factor, const Matrix<Real>& lower_transpose
   transpose(lower_transposed, factor.lower);
 }
 
+// Of the diagonal of L Lᵀ.
+template <class Real>
+Real largest_of_system(const Factor<Real>& factor) {
+  Real largest = 0;
+  for (int64_t i = 0; i < factor.size(); ++i) {
+    Real sum = 0;
+    for (int64_t j = 0; j <= i; ++j) sum += factor.lower.row(i)[j] * factor.lower.row(i)[j];
+    largest = std::max(largest, sum);
+  }
+  return largest;
+}
+
 // What queries need of a memory.
 template <class Real>
 struct ReadyMemory {
   Matrix<Real> mean, pseudoinverse;      // R [K, C], R⁺ [C, K]
-  const Factor<Real>* factor = nullptr;  // of A, if the weights of queries are iterated
+  int64_t literal_iters = 0;             // iterations after the first that address the value read so far
+  const Factor<Real>* factor = nullptr;  // of A, if the weights of queries are iterated with it
   Matrix<Real> lower_transposed = {};
 };
 
@@ -124,9 +168,13 @@ void read_ready(const ReadingArgs<Real>& args, int64_t b, int64_t first, int64_t
   if (memory.factor)
     iterate(args, b, *memory.factor, memory.lower_transposed, weights, allocate_matrix<Real>(arena, count, args.K),
             allocate_matrix<Real>(arena, count, kBlock));
-  store_matrix(args.weights.from_row(first), b, weights);
-  if (!args.values.data) return;
+  if (!args.values.data) return store_matrix(args.weights.from_row(first), b, weights);
   const Matrix<Real> values = result_rows(args.values, b, first, count, args.C, args.values_type == kFloat32, arena);
+  for (int64_t n = 0; n < memory.literal_iters; ++n) {
+    product_with(values, args.K, operand(weights), memory.mean);
+    product_with(weights, args.C, operand(values), memory.pseudoinverse);
+  }
+  store_matrix(args.weights.from_row(first), b, weights);
   product_with(values, args.K, operand(weights), memory.mean);
   store_codes(args.values, args.values_type, b, first, values);
 }
@@ -153,6 +201,20 @@ void read_all_ready(const ReadingArgs<Real>& args, int64_t b, const ReadyMemory<
     answer(0, tiles);
 }
 
+// Iterate the rows of R⁺ in place of weights, by (2) with the factor.
+template <class Real>
+Matrix<Real> iterated_pseudoinverse(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors,
+                                    int64_t b, const ReadyMemory<Real>& memory, Arena& arena) {
+  const auto allocate = [&](int64_t columns) { return allocate_matrix<Real>(arena, args.C, columns); };
+  const Matrix<Real> rows = allocate(args.K), next = allocate(args.K), work = allocate(kBlock);
+  load_matrix(rows, factors.pseudoinverse, b);
+  share_tiles(rows, args.K * args.K * args.num_iters, [&](int64_t first, int64_t count) {
+    iterate(args, b, *memory.factor, memory.lower_transposed, rows.rows_from(first, count),
+            next.rows_from(first, count), work.rows_from(first, count));
+  });
+  return rows;
+}
+
 template <class Real>
 void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors, int64_t begin,
                    int64_t end) {
@@ -165,17 +227,13 @@ void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const 
       factor = allocate_factor<Real>(arena, args.K);
       memory.lower_transposed = allocate_matrix<Real>(arena, args.K, args.K);
       load_factor(factor, memory.lower_transposed, factors.lower, b);
-      memory.factor = &factor;
+      if (2 * *args.ridge.at(b) > largest_of_system(factor))
+        memory.literal_iters = args.num_iters - 1;
+      else
+        memory.factor = &factor;
     }
     if (memory.factor && args.Q > args.C) {
-      const auto allocate = [&](int64_t columns) { return allocate_matrix<Real>(arena, args.C, columns); };
-      const Matrix<Real> rows = allocate(args.K), next = allocate(args.K), work = allocate(kBlock);
-      load_matrix(rows, factors.pseudoinverse, b);
-      share_tiles(rows, args.K * args.K * args.num_iters, [&](int64_t first, int64_t count) {
-        iterate(args, b, factor, memory.lower_transposed, rows.rows_from(first, count), next.rows_from(first, count),
-                work.rows_from(first, count));
-      });
-      memory.pseudoinverse = rows;
+      memory.pseudoinverse = iterated_pseudoinverse(args, factors, b, memory, arena);
       memory.factor = nullptr;
     }
     read_all_ready(args, b, memory);
@@ -183,18 +241,29 @@ void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const 
   }
 }
 
+// The factor L of a caller and what solves need beside it. Returns whether it keeps the digits of a gradient.
+template <class Real>
+Status load_factored(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors, int64_t b,
+                     const FactoredMemory<Real>& memory, const Limits<Real>& limits) {
+  load_matrix(memory.mean, args.mean, b);
+  transpose(memory.mean_transposed, memory.mean);
+  load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
+  if (args.squared_gram) load_matrix(memory.gram, factors.gram, b);
+  *memory.largest = largest_of_system(memory.factor);
+  return well_conditioned(memory.factor, *memory.largest, limits) ? kGood : kInexactSystem;
+}
+
 template <class Real>
 void read_factored_backward(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors,
                             const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    read_backward_one(args, grads, b, args.K, no_limits<Real>(), [&](const FactoredMemory<Real>& memory, Arena&) {
-      load_matrix(memory.mean, args.mean, b);
-      transpose(memory.mean_transposed, memory.mean);
-      load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
-      if (args.squared_gram) load_matrix(memory.gram, factors.gram, b);
-      *memory.largest = std::numeric_limits<Real>::infinity();  // these reads iterate by (2) of read.h
-      return kGood;
-    });
+  const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
+  for (int64_t b = begin; b < end; ++b) {
+    const Status status = read_backward_one(
+        args, grads, b, args.K, limits,
+        [&](const FactoredMemory<Real>& memory, Arena&) { return load_factored(args, factors, b, memory, limits); });
+    if constexpr (kHasDouble<Real>)
+      if (limits.again(status)) read_backward_in_double(args, grads, b);
+  }
 }
 
 }  // namespace fastkm::FASTKM_LEVEL
