@@ -236,7 +236,8 @@ def test_where_the_checkpoint_goes_is_checked_before_the_first_step(classes, tmp
 
 @pytest.mark.parametrize("command", [demo, study])
 def test_demo_and_study_check_where_results_go(command, classes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("the training has begun"))
+    begun = "train" if command is study else "open_checkpoint"
+    monkeypatch.setattr(command, begun, lambda *_: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     data = ["--data", str(classes)] if command is study else ["--checkpoint", str(tmp_path / "none")]
     assert command.main([*data, "--output", str(tmp_path / "file")]) == 2
@@ -410,6 +411,14 @@ def test_a_row_holds_within_one_standard_error_of_the_difference():
     assert verdict(damaged, torch.full_like(first, -0.06)) == "1 > auto-encoder"
 
 
+def test_the_checkpoint_that_ships_opens():
+    """Half precision, under a megabyte; what it computes is on its card."""
+    assert demo.SHIPPED.stat().st_size < 2**20
+    model, settings, _ = training.load_model(demo.SHIPPED)
+    assert (settings.data, settings.patterns, settings.rows, settings.code_size) == ("mnist", 32, 32, 100)
+    assert model.memory.memory_size == 32
+
+
 def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     monkeypatch.setattr(evaluation, "LENGTHS", (4, 8))
@@ -425,6 +434,11 @@ def test_demo_and_study_run(classes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fixed_points, "LENGTHS", (3, 4))
     assert fixed_points.main(["--checkpoint", str(tmp_path / "model"), "--memories", "1"]) == 0
     assert "spectral radius" in capsys.readouterr().out
+
+    assert study.main(["--checkpoint", str(tmp_path / "model")]) == 0
+    told = capsys.readouterr().out
+    assert "wrong pixels" in told
+    assert "conditional bound" in told
 
     arguments = ["--data", str(classes), "--steps", "2", "--ablation-steps", "1", "--seconds", "1"]
     assert study.main([*arguments, "--output", str(tmp_path / "study"), "--threads", "1"]) == 0

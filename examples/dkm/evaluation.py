@@ -108,13 +108,18 @@ def best_sharpness(model: DynamicKanervaMachine, images: Tensor, count: int) -> 
 
 
 @torch.no_grad()
-def capacity(model: DynamicKanervaMachine, train: Tensor, test: Tensor, num_iters: int) -> list[dict[str, float]]:
-    """Error and bound against the number of stored patterns, with the same cues for every memory."""
+def capacity(
+    model: DynamicKanervaMachine, train: Tensor, test: Tensor, num_iters: int, *, longest: int = 256, drawn: int = 512
+) -> list[dict[str, float]]:
+    """Error and bound against the number of stored patterns, with the same cues for every memory.
+
+    Of every number up to ``longest`` about ``drawn`` patterns are stored, over all memories.
+    """
     rows = []
     for length in LENGTHS:
-        if length > len(test):
+        if length > min(len(test), longest):
             break
-        episodes = draw_episodes(test, max(2, 512 // length), length, seed=2)
+        episodes = draw_episodes(test, max(2, drawn // length), length, seed=2)
         cues = CORRUPTIONS[HOPFIELD_CUE](episodes, torch.Generator().manual_seed(2))
         stored, queries, state = model.encode(episodes), model.encode(cues), model.write(episodes).state
         sharpness = best_sharpness(model, train, length)

@@ -14,7 +14,7 @@ from examples.dkm import pictures
 from examples.dkm.evaluation import capacity, draw_episodes, read_corrupted, refusals, rises
 from examples.dkm.patterns import CORRUPTIONS, Patterns, load_patterns
 from examples.dkm.train import checkpoint_of, train
-from examples.dkm.training import Settings, Trainer, build_model
+from examples.dkm.training import Settings, Trainer, build_model, fingerprint, load_model
 from fastkm import KanervaMemory, MemoryState, kl_memory, solve_addressing, update_posterior
 from fastkm._files import write_text
 from fastkm.cli.console import (
@@ -56,16 +56,13 @@ class Table(NamedTuple):
 
 class Trained(NamedTuple):
     path: Path
-    trainer: Trainer
+    model: DynamicKanervaMachine
+    settings: Settings
     data: Patterns
 
     @property
     def name(self) -> str:
         return self.path.stem
-
-    @property
-    def model(self) -> DynamicKanervaMachine:
-        return self.trainer.model
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--seconds", type=whole_number(1), default=30, help="spent on timing a step (default: %(default)s)"
     )
+    command.add_argument("--checkpoint", metavar="FILE", help="print the figures of this model alone, without training")
     command.add_argument("--output", default="results/study", metavar="FOLDER", help="(default: %(default)s)")
     add_threads(command)
     return command
@@ -88,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
+    if options.checkpoint:
+        return show_checkpoint(Path(options.checkpoint))
     output = Path(options.output)
     checkpoints = checkpoints_of(options.data, output)
     report_path, page = output / "study.json", output / "study.md"
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
         for one in trained:
             start(f"capacity on {one.name}")
             rows = capacity(one.model, one.data.train, one.data.test, NUM_ITERS)
-            tables.append(capacity_table(one.name, one.trainer.settings.rows, rows))
+            tables.append(capacity_table(one.name, one.settings.rows, rows))
             pictures.draw_capacity(rows, picture_of(one.path))
         start("time of a training step")
         tables.append(step_time(trained[0], options.seconds))
@@ -119,12 +119,20 @@ def run(options: argparse.Namespace) -> int:
     about = {name: str(value) for name, value in machine().items()}
     report = {
         "machine": about,
-        "settings": [one.trainer.settings._asdict() for one in trained],
+        "settings": [one.settings._asdict() for one in trained],
         "tables": [table._asdict() for table in tables],
     }
     write_text(report_path, json.dumps(report, indent=1) + "\n")
     write_text(page, "\n\n".join(table.markdown() for table in tables) + "\n")
     print(f"Wrote {output}/study.json, study.md and {', '.join(picture_of(path).name for path in checkpoints)}")
+    return 0
+
+
+def show_checkpoint(path: Path) -> int:
+    """What is known of one model without training another."""
+    trained = [open_checkpoint(path)]
+    for table in (*clean_up(trained), energy(trained), bound(trained)):
+        table.show()
     return 0
 
 
@@ -150,12 +158,25 @@ def train_or_open(settings: Settings, path: Path) -> Trained:
         trainer.load(path)
     train(trainer, path, every=60)
     print(f"{path}: {settings.steps:,} steps in {trainer.seconds / 60:.1f} minutes")
-    trainer.model.eval()
-    return Trained(path, trainer, data)
+    return Trained(path, trainer.model.eval(), settings, data)
+
+
+def open_checkpoint(path: Path) -> Trained:
+    """A model that is trained, with the images that it was trained on.
+
+    Raises:
+        UserError: ``path`` is no checkpoint, or the images are others now.
+    """
+    model, settings, images = load_model(path)
+    data = load_patterns(settings.data)
+    if fingerprint(data) != images:
+        raise UserError(f"{path} was trained on other images than are at {settings.data} now")
+    print(f"Model: {path}\nImages: {data.source}; {data.split}")
+    return Trained(path, model, settings, data)
 
 
 def held_out(one: Trained) -> Tensor:
-    return draw_episodes(one.data.test, EPISODES, one.trainer.settings.patterns, seed=0)
+    return draw_episodes(one.data.test, EPISODES, one.settings.patterns, seed=0)
 
 
 def mean_and_error(values: Tensor) -> str:
@@ -175,7 +196,7 @@ def clean_up(trained: list[Trained]) -> list[Table]:
                 columns = (reads.cue, alone, *after.values(), after[1] - after[NUM_ITERS])
                 rows[by].append((one.name, name, *map(mean_and_error, columns), verdict(reads.cue, alone, after)))
     headers = ("images", "cue", "cue itself", "auto-encoder", "read 1", "2", "4", "8", "read 1 − read 8", "verdict")
-    s = trained[0].trainer.settings
+    s = trained[0].settings
     note = (
         f"{EPISODES} episodes of T = {s.patterns} images, K = {s.rows}, C = {s.code_size}; ± the standard error over "
         "episodes. It holds where read 8 is at most one standard error of their difference worse than read 1 and, from "
@@ -226,7 +247,7 @@ def shares(counts: Tensor, steps: int) -> tuple[str, ...]:
 def bound(trained: list[Trained]) -> Table:
     rows = []
     for one in trained:
-        s = one.trainer.settings
+        s = one.settings
         torch.manual_seed(0)
         nats = one.model.conditional_bound(held_out(one), SAMPLES)
         with torch.no_grad():
@@ -239,7 +260,7 @@ def bound(trained: list[Trained]) -> Table:
     rows += [(name, f"{value}", "", "", "published, Omniglot") for name, value in PUBLISHED.items()]
     note = (
         "What differs from the published figures: in training a pattern is read "
-        f"{trained[0].trainer.settings.reads} times for one write, and a read pays that part of KL(q(M) ‖ p(M)). The "
+        f"{trained[0].settings.reads} times for one write, and a read pays that part of KL(q(M) ‖ p(M)). The "
         "conditional bound leaves this term out, so writing more into the memory lowers it (the ablations below show "
         "by how much). These models also saw a few thousand images only, in minutes on a CPU; whole classes are held "
         "out; images are binarised by a threshold. The figures are therefore not a ranking."
@@ -266,7 +287,7 @@ def capacity_table(name: str, memory_size: int, rows: list[dict[str, float]]) ->
 
 def step_time(one: Trained, seconds: float) -> Table:
     """A whole training step, and what of it is the memory, with each backend in turn."""
-    settings = s = one.trainer.settings._replace(steps=10**9)
+    settings = s = one.settings._replace(steps=10**9)
     trainers = {name: Trainer(settings._replace(backend=name), one.data) for name in ("native", "reference")}
     steps: dict[str, Callable[[], object]] = {name: trainer.run().__next__ for name, trainer in trainers.items()}
     steps["reference again"] = steps["reference"]
@@ -330,7 +351,7 @@ class DiagonalKL(KanervaMemory):
 
 def ablations(one: Trained, steps: int) -> Table:
     """Short trainings that differ in one thing each."""
-    settings = one.trainer.settings._replace(steps=steps)
+    settings = one.settings._replace(steps=steps)
     variants: dict[str, tuple[Settings, dict[str, Any]]] = {
         "as built: sequential write, exact KL(M), 1 solve": (settings, {}),
         "weights solved once, against the prior": (settings, {"memory": SolvedOnce}),
