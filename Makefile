@@ -86,7 +86,7 @@ cases: setup ## situations that users reported, of the API, the commands and ins
 	$(BIN)/python -m tests.reported.cases
 	bash tests/reported/cases.sh
 
-arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; five minutes
+arm: setup ## the CPU kernels for aarch64 under an emulator; needs g++-aarch64-linux-gnu and qemu-user; three minutes
 	PYTHONPATH=tests $(BIN)/python -m compilers --whole aarch64-linux-gnu-g++
 
 compilers: setup ## the CPU kernels as g++ 11 and clang build them, at every level; a compiler that is not there is left out
