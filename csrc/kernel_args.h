@@ -241,6 +241,7 @@ template <class Real>
 struct Kernels {
   void (*update_posterior)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);
   void (*write)(const WritingArgs<Real>&, int64_t begin, int64_t end);
+  void (*write_gram)(const GramWritingArgs<Real>&, int64_t begin, int64_t end);
   void (*update_posterior_backward)(const PosteriorArgs<Real>&, const PosteriorGrads<Real>&, int64_t begin,
                                     int64_t end);
   void (*write_backward)(const WritingArgs<Real>&, const WritingGrads<Real>&, int64_t begin, int64_t end);
@@ -265,7 +266,6 @@ struct Kernels {
   void (*logdet_backward)(const MatrixNormalArgs<Real>&, const MatrixNormalGrads<Real>&, int64_t begin, int64_t end);
   void (*update_posterior_into)(const PosteriorArgs<Real>&, int64_t begin, int64_t end);  // `new_mean` may be `mean`
   void (*stream_patterns)(const StreamingArgs<Real>&, int64_t begin, int64_t end);
-  void (*write_gram)(const GramWritingArgs<Real>&, int64_t begin, int64_t end);
   void (*refresh_streams)(const StreamingArgs<Real>&, int64_t begin, int64_t end);  // H alone; info is [B, 1]
 };
 

@@ -39,6 +39,7 @@ const Kernels<Real>& kernels() {
   static constexpr Kernels<Real> table{
       .update_posterior = update_posterior<Real>,
       .write = write<Real>,
+      .write_gram = write_gram<Real>,
       .update_posterior_backward = update_posterior_backward<Real>,
       .write_backward = write_backward<Real>,
       .remove_patterns = remove_patterns<Real>,
@@ -59,7 +60,6 @@ const Kernels<Real>& kernels() {
       .logdet_backward = logdet_backward<Real>,
       .update_posterior_into = update_posterior_into<Real>,
       .stream_patterns = stream_patterns<Real>,
-      .write_gram = write_gram<Real>,
       .refresh_streams = refresh_streams<Real>,
   };
   return table;

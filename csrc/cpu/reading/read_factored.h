@@ -12,7 +12,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "cpu/linalg/few_rows.h"
 #include "cpu/reading/read_backward.h"
@@ -89,7 +88,7 @@ inline Status factor_in_double(const ReadingArgs<float>& args, const AddressingF
                                        .pseudoinverse = doubles.result(factors.pseudoinverse, args.C, args.K),
                                        .gram = doubles.result(factors.gram, args.squared_gram ? args.K : 0, args.K)};
   const Status status = factor_one(in_double(args, doubles), wide, 0, limits_for_float32());
-  return doubles.put_out() && status == kGood ? status : kNotPositiveDefinite;
+  return doubles.put_out() && status == kGood ? kGood : kNotPositiveDefinite;
 }
 
 template <class Real>
@@ -122,15 +121,13 @@ void load_factor(const Factor<Real>& factor, const Matrix<Real>& lower_transpose
   transpose(lower_transposed, factor.lower);
 }
 
-// Of the diagonal of L Lᵀ.
+// The largest entry of the diagonal of L Lᵀ. L is zero above its diagonal.
 template <class Real>
-Real largest_of_system(const Factor<Real>& factor) {
+Real largest_of_system(const Factor<Real>& factor, Arena& arena) {
+  Real* const norms = arena.allocate<Real>(round_up(factor.size(), kLanes<Real>));
+  squared_norms(factor.lower, norms);
   Real largest = 0;
-  for (int64_t i = 0; i < factor.size(); ++i) {
-    Real sum = 0;
-    for (int64_t j = 0; j <= i; ++j) sum += factor.lower.row(i)[j] * factor.lower.row(i)[j];
-    largest = std::max(largest, sum);
-  }
+  for (int64_t i = 0; i < factor.size(); ++i) largest = std::max(largest, norms[i]);
   return largest;
 }
 
@@ -227,7 +224,7 @@ void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const 
       factor = allocate_factor<Real>(arena, args.K);
       memory.lower_transposed = allocate_matrix<Real>(arena, args.K, args.K);
       load_factor(factor, memory.lower_transposed, factors.lower, b);
-      if (2 * *args.ridge.at(b) > largest_of_system(factor))
+      if (2 * *args.ridge.at(b) > largest_of_system(factor, arena))
         memory.literal_iters = args.num_iters - 1;
       else
         memory.factor = &factor;
@@ -244,12 +241,12 @@ void read_factored(const ReadingArgs<Real>& args, const AddressingFactors<const 
 // The factor L of a caller and what solves need beside it. Returns whether it keeps the digits of a gradient.
 template <class Real>
 Status load_factored(const ReadingArgs<Real>& args, const AddressingFactors<const Real>& factors, int64_t b,
-                     const FactoredMemory<Real>& memory, const Limits<Real>& limits) {
+                     const FactoredMemory<Real>& memory, const Limits<Real>& limits, Arena& arena) {
   load_matrix(memory.mean, args.mean, b);
   transpose(memory.mean_transposed, memory.mean);
   load_factor(memory.factor, memory.lower_transposed, factors.lower, b);
   if (args.squared_gram) load_matrix(memory.gram, factors.gram, b);
-  *memory.largest = largest_of_system(memory.factor);
+  *memory.largest = largest_of_system(memory.factor, arena);
   return well_conditioned(memory.factor, *memory.largest, limits) ? kGood : kInexactSystem;
 }
 
@@ -258,9 +255,10 @@ void read_factored_backward(const ReadingArgs<Real>& args, const AddressingFacto
                             const ReadingGrads<Real>& grads, int64_t begin, int64_t end) {
   const Limits<Real> limits = limits_of_gradient<Real>(args.K, args.C);
   for (int64_t b = begin; b < end; ++b) {
-    const Status status = read_backward_one(
-        args, grads, b, args.K, limits,
-        [&](const FactoredMemory<Real>& memory, Arena&) { return load_factored(args, factors, b, memory, limits); });
+    const Status status =
+        read_backward_one(args, grads, b, args.K, limits, [&](const FactoredMemory<Real>& memory, Arena& arena) {
+          return load_factored(args, factors, b, memory, limits, arena);
+        });
     if constexpr (kHasDouble<Real>)
       if (limits.again(status)) read_backward_in_double(args, grads, b);
   }
