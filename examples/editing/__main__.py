@@ -57,7 +57,7 @@ the layer, so $W_0$ when all are removed. The memory is float32, and the conditi
 
 ## CPU time of a batch
 
-The smallest of three, {threads}, on a machine that did other work beside it. The formula is one Cholesky factor and
+The smallest of three, {threads}. The formula is one Cholesky factor and
 solve, which an editor without the recursion makes for every batch. At this condition number the CPU kernel of an update
 computes in float64.
 
